@@ -1,0 +1,43 @@
+.DEFAULT_GOAL := help
+.PHONY: help setup train test lint bench data clean
+PYTHON ?= python3
+BIN := .venv/bin
+INSTALLED := .venv/.installed
+TYPECHECK := build/typecheck
+# options of the program behind a target: make train ARGS="--opt adamw --out-dir runs/adamw"
+ARGS ?=
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-8s%s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+$(INSTALLED): pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+setup: $(INSTALLED) ## install into .venv; the other targets do it when it is missing
+
+train: $(INSTALLED) ## train the nano GPT with Celo2 on the embedded text; resumes an interrupted run (ARGS="...")
+	$(BIN)/python pretrain/train_gpt.py --size nano --opt celo2 --resume auto $(ARGS)
+
+test: $(INSTALLED) ## run the tests (ARGS="-k golden")
+	$(BIN)/python -m pytest -q $(ARGS)
+
+lint: $(INSTALLED) ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	@# mypy does not see the package mapping of an editable install: lay the package out as it installs
+	@rm -rf $(TYPECHECK) && mkdir -p $(TYPECHECK)/celo2
+	@ln -s $(CURDIR)/celo2/* $(CURDIR)/kernels $(CURDIR)/meta $(CURDIR)/pretrain $(TYPECHECK)/celo2/
+	cd $(TYPECHECK) && $(CURDIR)/$(BIN)/mypy --config-file $(CURDIR)/pyproject.toml -p celo2
+
+bench: $(INSTALLED) ## time the optimizer step against fused AdamW
+	$(BIN)/python -m pytest bench/ -q $(ARGS)
+
+data: $(INSTALLED) ## token shards of the embedded text, for nano (bytes) and the other sizes (GPT-2 BPE)
+	$(BIN)/python pretrain/prepare_data.py --embedded --tokenizer bytes --out data/wikipedia-bytes
+	$(BIN)/python pretrain/prepare_data.py --embedded --tokenizer gpt2 --out data/wikipedia-gpt2
+
+clean: ## remove the environment, caches and build outputs; data/ and runs/ stay
+	rm -rf .venv build dist *.egg-info .benchmarks .mypy_cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,112 @@
+"""Parameter groups of `FusedCelo2`: what their options mean, and the checks that refuse bad ones by name."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from celo2.matrices import MatrixView
+from celo2.routing import RULES
+
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+def named_parameters(group: dict[str, Any]) -> list[tuple[str, Tensor]]:
+    """Return (name, parameter) pairs; a group without names counts its parameters."""
+    names = group.get("param_names") or [f"parameter {index}" for index in range(len(group["params"]))]
+    return list(zip(names, group["params"], strict=True))
+
+
+def group_view(group: dict[str, Any]) -> MatrixView:
+    """Return the matrix view of a group's parameters; raises ValueError for options out of range."""
+    return MatrixView(group["split"], group["heads"], group["axis"], group["flatten"])
+
+
+def group_rule(group: dict[str, Any], parameter: Tensor) -> str:
+    """Return the rule that steps a parameter of the group, `"celo2"` or `"adamw"`."""
+    if group["rule"] == "auto":
+        return "celo2" if parameter.ndim >= 2 else "adamw"
+    return str(group["rule"])
+
+
+def _check_number(name: str, value: Any, *, none: bool = False, positive: bool = False) -> None:
+    if value is None and none:
+        return
+    if isinstance(value, Tensor):
+        if value.ndim or value.is_complex():
+            raise ValueError(f"{name} as a tensor must be a real 0-d tensor, got shape {tuple(value.shape)}")
+        if value.is_meta:
+            return
+        value = float(value)
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name}={value!r}: must be a number{' or None' if none else ''}")
+    if not math.isfinite(value) or value < 0 or (positive and value == 0):
+        raise ValueError(f"{name}={value!r}: must be finite and {'greater than' if positive else 'at least'} 0")
+
+
+def check_options(group: dict[str, Any]) -> None:
+    """Raise for an option out of range, naming it."""
+    for name in ("lr", "weight_decay", "adam_lr_mult", "adam_eps"):
+        _check_number(name, group[name])
+    _check_number("adam_weight_decay", group["adam_weight_decay"], none=True)
+    _check_number("max_grad_norm", group["max_grad_norm"], none=True, positive=True)
+    betas = group["adam_betas"]
+    if not (isinstance(betas, (tuple, list)) and len(betas) == 2):
+        raise ValueError(f"adam_betas={betas!r}: must be two numbers")
+    for index, beta in enumerate(betas):
+        _check_number(f"adam_betas[{index}]", beta)
+        if not beta < 1:
+            raise ValueError(f"adam_betas[{index}]={beta!r}: must be less than 1")
+    steps = group["ns_steps"]
+    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
+        raise ValueError(f"ns_steps={steps!r}: must be a whole number of at least 1")
+    if group["orthogonalize"] not in (None, True, False):
+        raise ValueError(f"orthogonalize={group['orthogonalize']!r}: must be True, False or None")
+    if group["rule"] not in RULES:
+        raise ValueError(f"rule={group['rule']!r}, allowed: {', '.join(RULES)}")
+    group_view(group)
+
+
+def check_parameters(parameters: list[Any]) -> None:
+    """Raise for a parameter that the optimizer cannot update, naming it."""
+    seen: set[int] = set()
+    for index, entry in enumerate(parameters):
+        name, parameter = entry if isinstance(entry, tuple) and len(entry) == 2 else (f"parameter {index}", entry)
+        if not isinstance(parameter, Tensor):
+            raise TypeError(f"{name} is a {type(parameter).__name__}, expected a tensor or a (name, tensor) pair")
+        label = f"{name} of shape {tuple(parameter.shape)}"
+        if id(parameter) in seen:
+            raise ValueError(f"{label} is twice in one group: pass every parameter once (named_parameters() does)")
+        seen.add(id(parameter))
+        if getattr(parameter, "_is_flat_param", False):
+            raise ValueError(
+                f"{label} is an FSDP1 flat parameter, which has lost its matrices; use fully_shard (FSDP2)"
+            )
+        if isinstance(parameter, DTensor):
+            raise ValueError(
+                f"{label} is sharded (DTensor): this version steps whole parameters only, and statistics of a shard "
+                "would be wrong; train on one process or with DDP"
+            )
+        if parameter.layout != torch.strided:
+            raise ValueError(f"{label} has layout {parameter.layout}: only dense (strided) parameters are supported")
+        if parameter.dtype not in DTYPES:
+            raise ValueError(
+                f"{label} has dtype {parameter.dtype}; allowed: {', '.join(str(dtype) for dtype in DTYPES)}"
+            )
+
+
+def check_gradient(name: str, parameter: Tensor, gradient: Tensor) -> None:
+    """Raise for a gradient that the optimizer cannot use, naming the parameter."""
+    label = f"gradient of {name}, shape {tuple(parameter.shape)}"
+    if gradient.layout != torch.strided:
+        raise ValueError(
+            f"{label}, is sparse ({gradient.layout}): build the module with sparse=False or call .to_dense()"
+        )
+    if gradient.is_meta:
+        raise ValueError(f"{label}, is a meta tensor: materialise the model before stepping")
+    if gradient.dtype not in DTYPES:
+        raise ValueError(f"{label}, has dtype {gradient.dtype}; allowed: {', '.join(str(dtype) for dtype in DTYPES)}")

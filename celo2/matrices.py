@@ -1,0 +1,86 @@
+"""How a parameter is seen as a batch of matrices.
+
+The rule takes every mean, norm and orthogonalisation per matrix. The authors of Celo2 store attention weights per head,
+so for them one head's slice is a matrix; a fused `[3 * heads * head_dim, width]` projection is the same algorithm only
+when it is split into those slices first. `MatrixView` says how.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class MatrixView:
+    """How a parameter of two or more axes splits into matrices `[matrices, rows, columns]`.
+
+    `split * heads` equal blocks are cut along `axis` (0: a fused q, k, v or per-head input projection; 1: an output
+    projection whose input is the concatenated heads). `flatten` folds all axes but the first into columns (a
+    convolution kernel `[out, in, kh, kw]` becomes `[out, in * kh * kw]`). Without either, the two trailing axes are the
+    matrix and the leading ones batch matrices. Source: Celo2, section on per-head weights; the authors' attention
+    shapes are `[3, heads, width, head_dim]` and `[heads, head_dim, width]`.
+    """
+
+    split: int = 1
+    heads: int = 1
+    axis: int = 0
+    flatten: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("split", "heads"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ValueError(f"{name}={value!r}: a matrix view needs a whole number of at least 1")
+        if self.axis not in (0, 1):
+            raise ValueError(f"axis={self.axis!r}: a matrix view splits along axis 0 or 1")
+        if not isinstance(self.flatten, bool):
+            raise ValueError(f"flatten={self.flatten!r}: must be True or False")
+
+    @property
+    def blocks(self) -> int:
+        return self.split * self.heads
+
+    def check(self, shape: torch.Size, name: str = "parameter") -> None:
+        """Raise ValueError when a parameter of `shape` cannot be viewed like this."""
+        if len(shape) < 2:
+            if self != MatrixView():
+                raise ValueError(
+                    f"{name} of shape {tuple(shape)} has fewer than two axes: it takes no matrix view ({self})"
+                )
+            return
+        if self.blocks > 1:
+            if len(shape) != 2 and not self.flatten:
+                raise ValueError(
+                    f"{name} of shape {tuple(shape)}: split/heads apply to parameters of two axes (or flatten=True)"
+                )
+            length = shape[0] if self.axis == 0 else shape[1:].numel()
+            if length % self.blocks:
+                raise ValueError(
+                    f"{name} of shape {tuple(shape)}: axis {self.axis} of length {length} does not divide into "
+                    f"split * heads = {self.split} * {self.heads} = {self.blocks} equal blocks"
+                )
+
+    def matrices(self, tensor: Tensor) -> Tensor:
+        """View `tensor` as `[matrices, rows, columns]` on the same storage.
+
+        Raises ValueError when its memory layout allows no such view (for example a channels-last kernel).
+        """
+        try:
+            if self.flatten and tensor.ndim > 2:
+                tensor = tensor.view(tensor.shape[0], -1)
+            if tensor.ndim > 2:
+                return tensor.view(-1, *tensor.shape[-2:])
+        except RuntimeError as error:
+            raise ValueError(
+                f"a tensor of shape {tuple(tensor.shape)} and strides {tensor.stride()} has no matrix view without a "
+                "copy; store the parameter contiguously (module.to(memory_format=torch.contiguous_format))"
+            ) from error
+        if self.blocks == 1:
+            return tensor.unsqueeze(0)
+        rows, columns = tensor.shape
+        if self.axis == 0:
+            return tensor.view(self.blocks, rows // self.blocks, columns)
+        return tensor.view(rows, self.blocks, columns // self.blocks).transpose(0, 1)

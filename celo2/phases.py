@@ -1,0 +1,284 @@
+"""The rule in four phases over blocks that stay in cache: the path that runs on a CPU, in plain PyTorch.
+
+Phase 1 (`gradient_moments`) reads the gradient and gives row and column means of g^2. Phase 2 (`feature_scales`) gives
+the normaliser of each of the 18 per-element columns and writes nothing. Phase 3 (`learned_update`) advances the
+accumulators and writes the direction. Phase 4 (`apply_update`) normalises the direction and moves the parameter.
+
+The algebra is exact: the 12 columns that depend on a row or a column only are one vector per row and one per column,
+added to the first layer's bias, and the normalisers fold into the first layer. `celo2.reference` is the oracle.
+
+Shapes: B matrices of m rows and n columns, h and k hidden units, a block of b matrices and r rows.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from celo2.newton_schulz import newton_schulz
+from celo2.reference import (
+    FACTOR_DECAYS,
+    FACTOR_EPS,
+    FEATURE_CLIP,
+    GRADIENT_CLIP,
+    MOMENTUM_DECAYS,
+    NORM_EPS,
+    RMS_EPS,
+    SECOND_MOMENT_DECAY,
+    SQUARE_EPS,
+)
+from celo2.theta import Theta
+
+# elements of a block: large enough to hide the cost of about 40 calls and to give each thread its share (PyTorch splits
+# an operation from 32,768 elements on), small enough for the 34 planes of a block to stay in the last-level cache
+BLOCK = 98304
+
+# the 18 per-element columns in the order used here, as rows of the 30-row first layer in the paper's order:
+# g m0 m1 m2 | the same four times q | g rf_k cf_k | m_k rf_k cf_k | clip(g) p v q
+_ELEMENT_ROWS = (0, 3, 4, 5, 14, 7, 8, 9, 11, 12, 13, 27, 28, 29, 1, 2, 6, 10)
+# R_k and rsqrt(R_k + eps) of the shorter axis, C_k and rsqrt(C_k + eps) of the longer one
+_SHORT_ROWS = (15, 16, 17, 21, 22, 23)
+_LONG_ROWS = (18, 19, 20, 24, 25, 26)
+_ELEMENT_COLUMNS = len(_ELEMENT_ROWS)
+
+Block = tuple[slice, slice, slice]  # matrices, rows, columns
+
+
+def iterate_blocks(shape: torch.Size, block: int) -> Iterator[Block]:
+    """Cut [B, m, n] into blocks of at most `block` elements: several small matrices, or rows (then columns) of one."""
+    batch, m, n = shape
+    columns = min(n, block)
+    rows = min(m, max(1, block // columns))
+    matrices = max(1, block // (m * n))
+    for b in range(0, batch, matrices):
+        for r in range(0, m, rows):
+            for c in range(0, n, columns):
+                yield slice(b, min(b + matrices, batch)), slice(r, min(r + rows, m)), slice(c, min(c + columns, n))
+
+
+class Workspace:
+    """Scratch planes for one block and one direction, allocated once and reused by every step."""
+
+    def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
+        self.dtype, self.device = dtype, device
+        self._buffers: dict[str, Tensor] = {}
+
+    def take(self, name: str, *shape: int) -> Tensor:
+        """Return an uninitialised contiguous tensor of `shape`; the next call with the same name reuses its memory."""
+        size = math.prod(shape)
+        buffer = self._buffers.get(name)
+        if buffer is None or buffer.numel() < size:
+            buffer = self._buffers[name] = torch.empty(size, dtype=self.dtype, device=self.device)
+        return buffer[:size].view(shape)
+
+
+@dataclass(frozen=True)
+class FoldedTheta:
+    """Theta laid out for the folded rule: `x_TH` is [inputs, hidden], its transpose `[hidden, inputs]`."""
+
+    element: Tensor  # [18, h]
+    short: Tensor  # [6, h]
+    long: Tensor  # [6, h]
+    bias0: Tensor  # [h]
+    hidden: Tensor  # [k, h]
+    bias1: Tensor  # [k, 1]
+    output: Tensor  # [1, k]
+    bias2: float
+
+    @classmethod
+    def from_theta(cls, theta: Theta, dtype: torch.dtype, device: torch.device) -> FoldedTheta:
+        arrays = theta.tensors(dtype, device)
+        first = torch.cat([arrays[f"w0__{group}"] for group in range(14)])
+        return cls(
+            element=first[list(_ELEMENT_ROWS)],
+            short=first[list(_SHORT_ROWS)],
+            long=first[list(_LONG_ROWS)],
+            bias0=arrays["b0"],
+            hidden=arrays["w1"].T.contiguous(),
+            bias1=arrays["b1"][:, None],
+            output=arrays["w2"][:, :1].T.contiguous(),
+            bias2=float(theta.arrays["b2"][0]),
+        )
+
+
+@dataclass(frozen=True)
+class Matrices:
+    """One parameter as B matrices, with its accumulators as views of the optimizer's state.
+
+    `p`, `g`, `momenta` (three) and `v` are [B, m, n]; `row_factor` is [B, m, 3], `column_factor` [B, n, 3]. The
+    accumulators are float32 (float64 for a float64 parameter); `p` and `g` may be of lower precision.
+    """
+
+    p: Tensor
+    g: Tensor
+    momenta: tuple[Tensor, Tensor, Tensor]
+    v: Tensor
+    row_factor: Tensor
+    column_factor: Tensor
+
+
+@dataclass(frozen=True)
+class GradientMoments:
+    """Means of g^2 over each row [B, m] and column [B, n], and the sum over all elements, of the raw gradient."""
+
+    row_mean: Tensor
+    column_mean: Tensor
+    total: float
+
+
+def gradient_moments(
+    g: Tensor, workspace: Workspace, *, scale: float = 1.0, clip: bool = False, block: int = BLOCK
+) -> GradientMoments:
+    """Phase 1: row and column means of g^2 for g [B, m, n]; reads g once.
+
+    With `clip`, of clamp(scale * g, -1000, 1000) instead of g: needed only when an element may exceed the clip, which a
+    sum of squares of at most 1e6 rules out.
+    """
+    batch, m, n = g.shape
+    row_sum = torch.zeros(batch, m, dtype=workspace.dtype, device=workspace.device)
+    column_sum = torch.zeros(batch, n, dtype=workspace.dtype, device=workspace.device)
+    for b, r, c in iterate_blocks(g.shape, block):
+        g_block = g[b, r, c]
+        square = workspace.take("x", *g_block.shape)
+        if clip:
+            torch.mul(g_block, scale, out=square).clamp_(-GRADIENT_CLIP, GRADIENT_CLIP).square_()
+        elif g_block.dtype == square.dtype:
+            torch.mul(g_block, g_block, out=square)
+        else:
+            square.copy_(g_block).square_()
+        row_sum[b, r] += square.sum(-1)
+        column_sum[b, c] += square.sum(-2)
+    total = float(row_sum.sum(dtype=torch.float64))
+    return GradientMoments(row_sum / n, column_sum / m, total)
+
+
+class MatrixStep:
+    """Phases 2 to 4 for one parameter, given its gradient moments; nothing is written before `learned_update`.
+
+    `scale` multiplies the gradient (loss unscaling and global-norm clipping), then the rule's elementwise clip applies
+    where `clip` says that an element may exceed it.
+    """
+
+    def __init__(
+        self,
+        matrices: Matrices,
+        moments: GradientMoments,
+        theta: FoldedTheta,
+        workspace: Workspace,
+        *,
+        scale: float = 1.0,
+        clip: bool = False,
+        block: int = BLOCK,
+    ) -> None:
+        self.matrices, self.theta, self.workspace = matrices, theta, workspace
+        self.scale, self.clip, self.block = scale, clip, block
+        # moments of a clipped gradient are taken after scaling
+        square_scale = 1.0 if clip else scale * scale
+        decay = torch.tensor(FACTOR_DECAYS, dtype=workspace.dtype, device=workspace.device)
+        row = moments.row_mean[..., None] * square_scale + SQUARE_EPS
+        column = moments.column_mean[..., None] * square_scale + SQUARE_EPS
+        self.row_factor = decay * matrices.row_factor + (1 - decay) * row
+        self.column_factor = decay * matrices.column_factor + (1 - decay) * column
+
+        # the shorter axis carries R, the longer one C; a square matrix counts axis 0 as the shorter
+        m, n = matrices.p.shape[-2:]
+        short, long = (self.row_factor, self.column_factor) if m <= n else (self.column_factor, self.row_factor)
+        rf = torch.rsqrt((short / (short.mean(-2, keepdim=True) + FACTOR_EPS)).clamp_min(FACTOR_EPS))
+        cf = torch.rsqrt(long.clamp_min(FACTOR_EPS))
+        row_scale, column_scale = (rf, cf) if m <= n else (cf, rf)
+        self.row_scale = row_scale.permute(2, 0, 1).contiguous()  # [3, B, m]
+        self.column_scale = column_scale.permute(2, 0, 1).contiguous()  # [3, B, n]
+
+    def _features(self, where: Block) -> Tensor:
+        """Fill the 18 planes [18, b, r, c] of one block with the columns of the new accumulators, not normalised."""
+        b, r, c = where
+        source = self.matrices
+        g_source = source.g[b, r, c]
+        x = self.workspace.take("x", _ELEMENT_COLUMNS, *g_source.shape)
+        g, momenta, v, q = x[0], x[1:4], x[16], x[17]
+        if self.scale == 1.0:
+            g.copy_(g_source)
+        else:
+            torch.mul(g_source, self.scale, out=g)
+        if self.clip:
+            g.clamp_(-GRADIENT_CLIP, GRADIENT_CLIP)
+        for k, decay in enumerate(MOMENTUM_DECAYS):
+            torch.lerp(source.momenta[k][b, r, c], g, 1 - decay, out=momenta[k])
+        torch.mul(source.v[b, r, c], SECOND_MOMENT_DECAY, out=v).addcmul_(g, g, value=1 - SECOND_MOMENT_DECAY)
+        torch.add(v, RMS_EPS, out=q).rsqrt_()
+        torch.mul(x[0:4], q, out=x[4:8])
+        factors = x[11:14]
+        torch.mul(self.row_scale[:, b, r, None], self.column_scale[:, b, None, c], out=factors)
+        torch.mul(factors, g, out=x[8:11])
+        factors.mul_(momenta)
+        torch.clamp(g, -FEATURE_CLIP, FEATURE_CLIP, out=x[14])
+        x[15].copy_(source.p[b, r, c])
+        return x
+
+    def feature_scales(self) -> Tensor:
+        """Phase 2: the normalisers rsqrt(mean(x^2) + 1e-9) of the 18 columns, [18, B]; reads p, g and accumulators."""
+        batch, m, n = self.matrices.p.shape
+        total = torch.zeros(_ELEMENT_COLUMNS, batch, dtype=self.workspace.dtype, device=self.workspace.device)
+        for where in iterate_blocks(self.matrices.p.shape, self.block):
+            x = self._features(where)
+            total[:, where[0]] += torch.linalg.vector_norm(x.flatten(2), dim=-1).square_()
+        return torch.rsqrt(total / (m * n) + NORM_EPS)
+
+    def _vector_contribution(self, factor: Tensor, weights: Tensor) -> Tensor:
+        """First-layer contribution [h, B, length] of F_k and rsqrt(F_k + eps) of a factor [B, length, 3]."""
+        columns = torch.cat([factor, torch.rsqrt(factor + RMS_EPS)], dim=-1)
+        columns = columns * torch.rsqrt(columns.square().mean(-2, keepdim=True) + NORM_EPS)
+        return (columns @ weights).permute(2, 0, 1).contiguous()
+
+    def learned_update(self, scales: Tensor) -> Tensor:
+        """Phase 3: write the new accumulators and return the direction d [B, m, n] (scratch, valid until reused)."""
+        source, theta, take = self.matrices, self.theta, self.workspace.take
+        batch, m, n = source.p.shape
+        row_weights, column_weights = (theta.short, theta.long) if m <= n else (theta.long, theta.short)
+        row_term = self._vector_contribution(self.row_factor, row_weights)
+        column_term = self._vector_contribution(self.column_factor, column_weights) + theta.bias0[:, None, None]
+        direction = take("direction", batch, m, n)
+        h, k = theta.element.shape[1], theta.hidden.shape[0]
+        for where in iterate_blocks(source.p.shape, self.block):
+            b, r, c = where
+            x = self._features(where)
+            for j, momentum in enumerate(source.momenta):
+                momentum[b, r, c].copy_(x[1 + j])
+            source.v[b, r, c].copy_(x[16])
+            shape = x.shape[1:]
+            size = shape.numel()
+            if shape[0] == 1:
+                first = (theta.element * scales[:, b]).T
+            else:
+                x.mul_(scales[:, b, None, None])
+                first = theta.element.T
+            hidden = take("hidden0", h, size)
+            torch.add(row_term[:, b, r, None], column_term[:, b, None, c], out=hidden.view(h, *shape))
+            hidden.addmm_(first, x.view(_ELEMENT_COLUMNS, size)).relu_()
+            # a separate bias add: addmm would first broadcast the bias into the output
+            hidden = torch.mm(theta.hidden, hidden, out=take("hidden1", k, size)).add_(theta.bias1).relu_()
+            output = torch.mm(theta.output, hidden, out=take("output", 1, size))
+            torch.add(output.view(shape), theta.bias2, out=direction[b, r, c])
+        source.row_factor.copy_(self.row_factor)
+        source.column_factor.copy_(self.column_factor)
+        return direction
+
+
+def normalise_direction(direction: Tensor, *, orthogonalize: bool, ns_steps: int) -> tuple[Tensor, Tensor]:
+    """Between phases 3 and 4: Newton-Schulz when asked, and the factor [B, 1, 1] that gives each matrix an RMS of 1."""
+    if orthogonalize:
+        direction = newton_schulz(direction, ns_steps)
+    size = direction.shape[-2] * direction.shape[-1]
+    square = torch.linalg.vector_norm(direction, dim=(-2, -1), keepdim=True).square()
+    return direction, torch.rsqrt(square / size + NORM_EPS)
+
+
+def apply_update(p: Tensor, direction: Tensor, rms_scale: Tensor, *, lr: float, weight_decay: float) -> None:
+    """Phase 4: p <- p - lr (u + weight_decay p), in place, for p [B, m, n] of the direction's dtype."""
+    if weight_decay:
+        p.mul_(1 - lr * weight_decay)
+    p.addcmul_(direction, rms_scale, value=-lr)

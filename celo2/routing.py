@@ -1,0 +1,117 @@
+"""Which parameter gets which rule: embeddings, heads, norms and biases to AdamW, hidden matrices to the learned rule.
+
+Source: Celo2, deployment rule (the authors route `ndim <= 1 or "embed" in path` to AdamW, input and output embeddings
+both). `param_groups` does it for a module by type and name; `FusedCelo2.table()` prints the result.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from celo2.matrices import MatrixView
+from celo2.theta import VARIANTS
+
+RULES = ("auto", "celo2", "adamw")
+
+_EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
+_NORMS = (
+    nn.LayerNorm,
+    nn.RMSNorm,
+    nn.GroupNorm,
+    nn.LocalResponseNorm,
+    nn.modules.batchnorm._NormBase,
+)
+_CONVOLUTIONS = (nn.modules.conv._ConvNd,)
+# a path component that names an embedding: token_embedding, embed_tokens, pos_embed, wte, wpe, cls_token
+_EMBEDDING_NAME = re.compile(r"embed|^wte$|^wpe$|_token$")
+# the module that owns an output head; only outside repeated blocks (no numbered component), since blocks may have an
+# `output` projection of their own
+_HEAD_NAMES = frozenset(
+    {"lm_head", "head", "heads", "output", "embed_out", "unembed", "unembedding", "classifier", "logits", "score", "fc"}
+)
+
+
+def _is_adamw(module: nn.Module, path: str, ndim: int) -> bool:
+    """Whether the parameter at `path` (module path and name), owned by `module`, belongs to AdamW."""
+    if ndim < 2 or isinstance(module, (*_EMBEDDINGS, *_NORMS)):
+        return True
+    components = path.split(".")
+    if any(_EMBEDDING_NAME.search(component) for component in components):
+        return True
+    numbered = any(component.isdecimal() for component in components)
+    owner = components[-2] if len(components) > 1 else ""
+    return not numbered and owner in _HEAD_NAMES
+
+
+def param_groups(
+    module: nn.Module, *, variant: str = "celo2", views: Mapping[str, MatrixView] | None = None
+) -> list[dict[str, Any]]:
+    """Return parameter groups for `FusedCelo2`, one per rule and matrix view, with every parameter of `module` once.
+
+    `variant="celo2"` sends embeddings, the output head, norms and parameters of fewer than two axes to AdamW and the
+    rest to the learned rule; `"celo2-base"` sends everything to the learned rule. A tied weight counts once, under its
+    first name, and goes to AdamW when any of its uses does. Parameters that need no gradient are left out. `views` maps
+    parameter names to their `MatrixView`; convolution kernels are flattened to `[out, in * kh * kw]` without one.
+    Raises ValueError for an unknown variant, an unknown name in `views`, or a view that does not fit.
+    """
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"param_groups takes a torch.nn.Module, got {type(module).__name__}")
+    if variant not in VARIANTS:
+        raise ValueError(f"variant={variant!r}, allowed: {', '.join(VARIANTS)}")
+    views = dict(views or {})
+    owners = dict(module.named_modules(remove_duplicate=False))
+    first_name: dict[int, str] = {}
+    adamw: set[int] = set()
+    convolution: set[int] = set()
+    parameters = {}
+    for name, parameter in module.named_parameters(remove_duplicate=False):
+        owner = owners[name.rpartition(".")[0]]
+        first_name.setdefault(id(parameter), name)
+        parameters[id(parameter)] = parameter
+        if _is_adamw(owner, name, parameter.ndim):
+            adamw.add(id(parameter))
+        if isinstance(owner, _CONVOLUTIONS) and parameter.ndim > 2:
+            convolution.add(id(parameter))
+    unknown = sorted(set(views) - set(first_name.values()))
+    if unknown:
+        raise ValueError(f"views for unknown parameters {unknown}; names are those of module.named_parameters()")
+
+    groups: dict[tuple[str, MatrixView], dict[str, Any]] = {}
+    for key, name in first_name.items():
+        parameter = parameters[key]
+        if not parameter.requires_grad:
+            continue
+        rule = "adamw" if variant == "celo2" and key in adamw else "celo2"
+        view = views.get(name, MatrixView(flatten=key in convolution)) if rule == "celo2" else MatrixView()
+        view.check(parameter.shape, name)
+        group = groups.setdefault((rule, view), {"params": [], "rule": rule, **view_options(view)})
+        group["params"].append((name, parameter))
+    if not groups:
+        raise ValueError(f"{type(module).__name__} has no parameter that requires a gradient")
+    return list(groups.values())
+
+
+def view_options(view: MatrixView) -> dict[str, Any]:
+    """Return a view as the plain values of a parameter group."""
+    return {"split": view.split, "heads": view.heads, "axis": view.axis, "flatten": view.flatten}
+
+
+def format_table(header: tuple[str, ...], rows: list[tuple[str, ...]], *, collapse: bool = False) -> str:
+    """Align rows of text in columns.
+
+    With `collapse`, rows that differ only in a number within the name, the first cell, become one: `blocks.*.qkv x12`.
+    """
+    if collapse:
+        counts: dict[tuple[str, ...], int] = {}
+        for name, *cells in rows:
+            key = (re.sub(r"(?<=\.)\d+(?=\.)", "*", name), *cells)
+            counts[key] = counts.get(key, 0) + 1
+        rows = [(f"{name} x{count}" if "*" in name else name, *cells) for (name, *cells), count in counts.items()]
+    rows = [header, *rows]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    return "\n".join([lines[0], "  ".join("-" * width for width in widths), *lines[1:]])

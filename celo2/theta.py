@@ -1,0 +1,272 @@
+"""Theta: the learned MLP's weights as a small value, its files, and its names.
+
+347 floats in 19 arrays at the published sizes (30 -> 8 -> 8 -> 3). Files are safetensors with a metadata card, or the
+authors' `theta.state` (`celo2.flax_state`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import MappingProxyType
+
+import numpy as np
+import safetensors
+import torch
+from numpy.typing import ArrayLike, NDArray
+from safetensors.numpy import load as load_safetensors
+from safetensors.numpy import save as save_safetensors
+
+from celo2 import flax_state
+
+# columns of each of the 14 feature groups, in the order of the rule
+GROUP_COLUMNS = (1, 1, 1, 3, 1, 3, 1, 3, 1, 3, 3, 3, 3, 3)
+OUTPUTS = 3
+NAMES = (*(f"w0__{group}" for group in range(14)), "b0", "w1", "b1", "w2", "b2")
+VARIANTS = ("celo2", "celo2-base")
+CLOSED_FORMS = ("momentum", "adam")
+TRAINED = ("celo2", "celo2-base")
+
+
+def _expected_shapes(hidden: int, hidden2: int) -> dict[str, tuple[int, ...]]:
+    shapes: dict[str, tuple[int, ...]] = {
+        f"w0__{group}": (columns, hidden) for group, columns in enumerate(GROUP_COLUMNS)
+    }
+    return shapes | {
+        "b0": (hidden,),
+        "w1": (hidden, hidden2),
+        "b1": (hidden2,),
+        "w2": (hidden2, OUTPUTS),
+        "b2": (OUTPUTS,),
+    }
+
+
+@dataclass(frozen=True, eq=False)
+class Theta:
+    """The weights of the learned optimizer: 19 named float32 arrays, all used as `x @ W`, and a metadata card.
+
+    Build one with `from_arrays` or `load`. Two thetas are equal when their arrays are (`sha256`); the card does not
+    count.
+    """
+
+    arrays: Mapping[str, NDArray[np.float32]]
+    card: Mapping[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def from_arrays(cls, arrays: Mapping[str, ArrayLike], card: Mapping[str, str] | None = None) -> Theta:
+        """Build a theta of the arrays `w0__0` .. `w0__13` [rows, hidden], `b0`, `w1`, `b1`, `w2` [hidden, 3] and `b2`.
+
+        Hidden sizes other than the published 8 and 8 are read from `b0` and `b1`. Raises ValueError for a missing or
+        unknown name, a wrong shape, or a value that is not finite in float32.
+        """
+        missing, unknown = sorted(set(NAMES) - set(arrays)), sorted(set(arrays) - set(NAMES))
+        if missing or unknown:
+            raise ValueError(f"theta needs exactly the arrays {', '.join(NAMES)}; missing {missing}, unknown {unknown}")
+        converted = {}
+        for name in NAMES:
+            array = np.array(arrays[name])
+            if array.dtype.kind not in "fiu":
+                raise ValueError(f"theta array {name!r} has dtype {array.dtype}: it must be real numbers")
+            converted[name] = np.ascontiguousarray(array, dtype="<f4")
+        if (
+            converted["b0"].ndim != 1
+            or converted["b1"].ndim != 1
+            or not converted["b0"].size
+            or not converted["b1"].size
+        ):
+            raise ValueError("theta arrays 'b0' and 'b1' must be vectors of the two hidden sizes, at least 1 each")
+        for name, shape in _expected_shapes(converted["b0"].size, converted["b1"].size).items():
+            if converted[name].shape != shape:
+                raise ValueError(f"theta array {name!r} has shape {converted[name].shape}, expected {shape}")
+            if not np.isfinite(converted[name]).all():
+                raise ValueError(f"theta array {name!r} holds a value that is not finite in float32")
+            converted[name].setflags(write=False)
+        card = {str(key): str(value) for key, value in (card or {}).items()}
+        if card.get("variant", "celo2") not in VARIANTS:
+            raise ValueError(f"theta card: variant={card['variant']!r}, allowed: {', '.join(VARIANTS)}")
+        if card.get("orthogonalize", "true") not in ("true", "false"):
+            raise ValueError(f"theta card: orthogonalize={card['orthogonalize']!r}, allowed: true, false")
+        return cls(MappingProxyType(converted), MappingProxyType(card))
+
+    @property
+    def name(self) -> str:
+        return self.card.get("name", "theta")
+
+    @property
+    def variant(self) -> str:
+        """`"celo2"` (the rule on hidden matrices, AdamW on the rest) or `"celo2-base"` (the rule everywhere)."""
+        return self.card.get("variant", "celo2")
+
+    @property
+    def orthogonalize(self) -> bool:
+        """Whether the weights were trained with Newton-Schulz; True for a file without a card (`theta.state`)."""
+        return self.card.get("orthogonalize", "true" if self.variant == "celo2" else "false") == "true"
+
+    @property
+    def hidden(self) -> int:
+        """Width of the first hidden layer (8 as published)."""
+        return self.arrays["b0"].size
+
+    @property
+    def num_parameters(self) -> int:
+        return sum(array.size for array in self.arrays.values())
+
+    @property
+    def sha256(self) -> str:
+        """Hash of names, shapes and little-endian float32 bytes, in the order of `NAMES`, without the card."""
+        digest = hashlib.sha256()
+        for name in NAMES:
+            digest.update(f"{name}{self.arrays[name].shape}".encode())
+            digest.update(self.arrays[name].tobytes())
+        return digest.hexdigest()
+
+    @property
+    def label(self) -> str:
+        """`name@` and the first 12 digits of `sha256`: what a state dict records."""
+        return f"{self.name}@{self.sha256[:12]}"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Theta) and self.sha256 == other.sha256
+
+    def __hash__(self) -> int:
+        return hash(self.sha256)
+
+    def __repr__(self) -> str:
+        return f"Theta({self.label}, {self.num_parameters} floats, variant={self.variant!r})"
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return Theta.from_arrays, (dict(self.arrays), dict(self.card))
+
+    def tensors(self, dtype: torch.dtype, device: torch.device) -> dict[str, torch.Tensor]:
+        """Return the arrays as tensors of `dtype` on `device`."""
+        return {name: torch.tensor(array, dtype=dtype, device=device) for name, array in self.arrays.items()}
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write to `path`, atomically: `*.state` in the authors' format (no card), anything else as safetensors.
+
+        Raises OSError, with any older file left as it was, when the disk refuses.
+        """
+        path = Path(path)
+        if path.suffix == ".state":
+            data = flax_state.dumps(self.arrays)
+        else:
+            card = dict(self.card) | {"format": "celo2-theta-v1", "sha256": self.sha256}
+            data = save_safetensors(dict(self.arrays), metadata=card)
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        try:
+            with os.fdopen(handle, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        except OSError:
+            Path(temporary).unlink(missing_ok=True)
+            raise
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Theta:
+        """Read a theta from safetensors or from the authors' `theta.state` (told apart by content, not by name).
+
+        Raises FileNotFoundError, or ValueError that names the file when it is damaged or holds something else.
+        """
+        path = Path(path)
+        data = path.read_bytes()
+        try:
+            if data[8:9] == b"{":
+                arrays = load_safetensors(data)
+                with safetensors.safe_open(path, framework="numpy") as file:
+                    card = dict(file.metadata() or {})
+            else:
+                arrays, card = flax_state.loads(data), {}
+            recorded = card.pop("sha256", None)
+            card.pop("format", None)
+            theta = cls.from_arrays(arrays, {"name": path.stem} | card)
+        except (ValueError, safetensors.SafetensorError) as error:
+            raise ValueError(
+                f"{path} is not a readable theta ({error}); it must be safetensors or a theta.state with the arrays "
+                "w0__0 .. w0__13, b0, w1, b1, w2, b2: fetch or save it again"
+            ) from error
+        if recorded is not None and recorded != theta.sha256:
+            raise ValueError(f"{path} is damaged: its arrays hash to {theta.sha256}, its card says {recorded}")
+        return theta
+
+
+def closed_form(name: str) -> Theta:
+    """Return a theta that computes a known direction: `"momentum"` m_0, or `"adam"` m_0 / sqrt(v + 1e-8).
+
+    One pair of ReLUs carries +x and -x through both layers. With Newton-Schulz, `"momentum"` is Muon with an
+    exponential-average momentum of 0.9.
+    """
+    if name not in CLOSED_FORMS:
+        raise ValueError(f"unknown closed form {name!r}, allowed: {', '.join(CLOSED_FORMS)}")
+    arrays = {key: np.zeros(shape, np.float32) for key, shape in _expected_shapes(8, 8).items()}
+    column = "w0__3" if name == "momentum" else "w0__5"
+    arrays[column][0, :2] = 1, -1
+    arrays["w1"][0, 0] = arrays["w1"][1, 1] = 1
+    arrays["w2"][:2, 0] = 1, -1
+    card = {
+        "name": name,
+        "recipe": "closed form, not trained",
+        "orthogonalize": "true" if name == "momentum" else "false",
+    }
+    return Theta.from_arrays(arrays, card)
+
+
+_HUB_ID = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?")
+
+
+def _load_from_hub(repo: str, revision: str | None) -> Theta:
+    try:
+        from huggingface_hub import hf_hub_download, list_repo_files
+        from huggingface_hub.errors import HfHubHTTPError
+    except ImportError as error:
+        raise ImportError(
+            f"weights={repo!r} is a hub id: pip install huggingface_hub, or pass a file's path"
+        ) from error
+    try:
+        files = list_repo_files(repo, revision=revision)
+        for name in sorted(files, key=lambda file: (not file.endswith(".safetensors"), file != "theta.state", file)):
+            if name.endswith((".safetensors", ".state")):
+                return Theta.load(hf_hub_download(repo, name, revision=revision))
+    except (HfHubHTTPError, OSError) as error:
+        raise OSError(
+            f"weights={repo!r} could not be fetched from the hub ({type(error).__name__}: {error}); check the id and "
+            "the network, or download the file and pass its path"
+        ) from error
+    raise ValueError(f"hub repository {repo!r} holds no .safetensors or .state file, only {files}")
+
+
+def load_weights(weights: str | os.PathLike[str] | Theta) -> Theta:
+    """Resolve what the `weights=` argument of `FusedCelo2` accepts.
+
+    A `Theta`; a name (`"momentum"`, `"adam"`; `"celo2"` and `"celo2-base"` once trained weights are shipped); a file's
+    path; or a hub id `owner/name` or `owner/name@revision`. A path that exists wins over a hub id of the same spelling.
+    Raises ValueError, FileNotFoundError, ImportError or OSError, each naming `weights` and the fix.
+    """
+    if isinstance(weights, Theta):
+        return weights
+    if not isinstance(weights, (str, os.PathLike)):
+        raise TypeError(f"weights={weights!r}: expected a name, a path, a hub id or a Theta")
+    name = os.fspath(weights)
+    if name in CLOSED_FORMS:
+        return closed_form(name)
+    if name in TRAINED:
+        raise ValueError(
+            f"weights={name!r}: this version ships no trained weights yet; pass a theta.state or safetensors path, a "
+            f"hub id, or a closed-form baseline ({', '.join(map(repr, CLOSED_FORMS))})"
+        )
+    if Path(name).is_file():
+        return Theta.load(name)
+    hub = _HUB_ID.fullmatch(name)
+    if isinstance(weights, str) and hub and not name.endswith((".safetensors", ".state")) and name[0] not in "./":
+        return _load_from_hub(hub["repo"], hub["revision"])
+    if "/" in name or name.endswith((".safetensors", ".state")) or not isinstance(weights, str):
+        raise FileNotFoundError(f"weights={name!r}: no such file")
+    raise ValueError(
+        f"weights={name!r}: not a known name ({', '.join((*TRAINED, *CLOSED_FORMS))}), a file, or a hub id owner/name"
+    )

@@ -1,0 +1,344 @@
+"""The two decoder-only transformers of the harness, and their sizes.
+
+`gpt2` has learned positions, LayerNorm, a tied head and by default no biases (Radford et al. 2019). `modern`
+has RoPE, RMSNorm and QK-norm without gain, an untied head and no biases (the language-model architecture of
+the Celo2 paper, from Marek et al., arXiv 2507.07101). Both have a tanh GELU.
+
+Shape suffixes: B batch, T tokens, D width, H heads, K head dim, V vocabulary, C = 3 (query, key, value).
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal, Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from celo2 import MatrixView
+
+ARCHS = ("gpt2", "modern")
+VOCAB_SIZES = {"bytes": 257, "gpt2": 50257}
+ROPE_BASE = 1e4
+NORM_EPS = {"gpt2": 1e-5, "modern": 1e-6}
+
+
+@dataclass(frozen=True)
+class GPTConfig:
+    """Shape of a model; raises ValueError for an unknown arch, sizes < 1, biases or odd heads in `modern`."""
+
+    arch: str
+    n_layer: int
+    n_head: int
+    head_dim: int
+    context: int
+    vocab_size: int
+    bias: bool = False
+    """Biases in Linear and LayerNorm; `gpt2` only. The published GPT-2 parameter counts include them."""
+
+    def __post_init__(self) -> None:
+        if self.arch not in ARCHS:
+            raise ValueError(f"unknown arch {self.arch!r}: choose one of {', '.join(ARCHS)}")
+        for name in ("n_layer", "n_head", "head_dim", "context", "vocab_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)!r} must be an integer >= 1")
+        if self.arch == "modern" and (self.bias or self.head_dim % 2):
+            got = f"bias={self.bias}, head_dim={self.head_dim}"
+            raise ValueError(f"{got}: arch='modern' takes bias=False and an even head_dim, or use arch='gpt2'")
+
+    @property
+    def width(self) -> int:
+        """Size of the residual stream."""
+        return self.n_head * self.head_dim
+
+    @property
+    def tied(self) -> bool:
+        """Whether the output head is the token embedding."""
+        return self.arch == "gpt2"
+
+
+@dataclass(frozen=True)
+class Size:
+    """A named size: the `gpt2` shape, the default architecture and the tokenizer ("bytes" or "gpt2")."""
+
+    n_layer: int
+    n_head: int
+    head_dim: int
+    context: int
+    arch: str = "gpt2"
+    tokenizer: str = "gpt2"
+
+
+SIZES: dict[str, Size] = {
+    "nano": Size(4, 4, 32, 256, tokenizer="bytes"),
+    "30m": Size(6, 3, 128, 512, arch="modern"),
+    "small": Size(12, 12, 64, 1024),
+    "medium": Size(24, 16, 64, 1024),
+    "large": Size(36, 20, 64, 1024),
+    "gpt2-xl": Size(48, 25, 64, 1024),
+    "xl": Size(24, 16, 128, 2048),
+}
+
+
+def model_config(size: str, arch: str | None = None, *, bias: bool = False) -> GPTConfig:
+    """Configuration of a named size; `arch=None` takes the size's default.
+
+    `modern` widens heads of 64 to 128 where the width allows it (small is 6 x 128; gpt2-xl keeps 25 x 64).
+    Raises ValueError for an unknown size or architecture.
+    """
+    if size not in SIZES:
+        raise ValueError(f"unknown size {size!r}: choose one of {', '.join(SIZES)}")
+    spec = SIZES[size]
+    arch = spec.arch if arch is None else arch
+    n_head, head_dim = spec.n_head, spec.head_dim
+    if arch == "modern" and head_dim == 64 and n_head % 2 == 0:
+        n_head, head_dim = n_head // 2, 128
+    return GPTConfig(arch, spec.n_layer, n_head, head_dim, spec.context, VOCAB_SIZES[spec.tokenizer], bias)
+
+
+class Linear(nn.Linear):
+    """A Linear that draws nothing when constructed: NaN until `GPT.init_weights` or a checkpoint fills it."""
+
+    def reset_parameters(self) -> None:
+        for parameter in self.parameters():
+            nn.init.constant_(parameter, math.nan)
+
+
+class Embedding(nn.Embedding):
+    """An Embedding that draws nothing when constructed, like `Linear`."""
+
+    def reset_parameters(self) -> None:
+        nn.init.constant_(self.weight, math.nan)
+
+
+def make_norm(config: GPTConfig) -> nn.Module:
+    """LayerNorm with gain for `gpt2`, RMSNorm without gain for `modern`, over the width."""
+    eps = NORM_EPS[config.arch]
+    if config.arch == "modern":
+        return nn.RMSNorm(config.width, eps=eps, elementwise_affine=False)
+    return nn.LayerNorm(config.width, eps=eps, bias=config.bias)
+
+
+def rope_tables(length: int, head_dim: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Cosine and sine of position * ROPE_BASE**(-2i / head_dim), each float32 [length, head_dim / 2].
+
+    Source: Su et al. 2021, arXiv 2104.09864, equation 15.
+    """
+    half = head_dim // 2
+    frequency_K = ROPE_BASE ** (-torch.arange(half, device=device, dtype=torch.float32) / half)
+    angle_TK = torch.arange(length, device=device, dtype=torch.float32)[:, None] * frequency_K
+    return angle_TK.cos(), angle_TK.sin()
+
+
+def rotate(x_BHTK: Tensor, cos_TK: Tensor, sin_TK: Tensor) -> Tensor:
+    """Apply RoPE: rotate element i of the first half with element i of the second, in float32 or wider."""
+    first, second = x_BHTK.chunk(2, dim=-1)
+    return torch.cat((first * cos_TK - second * sin_TK, second * cos_TK + first * sin_TK), dim=-1)
+
+
+def qk_norm(x_BHTK: Tensor) -> Tensor:
+    """Scale each head's vector to root mean square 1, without gain."""
+    return F.rms_norm(x_BHTK, x_BHTK.shape[-1:], eps=NORM_EPS["modern"])
+
+
+class Attention(nn.Module):
+    """Causal multi-head self-attention; rows of `qkv` are query, key, value, each split in heads."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.heads_shape = (3, config.n_head, config.head_dim)
+        self.qkv = Linear(config.width, 3 * config.width, bias=config.bias)
+        self.out = Linear(config.width, config.width, bias=config.bias)
+
+    def forward(self, x_BTD: Tensor, rope: tuple[Tensor, Tensor] | None) -> Tensor:
+        qkv_BTCHK = self.qkv(x_BTD).unflatten(-1, self.heads_shape)
+        q_BHTK, k_BHTK, v_BHTK = qkv_BTCHK.permute(2, 0, 3, 1, 4).unbind(0)
+        if rope is not None:
+            q_BHTK = rotate(qk_norm(q_BHTK), *rope).type_as(v_BHTK)
+            k_BHTK = rotate(qk_norm(k_BHTK), *rope).type_as(v_BHTK)
+        y_BHTK = F.scaled_dot_product_attention(q_BHTK, k_BHTK, v_BHTK, is_causal=True)
+        return self.out(y_BHTK.transpose(1, 2).flatten(2))
+
+
+class MLP(nn.Module):
+    """Up-projection to 4D, tanh GELU, down-projection."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.up = Linear(config.width, 4 * config.width, bias=config.bias)
+        self.down = Linear(4 * config.width, config.width, bias=config.bias)
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        return self.down(F.gelu(self.up(x_BTD), approximate="tanh"))
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.attention_norm = make_norm(config)
+        self.attention = Attention(config)
+        self.mlp_norm = make_norm(config)
+        self.mlp = MLP(config)
+
+    def forward(self, x_BTD: Tensor, rope: tuple[Tensor, Tensor] | None) -> Tensor:
+        x_BTD = x_BTD + self.attention(self.attention_norm(x_BTD), rope)
+        return x_BTD + self.mlp(self.mlp_norm(x_BTD))
+
+
+class GPT(nn.Module):
+    """A language model of either architecture; its weights are NaN until `init_weights` or a loaded state."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.token_embedding = Embedding(config.vocab_size, config.width)
+        self.position_embedding = Embedding(config.context, config.width) if config.arch == "gpt2" else None
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.final_norm = make_norm(config)
+        # the tied head is built on meta: its own [V, D] weight would only be thrown away
+        head_device = torch.device("meta") if config.tied else None
+        self.lm_head = Linear(config.width, config.vocab_size, bias=False, device=head_device)
+        self._tie()
+
+    def _tie(self) -> None:
+        if self.config.tied:
+            self.lm_head.weight = self.token_embedding.weight
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        # leaving the meta device (to_empty) makes new parameters and would untie the head
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self._tie()
+        return self
+
+    def forward(
+        self, tokens_BT: Tensor, targets_BT: Tensor | None = None, reduction: Literal["mean", "sum"] = "mean"
+    ) -> Tensor:
+        """Logits, or the next-token cross-entropy when targets are given.
+
+        Both are int64 [B, T <= context]. Returns logits [B, T, V] in the compute dtype, or the 0-d float32
+        loss in nats. Raises ValueError for other shapes and an unknown reduction.
+        """
+        if tokens_BT.ndim != 2 or not 1 <= tokens_BT.shape[1] <= self.config.context:
+            raise ValueError(
+                f"tokens have shape {tuple(tokens_BT.shape)}: pass [batch, T] with 1 <= T <= context = "
+                f"{self.config.context}; crop the sequence or build the model with a longer context"
+            )
+        length = tokens_BT.shape[1]
+        if reduction not in ("mean", "sum"):
+            raise ValueError(f"unknown reduction {reduction!r}: choose one of mean, sum")
+        if targets_BT is not None and targets_BT.shape != tokens_BT.shape:
+            shape = tuple(targets_BT.shape)
+            raise ValueError(f"targets have shape {shape}, not {tuple(tokens_BT.shape)} as the tokens")
+        x_BTD = self.token_embedding(tokens_BT)
+        rope = None
+        if self.position_embedding is None:
+            # computed here rather than kept as buffers, which casts and to_empty would damage
+            rope = rope_tables(length, self.config.head_dim, tokens_BT.device)
+        else:
+            x_BTD = x_BTD + self.position_embedding(torch.arange(length, device=tokens_BT.device))
+        for block in self.blocks:
+            x_BTD = block(x_BTD, rope)
+        logits_BTV: Tensor = self.lm_head(self.final_norm(x_BTD))
+        if targets_BT is None:
+            return logits_BTV
+        return F.cross_entropy(logits_BTV.flatten(0, 1).float(), targets_BT.flatten(), reduction=reduction)
+
+    @torch.no_grad()
+    def init_weights(self, seed: int) -> None:
+        """Fill every parameter from its own generator, the same values on every device.
+
+        `gpt2`: standard deviation 0.02, over sqrt(2 n_layer) into the residual stream; biases 0, gains 1.
+        `modern`: Xavier-uniform, heads counted as receptive field (JAX's initialiser of [3, H, D, K]);
+        embeddings of variance 1 / D. Raises ValueError on the meta device.
+        """
+        generator = torch.Generator().manual_seed(seed)
+        config = self.config
+        heads, dim, width = config.n_head, config.head_dim, config.width
+        # fan in + fan out
+        fans = {"qkv": 3 * heads * (width + dim), "out": heads * (width + dim)}
+        fans |= {"up": 5 * width, "down": 5 * width}
+        for name, parameter in self.named_parameters():
+            if parameter.is_meta:
+                raise ValueError(f"{name} is on the meta device: call model.to_empty(device=...) first")
+            module, leaf = name.split(".")[-2:]
+            if leaf == "bias" or module.endswith("norm"):
+                parameter.fill_(0.0 if leaf == "bias" else 1.0)
+                continue
+            # drawn in float32 on the CPU: one stream for every device and dtype
+            draw = torch.empty(parameter.shape, dtype=torch.float32, device="cpu")
+            if config.arch == "modern" and module in fans:
+                limit = math.sqrt(6 / fans[module])
+                draw.uniform_(-limit, limit, generator=generator)
+            else:
+                residual = 0.02 / math.sqrt(2 * config.n_layer) if module in ("out", "down") else 0.02
+                std = 1 / math.sqrt(width) if config.arch == "modern" else residual
+                draw.normal_(0.0, std, generator=generator)
+            parameter.copy_(draw)
+
+    def num_params(self) -> int:
+        """Number of parameters, a tied head counted once."""
+        return sum(parameter.numel() for parameter in self.parameters())
+
+    def flops_per_token(self) -> int:
+        """Training FLOPs (forward and backward) a token: 6 N + 12 n_layer * width * context.
+
+        N is every parameter but the embedding tables, with the output head, tied or not.
+        Source: PaLM, appendix B (Chowdhery et al. 2022, arXiv 2204.02311); causal masking is not discounted.
+        """
+        config = self.config
+        lookups = 0 if config.tied else config.vocab_size * config.width
+        if self.position_embedding is not None:
+            lookups += config.context * config.width
+        return 6 * (self.num_params() - lookups) + 12 * config.n_layer * config.width * config.context
+
+    def matrix_views(self) -> dict[str, MatrixView]:
+        """How the attention weights split into one matrix per head, by parameter name.
+
+        qkv [3 H K, D] is 3 H blocks [K, D]; out [D, H K] is H blocks [D, K]: the authors' slices.
+        """
+        heads = self.config.n_head
+        views: dict[str, MatrixView] = {}
+        for index in range(self.config.n_layer):
+            views[f"blocks.{index}.attention.qkv.weight"] = MatrixView(split=3, heads=heads, axis=0)
+            views[f"blocks.{index}.attention.out.weight"] = MatrixView(heads=heads, axis=1)
+        return views
+
+    @torch.no_grad()
+    def generate(
+        self,
+        tokens_BT: Tensor,
+        count: int,
+        *,
+        temperature: float = 0.8,
+        top_k: int | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """Append `count` sampled tokens to each prompt; a generator in the same state gives the same tokens.
+
+        tokens_BT is int64 [B, T >= 1]; the result [B, T + count]. The model sees the last `context` tokens.
+        Temperature 0 takes the likeliest. Raises ValueError for an empty prompt or arguments out of range.
+        """
+        if tokens_BT.ndim != 2 or tokens_BT.shape[1] < 1:
+            raise ValueError(f"prompt has shape {tuple(tokens_BT.shape)}: pass [batch, T] with T >= 1")
+        if count < 0 or not 0.0 <= temperature < math.inf or (top_k is not None and top_k < 1):
+            raise ValueError(f"{count=} must be >= 0, {temperature=} finite and >= 0, {top_k=} >= 1 or None")
+        was_training = self.training
+        self.eval()
+        try:
+            for _ in range(count):
+                logits_BV = self(tokens_BT[:, -self.config.context :])[:, -1].float()
+                if temperature == 0.0:
+                    next_B1 = logits_BV.argmax(dim=-1, keepdim=True)
+                else:
+                    if top_k is not None and top_k < logits_BV.shape[-1]:
+                        floor_B1 = logits_BV.topk(top_k).values[:, -1:]
+                        logits_BV = logits_BV.masked_fill(logits_BV < floor_B1, -math.inf)
+                    odds_BV = F.softmax(logits_BV / temperature, dim=-1)
+                    next_B1 = torch.multinomial(odds_BV, 1, generator=generator)
+                tokens_BT = torch.cat((tokens_BT, next_B1), dim=1)
+        finally:
+            self.train(was_training)
+        return tokens_BT

@@ -1,0 +1,133 @@
+"""`--opt`: the optimizers of the harness behind one interface, routed alike.
+
+Hidden matrices go to the method, embeddings, head and vectors to AdamW (`celo2.param_groups`); `adamw` and `celo2-base`
+treat every parameter alike.
+"""
+
+import math
+from collections.abc import Iterable
+
+from torch import nn
+from torch.optim import AdamW, Muon, Optimizer
+
+from celo2 import FusedCelo2, Theta, load_weights, param_groups
+from celo2.pretrain.model import GPT
+from celo2.pretrain.recipes import OPTS, Recipe
+from celo2.routing import format_table
+
+# what --weights means when it is not given: closed forms, until trained weights are shipped
+DEFAULT_WEIGHTS = {"celo2": "momentum", "celo2-base": "adam"}
+
+
+class Optimizers:
+    """The torch optimizers of one run, stepped together.
+
+    Every group carries `initial_lr`, its peak learning rate; `set_lr` scales them all. Raises ValueError for an unknown
+    `opt`, or for weights given to an optimizer that has none.
+    """
+
+    def __init__(self, opt: str, recipe: Recipe, model: GPT, weights: str | None = None) -> None:
+        if opt not in OPTS:
+            raise ValueError(f"unknown optimizer {opt!r}: choose one of {', '.join(OPTS)}")
+        if weights is not None and opt not in DEFAULT_WEIGHTS:
+            raise ValueError(f"--weights {weights} belongs to --opt celo2 or celo2-base; --opt {opt} has no weights")
+        self.theta: Theta | None = None
+        self._max_grad_norm = recipe.max_grad_norm
+        self._parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self.members: list[Optimizer] = []
+        if opt in DEFAULT_WEIGHTS:
+            self.theta = load_weights(weights or DEFAULT_WEIGHTS[opt])
+            self.members.append(
+                FusedCelo2(
+                    param_groups(model, variant=opt, views=model.matrix_views()),
+                    recipe.lr,
+                    weights=self.theta,
+                    weight_decay=recipe.weight_decay,
+                    orthogonalize=None if opt == "celo2" else False,
+                    adam_lr_mult=recipe.adam_lr_mult,
+                    adam_betas=recipe.betas,
+                    max_grad_norm=recipe.max_grad_norm,
+                )
+            )
+        elif opt == "adamw":
+            self.members.append(_adamw(model.named_parameters(), recipe.lr, recipe))
+        else:
+            groups = {group["rule"]: group["params"] for group in param_groups(model)}
+            self.members.append(Muon(groups["celo2"], lr=recipe.lr, weight_decay=recipe.weight_decay))
+            self.members.append(_adamw(groups["adamw"], recipe.adam_lr or recipe.lr, recipe))
+        for group in self._groups():
+            group["initial_lr"] = group["lr"]
+
+    def _groups(self) -> list[dict[str, object]]:
+        return [group for member in self.members for group in member.param_groups]
+
+    def set_lr(self, factor: float) -> None:
+        """Set every group's learning rate to `factor` times its peak."""
+        for group in self._groups():
+            group["lr"] = factor * group["initial_lr"]  # type: ignore[operator]
+
+    def zero_grad(self) -> None:
+        for member in self.members:
+            member.zero_grad(set_to_none=True)
+
+    def step(self) -> float:
+        """Clip and step; return the gradient norm before clipping.
+
+        A norm that is not finite means that nothing was stepped: parameters and state are as they were.
+        """
+        if isinstance(self.members[0], FusedCelo2):
+            # it clips by itself, in the pass that reads the gradients anyway
+            self.members[0].step()
+            assert self.members[0].grad_norm is not None
+            return float(self.members[0].grad_norm)
+        norm = float(nn.utils.clip_grad_norm_(self._parameters, self._max_grad_norm or math.inf))
+        if math.isfinite(norm):
+            for member in self.members:
+                member.step()
+        return norm
+
+    def state_bytes(self) -> int:
+        """Bytes of optimizer state once every parameter has been stepped."""
+        total = 0
+        for member in self.members:
+            if isinstance(member, FusedCelo2):
+                tensors = (value for state in member.state.values() for value in state.values())
+                total += sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+                continue
+            # Muon keeps a momentum, AdamW two moments, each like the parameter
+            copies = 1 if isinstance(member, Muon) else 2
+            parameters = (parameter for group in member.param_groups for parameter in group["params"])
+            total += sum(copies * parameter.numel() * parameter.element_size() for parameter in parameters)
+        return total
+
+    def table(self) -> str:
+        """The routing as text, with the numbered blocks on one line: name, shape, matrices, rule, lr, decay."""
+        if isinstance(self.members[0], FusedCelo2):
+            return self.members[0].table(collapse=True)
+        rows: list[tuple[str, ...]] = []
+        for member in self.members:
+            for group in member.param_groups:
+                for name, parameter in zip(group["param_names"], group["params"], strict=True):
+                    shape, rule = str(list(parameter.shape)), type(member).__name__.lower()
+                    rows.append((name, shape, rule, f"{group['initial_lr']:.3g}", f"{group['weight_decay']:g}"))
+        return format_table(("parameter", "shape", "rule", "lr", "weight decay"), rows, collapse=True)
+
+    def parameters_by_rule(self) -> dict[str, int]:
+        """Number of parameters that each rule steps."""
+        counts: dict[str, int] = {}
+        for member in self.members:
+            for group in member.param_groups:
+                rule = group.get("rule", type(member).__name__.lower())
+                counts[rule] = counts.get(rule, 0) + sum(parameter.numel() for parameter in group["params"])
+        return counts
+
+
+def _adamw(parameters: Iterable[tuple[str, nn.Parameter]], lr: float, recipe: Recipe) -> AdamW:
+    """AdamW with decay on matrices only, as nanoGPT and llm.c do."""
+    named = list(parameters)
+    groups = [
+        {"params": [pair for pair in named if pair[1].ndim >= 2], "weight_decay": recipe.weight_decay},
+        {"params": [pair for pair in named if pair[1].ndim < 2], "weight_decay": 0.0},
+    ]
+    fused = all(parameter.device.type in ("cpu", "cuda") for _, parameter in named)
+    return AdamW([group for group in groups if group["params"]], lr=lr, betas=recipe.betas, fused=fused)

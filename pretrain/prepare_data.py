@@ -1,0 +1,460 @@
+"""Prepare token shards from text files, a `datasets` id or the embedded corpus: streamed, resumable, atomic.
+
+    python pretrain/prepare_data.py --tokenizer gpt2 --out data/fineweb --dataset HuggingFaceFW/fineweb-edu \\
+        --name sample-10BT
+    python pretrain/prepare_data.py --tokenizer gpt2 --out data/books --text book1.txt book2.txt.xz
+    python pretrain/prepare_data.py --tokenizer bytes --out data/wikipedia --embedded
+
+An end-of-text token stands before each document. Shards hold exactly `--shard-tokens` tokens and shard 0 is
+for validation; when the text fills less than two shards, every 20th document is for validation instead and
+all the others make one training shard. After each shard `prepare_progress.json` records where the stream
+stands; the same command goes on from there and the shards are bitwise those of an uninterrupted run.
+"""
+
+import argparse
+import gzip
+import hashlib
+import json
+import lzma
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any, Protocol, TextIO
+
+import numpy as np
+from tqdm import tqdm
+
+from celo2.pretrain.shards import MAX_SHARD_TOKENS, PathLike, open_shard, write_atomic, write_shard
+from celo2.pretrain.tokenizer import Tokenizer, get_tokenizer
+
+EMBEDDED_TEXT = Path(__file__).resolve().parent / "assets" / "wikipedia.txt.xz"
+PROGRESS_FILE = "prepare_progress.json"
+SHARD_TOKENS = 100_000_000
+HELD_OUT_EVERY = 20
+_BATCH_DOCUMENTS = 64
+
+
+class Source(Protocol):
+    """A deterministic sequence of documents."""
+
+    @property
+    def shard_name(self) -> str:
+        """First part of the shards' file names."""
+
+    def identity(self) -> dict[str, Any]:
+        """What identifies the documents, as JSON values: progress of another identity is refused."""
+
+    def documents(self, skip: int) -> Iterator[str]:
+        """The documents from number `skip` on."""
+
+
+@dataclass(frozen=True)
+class TextFiles:
+    """Documents of UTF-8 text files (plain, .gz or .xz), separated by two or more blank lines.
+
+    Raises FileNotFoundError for a missing file, ValueError for one that is not text or damaged, naming it.
+    """
+
+    paths: tuple[Path, ...]
+
+    @property
+    def shard_name(self) -> str:
+        return _file_name_part(self.paths[0].name.split(".")[0])
+
+    def identity(self) -> dict[str, Any]:
+        return {"kind": "text", "files": [_fingerprint(path) for path in self.paths]}
+
+    def documents(self, skip: int) -> Iterator[str]:
+        return islice((document for path in self.paths for document in _split_documents(path)), skip, None)
+
+
+@dataclass(frozen=True)
+class DatasetRows:
+    """Documents of the rows of what `datasets.load_dataset` accepts, streamed.
+
+    Raises ImportError without `datasets`, ConnectionError or ValueError when the data cannot be had or lack
+    the column.
+    """
+
+    path: str
+    name: str | None = None
+    split: str = "train"
+    data_files: tuple[str, ...] = ()
+    column: str = "text"
+
+    @property
+    def shard_name(self) -> str:
+        return _file_name_part(self.path.rstrip("/").split("/")[-1])
+
+    def identity(self) -> dict[str, Any]:
+        return {
+            "kind": "dataset",
+            "path": self.path,
+            "name": self.name,
+            "split": self.split,
+            "data_files": list(self.data_files),
+            "column": self.column,
+        }
+
+    def documents(self, skip: int) -> Iterator[str]:
+        try:
+            import datasets
+        except ImportError as error:
+            raise ImportError(
+                "--dataset needs the package datasets; install it with `pip install 'celo2[train]'`, or use "
+                "--text or --embedded"
+            ) from error
+        files = list(self.data_files) or None
+        try:
+            rows = datasets.load_dataset(self.path, name=self.name, split=self.split, data_files=files, streaming=True)
+            for row in rows.skip(skip):
+                if self.column not in row:
+                    raise ValueError(f"there is no column {self.column!r} but {sorted(row)}; give one with --column")
+                yield row[self.column]
+        except ValueError as error:
+            raise ValueError(f"dataset {self.path!r} (name {self.name!r}, split {self.split!r}): {error}") from error
+        except (OSError, datasets.exceptions.DatasetsError) as error:
+            raise ConnectionError(
+                f"dataset {self.path!r} (name {self.name!r}, split {self.split!r}) cannot be read: {error}; "
+                "check the id and the network, then run the same command again (finished shards are kept), "
+                "or use --text or --embedded, which need no network"
+            ) from error
+
+
+def _file_name_part(text: str) -> str:
+    return "".join(c if c.isascii() and (c.isalnum() or c in "-_") else "_" for c in text) or "text"
+
+
+def _fingerprint(path: Path) -> dict[str, Any]:
+    """Name, size and the hash of the first MiB of a file: cheap for any size, the same after a copy."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such text file; correct the path given to --text")
+    with open(path, "rb") as file:
+        head = hashlib.sha256(file.read(2**20)).hexdigest()
+    return {"name": path.name, "bytes": path.stat().st_size, "head_sha256": head}
+
+
+def _open_text(path: Path) -> TextIO:
+    if path.suffix == ".xz":
+        return lzma.open(path, "rt", encoding="utf-8-sig")
+    if path.suffix == ".gz":
+        return gzip.open(path, "rt", encoding="utf-8-sig")
+    return open(path, encoding="utf-8-sig")
+
+
+def _split_documents(path: Path) -> Iterator[str]:
+    lines: list[str] = []
+    blank = 0
+    try:
+        with _open_text(path) as file:
+            for line in file:
+                if not line.strip():
+                    blank += 1
+                    continue
+                if blank >= 2 and lines:
+                    yield "".join(lines).rstrip("\n")
+                    lines = []
+                elif lines:
+                    lines.append("\n" * blank)
+                blank = 0
+                lines.append(line)
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{path}: not UTF-8 text ({error.reason} at byte {error.start}); convert it to UTF-8"
+        ) from error
+    except (lzma.LZMAError, gzip.BadGzipFile, EOFError) as error:
+        raise ValueError(f"{path}: the compressed file is damaged or cut short ({error}); get it again") from error
+    if lines:
+        yield "".join(lines).rstrip("\n")
+
+
+@dataclass(frozen=True)
+class ShardRecord:
+    """A finished shard and where the stream stands after it."""
+
+    file: str
+    """Name in the output folder."""
+    tokens: int
+    """Tokens in it."""
+    documents: int
+    """Documents of the source that are wholly in this and the earlier shards."""
+    offset: int
+    """Tokens of the next document (its end-of-text token counted) that are in them already."""
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Outcome of `prepare`: the finished shards, and whether they all stood there already."""
+
+    shards: tuple[ShardRecord, ...]
+    unchanged: bool
+
+    @property
+    def tokens(self) -> int:
+        """Tokens in all shards."""
+        return sum(shard.tokens for shard in self.shards)
+
+
+class _Progress:
+    """The manifest of an output folder; sound shards are kept, those from the first bad one on remade."""
+
+    def __init__(self, out_dir: Path, arguments: dict[str, Any], vocab_id: int) -> None:
+        self.path = out_dir / PROGRESS_FILE
+        self.arguments = arguments
+        self.shards: list[ShardRecord] = []
+        self.complete = False
+        if not self.path.exists():
+            foreign = sorted(path.name for path in out_dir.glob("*.bin"))
+            if foreign:
+                raise ValueError(
+                    f"{out_dir}: holds {foreign[0]} ({len(foreign)} .bin files) but no {PROGRESS_FILE}, so "
+                    "other data would be mixed in; give an empty folder as --out"
+                )
+            return
+        try:
+            stored = json.loads(self.path.read_text(encoding="utf-8"))
+            found, complete = stored["arguments"], bool(stored["complete"])
+            records = [ShardRecord(**record) for record in stored["shards"]]
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(
+                f"{self.path}: damaged progress file ({error}); delete it and the .bin files beside it, then run again"
+            ) from error
+        different = [
+            f"{key}: {found.get(key)!r} there, {value!r} now"
+            for key, value in arguments.items()
+            if found.get(key) != value
+        ]
+        if different:
+            raise ValueError(
+                f"{out_dir}: was prepared with other arguments ({'; '.join(different)}); give another --out, "
+                "the same arguments, or delete the folder"
+            )
+        for record in records:
+            try:
+                sound = len(open_shard(out_dir / record.file, vocab_id)) == record.tokens
+            except (ValueError, FileNotFoundError):
+                sound = False
+            if not sound:
+                break
+            self.shards.append(record)
+        self.complete = complete and len(self.shards) == len(records)
+        # the first two shards are split off together
+        if len(self.shards) < 2:
+            self.shards = []
+
+    def save(self) -> None:
+        stored = {
+            "arguments": self.arguments,
+            "shards": [vars(shard) for shard in self.shards],
+            "complete": self.complete,
+        }
+        write_atomic(self.path, [(json.dumps(stored, indent=1) + "\n").encode()])
+
+
+def _token_stream(
+    source: Source, tokenizer: Tokenizer, skip: int, offset: int, limit: int | None
+) -> Iterator[tuple[int, int, np.ndarray]]:
+    """Yield (documents consumed, offset of its first token, tokens) per document, up to `limit` tokens.
+
+    The first document starts at token `offset`; blank documents have no tokens.
+    """
+    documents = source.documents(skip)
+    number = skip
+    while batch := list(islice(documents, _BATCH_DOCUMENTS)):
+        not_text = [i for i, text in enumerate(batch) if not isinstance(text, str)]
+        if not_text:
+            i = not_text[0]
+            raise ValueError(f"document {number + i} is {batch[i]!r}, not text; choose a text column with --column")
+        for text, ids in zip(batch, tokenizer.encode_batch(batch), strict=True):
+            number += 1
+            if not text.strip():
+                continue
+            tokens = np.concatenate([np.array([tokenizer.eot], dtype=np.uint16), ids])[offset:]
+            if limit is not None:
+                tokens = tokens[:limit]
+                limit -= len(tokens)
+            yield number, offset, tokens
+            offset = 0
+            if limit == 0:
+                return
+
+
+def _hold_out(documents: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """Training and validation tokens of a small text: every 20th document is held out.
+
+    Of fewer than 20 documents the last is held out, of a single one its last twentieth.
+    """
+    if len(documents) == 1:
+        tokens = documents[0]
+        tail = max(1, len(tokens) // HELD_OUT_EVERY)
+        return tokens[:-tail], tokens[-tail:]
+    last = len(documents) - 1
+    held = {i for i in range(len(documents)) if i % HELD_OUT_EVERY == HELD_OUT_EVERY - 1} or {last}
+    train = np.concatenate([tokens for i, tokens in enumerate(documents) if i not in held])
+    return train, np.concatenate([documents[i] for i in sorted(held)])
+
+
+def prepare(
+    source: Source,
+    tokenizer_name: str,
+    out_dir: PathLike,
+    *,
+    shard_tokens: int = SHARD_TOKENS,
+    max_tokens: int | None = None,
+) -> Prepared:
+    """Write the shards of a source to a folder, or go on with what an interrupted run left there.
+
+    shard_tokens: tokens a shard; max_tokens: tokens in all, validation included. Up to two shards are held in
+    memory. Raises ValueError for a bad argument, a source without text, or a folder prepared with other
+    arguments; OSError when a file cannot be written or the source cannot be read; finished shards always
+    stay.
+    """
+    if not 2 <= shard_tokens <= MAX_SHARD_TOKENS // 2:
+        raise ValueError(f"shard_tokens={shard_tokens!r}; allowed: 2..{MAX_SHARD_TOKENS // 2}")
+    if max_tokens is not None and max_tokens < 2:
+        raise ValueError(f"max_tokens={max_tokens!r}; give at least 2 tokens, or none for all the text")
+    tokenizer = get_tokenizer(tokenizer_name)
+    arguments = {
+        "tokenizer": tokenizer.name,
+        "source": source.identity(),
+        "shard_tokens": shard_tokens,
+        "max_tokens": max_tokens,
+    }
+    out_dir = Path(out_dir)
+    out_dir.mkdir(parents=True, exist_ok=True)
+    progress = _Progress(out_dir, arguments, tokenizer.vocab_id)
+    if progress.complete:
+        return Prepared(tuple(progress.shards), unchanged=True)
+    progress.save()
+
+    def finish(tokens: np.ndarray, documents: int, offset: int) -> None:
+        number = len(progress.shards)
+        file = f"{source.shard_name}_{'train' if number else 'val'}_{number:06d}.bin"
+        write_shard(out_dir / file, tokens, tokenizer.vocab_id)
+        progress.shards.append(ShardRecord(file, len(tokens), documents, offset))
+
+    documents, offset = (progress.shards[-1].documents, progress.shards[-1].offset) if progress.shards else (0, 0)
+    written = sum(shard.tokens for shard in progress.shards)
+    limit = None if max_tokens is None else max_tokens - written
+    pending: list[np.ndarray] = []
+    size = 0
+    stream: Iterable[tuple[int, int, np.ndarray]] = ()
+    if limit is None or limit > 0:
+        stream = _token_stream(source, tokenizer, documents, offset, limit)
+    # disable=None: no bar unless standard error is a terminal
+    with tqdm(total=max_tokens, initial=written, unit="tok", unit_scale=True, disable=None) as bar:
+        for documents, first, tokens in stream:
+            pending.append(tokens)
+            size += len(tokens)
+            bar.update(len(tokens))
+            if size < (shard_tokens if progress.shards else 2 * shard_tokens):
+                continue
+            flat = np.concatenate(pending)
+            for start in range(0, size - shard_tokens + 1, shard_tokens):
+                rest = size - start - shard_tokens
+                # the stream stands inside this document, or at its end; shard 0 alone may end in an earlier
+                # one, and no run resumes from shard 0
+                inside = first + max(len(tokens) - rest, 0)
+                finish(flat[start : start + shard_tokens], *((documents - 1, inside) if rest else (documents, 0)))
+                if len(progress.shards) >= 2:
+                    progress.save()
+            size %= shard_tokens
+            pending = [flat[len(flat) - size :]] if size else []
+    if not progress.shards:
+        if size < 2:
+            raise ValueError(f"the source {arguments['source']} has no text; give text with at least one document")
+        train, val = _hold_out(pending)
+        finish(val, documents, 0)
+        finish(train, documents, 0)
+    elif size:
+        finish(np.concatenate(pending), documents, 0)
+    progress.complete = True
+    progress.save()
+    return Prepared(tuple(progress.shards), unchanged=False)
+
+
+def prepare_embedded(tokenizer_name: str, out_dir: PathLike) -> Path:
+    """Prepare the embedded Wikipedia text in `out_dir`, unless it is there, and return the folder.
+
+    tokenizer_name: "bytes" or "gpt2". Every 20th article is for validation. Raises as `prepare`; needs no
+    network.
+    """
+    prepare(TextFiles((EMBEDDED_TEXT,)), tokenizer_name, out_dir)
+    return Path(out_dir)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description="Prepare .bin token shards for train_gpt.py; resumable.")
+    parser.add_argument("--tokenizer", default="gpt2", choices=["gpt2", "bytes"], help="default: gpt2")
+    parser.add_argument("--out", required=True, type=Path, help="folder for the shards")
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument(
+        "--text",
+        nargs="+",
+        type=Path,
+        metavar="FILE",
+        help="text files, plain, .gz or .xz; two blank lines between documents",
+    )
+    source.add_argument("--dataset", help="what datasets.load_dataset accepts, such as HuggingFaceFW/fineweb-edu")
+    source.add_argument("--embedded", action="store_true", help="the embedded Wikipedia articles; no network")
+    parser.add_argument("--name", help="configuration of the dataset, such as sample-10BT")
+    parser.add_argument("--split", help="split of the dataset (default: train)")
+    parser.add_argument("--data-files", nargs="+", metavar="FILE", help="data files of the dataset")
+    parser.add_argument("--column", help="text column of the dataset (default: text)")
+    parser.add_argument("--max-tokens", type=int, metavar="N", help="stop after N tokens, validation included")
+    parser.add_argument(
+        "--shard-tokens",
+        type=int,
+        default=SHARD_TOKENS,
+        metavar="N",
+        help="tokens a shard (default: %(default)s)",
+    )
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit status, 1 with a one-line error for bad input."""
+    parser = _parser()
+    arguments = parser.parse_args(argv)
+    if not arguments.dataset:
+        for option in ("name", "split", "data_files", "column"):
+            if getattr(arguments, option) is not None:
+                parser.error(f"--{option.replace('_', '-')} belongs to --dataset; drop it, or give --dataset")
+    source: Source
+    if arguments.dataset:
+        source = DatasetRows(
+            arguments.dataset,
+            arguments.name,
+            arguments.split or "train",
+            tuple(arguments.data_files or ()),
+            arguments.column or "text",
+        )
+    else:
+        source = TextFiles(tuple(arguments.text or [EMBEDDED_TEXT]))
+    try:
+        prepared = prepare(
+            source,
+            arguments.tokenizer,
+            arguments.out,
+            shard_tokens=arguments.shard_tokens,
+            max_tokens=arguments.max_tokens,
+        )
+    except (ValueError, OSError, ImportError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on from the last finished shard", file=sys.stderr)
+        return 130
+    state = "already complete, nothing to do" if prepared.unchanged else "prepared"
+    validation, training = prepared.shards[0].tokens, prepared.tokens - prepared.shards[0].tokens
+    print(
+        f"{arguments.out}: {state}: {len(prepared.shards)} shards, {training:,} training and {validation:,} "
+        f"validation tokens ({arguments.tokenizer})"
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,247 @@
+"""Hyper-parameters of the runs, each with its source, and the learning-rate schedule.
+
+A recipe whose source says "untested" was not run by us: it is a starting point, not a result.
+"""
+
+import math
+from dataclasses import dataclass, replace
+
+from celo2.pretrain.model import SIZES
+
+OPTS = ("celo2", "celo2-base", "adamw", "muon")
+CELO2_LR_SWEEP = (1e-5, 2.15e-5, 4.64e-5, 1e-4, 2.15e-4, 4.64e-4, 1e-3)
+CELO2_DECAY_SWEEP = (0.0, 0.1, 10.0)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything a run needs besides the model; raises ValueError for a value out of its range."""
+
+    name: str
+    lr: float
+    """Peak learning rate; of the matrices when the optimizer has two."""
+    weight_decay: float
+    batch_tokens: int
+    """Tokens an optimizer step, over all ranks and micro-batches."""
+    warmup_frac: float
+    """Part of the steps spent in the linear warm-up."""
+    final_lr_frac: float
+    """Learning rate of the last step, as a part of the peak."""
+    max_grad_norm: float | None
+    """Global gradient-norm clip; None for no clip."""
+    tokens: int
+    """Training tokens."""
+    val_tokens: int
+    """Target tokens of the fixed validation set."""
+    source: str
+    """Where the numbers come from."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """Of AdamW, and of the AdamW side of celo2 and muon."""
+    adam_lr: float | None = None
+    """muon only: peak learning rate of AdamW on what is not a hidden matrix."""
+    adam_lr_mult: float = 20.0
+    """celo2 only: AdamW's learning rate on embeddings, head and vectors, as a multiple of lr."""
+
+    def __post_init__(self) -> None:
+        allowed = {
+            "lr": (0.0 < self.lr < math.inf, "finite and > 0"),
+            "weight_decay": (0.0 <= self.weight_decay < math.inf, "finite and >= 0"),
+            "batch_tokens": (self.batch_tokens >= 1, ">= 1"),
+            "warmup_frac": (0.0 <= self.warmup_frac <= 1.0, "within 0..1"),
+            "final_lr_frac": (0.0 <= self.final_lr_frac <= 1.0, "within 0..1"),
+            "max_grad_norm": (
+                self.max_grad_norm is None or self.max_grad_norm > 0.0,
+                "> 0, or None for no clip",
+            ),
+            "tokens": (self.tokens >= self.batch_tokens, f">= batch_tokens ({self.batch_tokens})"),
+            "val_tokens": (self.val_tokens >= 1, ">= 1"),
+            "betas": (all(0.0 <= beta < 1.0 for beta in self.betas), "within [0, 1)"),
+            "adam_lr": (self.adam_lr is None or 0.0 < self.adam_lr < math.inf, "finite and > 0, or None"),
+            "adam_lr_mult": (0.0 <= self.adam_lr_mult < math.inf, "finite and >= 0"),
+        }
+        for field, (valid, rule) in allowed.items():
+            if not valid:
+                raise ValueError(f"recipe {self.name!r}: {field}={getattr(self, field)!r} must be {rule}")
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps: whole batches in the training tokens."""
+        return self.tokens // self.batch_tokens
+
+
+def warmup_steps(total_steps: int, recipe: Recipe) -> int:
+    """Number of warm-up steps of a run of `total_steps`."""
+    return round(recipe.warmup_frac * total_steps)
+
+
+def learning_rate(step: int, total_steps: int, recipe: Recipe) -> float:
+    """Learning rate of a 0-based step: linear warm-up, then half a cosine.
+
+    The last warm-up step has the peak, the last step of the run `final_lr_frac` of it. Raises ValueError for
+    a step outside 0..total_steps - 1.
+    """
+    if not 0 <= step < total_steps:
+        raise ValueError(f"step {step} is outside the run: it must be within 0..{total_steps - 1}")
+    warmup = warmup_steps(total_steps, recipe)
+    if step < warmup:
+        return recipe.lr * (step + 1) / warmup
+    peak_step = max(warmup - 1, 0)
+    progress = (step - peak_step) / max(total_steps - 1 - peak_step, 1)
+    cosine = 0.5 * (1.0 + math.cos(math.pi * progress))
+    return recipe.lr * (recipe.final_lr_frac + (1.0 - recipe.final_lr_frac) * cosine)
+
+
+VAL_TOKENS = 10_485_760
+HALF_M = 524_288
+ONE_M = 1_048_576
+
+
+def _adamw(
+    name: str, lr: float, *, batch: int, steps: int, warmup_frac: float, final: float = 0.0, source: str
+) -> Recipe:
+    """An AdamW run over `steps` batches: decay 0.1, clip 1.0, betas 0.9 and 0.95."""
+    return Recipe(name, lr, 0.1, batch, warmup_frac, final, 1.0, steps * batch, VAL_TOKENS, source)
+
+
+_ADAMW = {
+    "nano": Recipe(
+        name="nano-adamw",
+        lr=3e-3,
+        weight_decay=0.0,
+        batch_tokens=4096,
+        warmup_frac=0.05,
+        final_lr_frac=0.0,
+        max_grad_norm=1.0,
+        tokens=600 * 4096,
+        val_tokens=65_536,
+        source="ours, for a laptop",
+    ),
+    "30m": _adamw(
+        "30m-adamw",
+        1e-3,
+        batch=131_072,
+        steps=4_562,
+        warmup_frac=0.05,
+        source="tokens: Celo2 paper (598M, 20 a parameter); lr, decay, batch and clip: ours, untested",
+    ),
+    "small": _adamw(
+        "gpt2-124m-llmc",
+        6e-4,
+        batch=HALF_M,
+        steps=18_865,
+        warmup_frac=700 / 18_865,
+        source="karpathy/llm.c, GPT-2 124M on FineWeb 10B",
+    ),
+    "medium": _adamw(
+        "gpt2-350m-llmc",
+        3e-4,
+        batch=HALF_M,
+        steps=60_000,
+        warmup_frac=700 / 60_000,
+        source="karpathy/llm.c scripts/run_gpt2_350M.sh, on FineWeb 100B",
+    ),
+    "large": _adamw(
+        "gpt2-774m-llmc",
+        2.5e-4,
+        batch=HALF_M,
+        steps=286_102,
+        warmup_frac=700 / 286_102,
+        source="karpathy/llm.c scripts/run_gpt2_774M.sh, on FineWeb 100B",
+    ),
+    "gpt2-xl": _adamw(
+        "gpt2-1558m-llmc",
+        6e-4,
+        batch=ONE_M,
+        steps=32_000,
+        warmup_frac=700 / 32_000,
+        final=0.1,
+        source="karpathy/llm.c scripts/run_gpt2_1558M.sh, on FineWeb-Edu 100B",
+    ),
+    "xl": _adamw(
+        "xl-adamw-10b",
+        2e-4,
+        batch=ONE_M,
+        steps=9_536,
+        warmup_frac=0.05,
+        source="lr, decay, batch: GPT-3 XL (Brown et al. 2020) as in Marek et al., arXiv 2507.07101; "
+        "tokens, schedule: Celo2 paper; the learning rate looks under-tuned, sweep it",
+    ),
+}
+
+# published alternatives to the defaults
+_OTHERS = (
+    replace(
+        _ADAMW["small"],
+        name="gpt2-124m-build-nanogpt",
+        warmup_frac=715 / 19_073,
+        final_lr_frac=0.1,
+        tokens=19_073 * HALF_M,
+        source="karpathy/build-nanogpt, GPT-2 124M on FineWeb-Edu 10B",
+    ),
+    replace(
+        _ADAMW["xl"],
+        name="gpt3-xl",
+        warmup_frac=375e6 / 300e9,
+        final_lr_frac=0.1,
+        tokens=300_000_000_000,
+        source="GPT-3 XL (Brown et al. 2020, table 2.1 and appendix B); there the cosine ends at 260B tokens",
+    ),
+)
+
+
+def _celo2(size: str, opt: str) -> Recipe:
+    """The size's tokens and batch with the Celo2 paper's schedule; no clip, no decay."""
+    base = _ADAMW[size]
+    lr, source = (
+        2.15e-4,
+        "schedule, no clip: Celo2 paper; lr: the fifth of its seven sweep values, untested; tokens, batch: ",
+    )
+    source += base.name
+    if size == "nano":
+        lr, source = 1e-3, "ours, for a laptop; lr: the top of the Celo2 paper's sweep"
+    return replace(
+        base,
+        name=f"{size}-{opt}",
+        lr=lr,
+        weight_decay=0.0,
+        warmup_frac=0.05,
+        final_lr_frac=0.0,
+        max_grad_norm=None,
+        source=source,
+    )
+
+
+def _muon(size: str) -> Recipe:
+    """torch.optim.Muon on the hidden matrices, AdamW at the size's AdamW rate on the rest."""
+    base = _ADAMW[size]
+    source = f"ours, untested; AdamW side, tokens, batch and schedule: {base.name}"
+    if size == "nano":
+        source = "ours, for a laptop"
+    return replace(
+        base,
+        name=f"{size}-muon",
+        lr=2e-2,
+        weight_decay=0.0,
+        adam_lr=base.lr,
+        max_grad_norm=None,
+        source=source,
+    )
+
+
+_DEFAULTS: dict[tuple[str, str], Recipe] = {
+    **{(size, "adamw"): recipe for size, recipe in _ADAMW.items()},
+    **{(size, opt): _celo2(size, opt) for size in _ADAMW for opt in ("celo2", "celo2-base")},
+    **{(size, "muon"): _muon(size) for size in _ADAMW},
+}
+
+RECIPES: dict[str, Recipe] = {recipe.name: recipe for recipe in (*_DEFAULTS.values(), *_OTHERS)}
+"""Every recipe by name: the default of each size and optimizer, and the published alternatives."""
+
+
+def recipe_for(size: str, opt: str) -> Recipe:
+    """The default recipe of a size and an optimizer; raises ValueError that lists the allowed names."""
+    if size not in SIZES:
+        raise ValueError(f"unknown size {size!r}: choose one of {', '.join(SIZES)}")
+    if opt not in OPTS:
+        raise ValueError(f"unknown optimizer {opt!r}: choose one of {', '.join(OPTS)}")
+    return _DEFAULTS[size, opt]

@@ -1,0 +1,199 @@
+"""What a run leaves to read: the line a step, `metrics.jsonl`, Weights & Biases, the picture and the report."""
+
+import json
+import math
+import platform
+import statistics
+import subprocess
+from collections import deque
+from importlib import metadata
+from pathlib import Path
+from typing import Any, TextIO
+
+from celo2.pretrain.shards import write_atomic
+
+METRICS = "metrics.jsonl"
+CURVE = "loss.png"
+REPORT = "report.md"
+PACKAGES = ("celo2", "torch", "triton", "numpy", "safetensors", "tiktoken")
+WINDOW = 128
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that decide a run's numbers, and the git revision of this code."""
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    here = Path(__file__).resolve().parent
+    command = ["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=12"]
+    try:
+        found["git"] = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        found["git"] = "unknown"
+    return found
+
+
+class ZScore:
+    """How unusual a value is, in standard deviations of the last 128 values before it."""
+
+    def __init__(self, values: list[float]) -> None:
+        self._window = deque((value for value in values if math.isfinite(value)), maxlen=WINDOW)
+
+    def __call__(self, value: float) -> float:
+        """Score `value` and remember it; 0 while fewer than 8 values are known or they are all equal."""
+        score = 0.0
+        if len(self._window) >= 8 and math.isfinite(value):
+            deviation = statistics.pstdev(self._window)
+            score = (value - statistics.fmean(self._window)) / deviation if deviation else 0.0
+        if math.isfinite(value):
+            self._window.append(value)
+        return score
+
+
+def duration(seconds: float) -> str:
+    """Seconds as `42s`, `10.9m`, `3.2h` or `1.5d`."""
+    for limit, unit, name in ((90, 1, "s"), (5400, 60, "m"), (129_600, 3600, "h")):
+        if seconds < limit:
+            return f"{seconds / unit:.0f}{name}" if unit == 1 else f"{seconds / unit:.1f}{name}"
+    return f"{seconds / 86_400:.1f}d"
+
+
+def quantity(value: float) -> str:
+    """A count with a unit prefix: `812`, `9.13k`, `3.71M`, `1.32B`."""
+    for limit, unit, name in ((1e3, 1, ""), (1e6, 1e3, "k"), (1e9, 1e6, "M"), (1e12, 1e9, "B")):
+        if value < limit:
+            return f"{value / unit:.3g}{name}"
+    return f"{value / 1e12:.3g}T"
+
+
+def format_step(record: dict[str, Any], total: int, seconds_left: float) -> str:
+    """The line of one step from its `train` record."""
+    mfu = "n/a MFU" if record["mfu"] is None else f"{100 * record['mfu']:.1f}% MFU"
+    cells = [
+        f"step {record['step']}/{total}",
+        f"loss {record['loss']:.4f} ({record['loss_z']:+.2f}z)",
+        f"{record['bits_per_byte']:.3f} bpb",
+        f"norm {record['grad_norm']:.4f} ({record['grad_norm_z']:+.2f}z)",
+        f"lr {record['lr']:.1e}",
+        f"{record['step_ms']:.0f} ms (opt {record['optimizer_ms']:.1f})",
+        mfu,
+        f"{quantity(record['tokens_per_s'])} tok/s",
+        f"eta {duration(seconds_left)}",
+    ]
+    return " | ".join(cells) + (" | SKIPPED: not finite" if record["skipped"] else "")
+
+
+class RunLog:
+    """Appends records to `metrics.jsonl` and, when asked, to Weights & Biases.
+
+    A record is a JSON object with `kind`: `run` (once a start), `train` (a step), `val`, `final`. Values that are not
+    finite are null. On a resume, records of steps after the checkpoint are dropped, since they are made again.
+    """
+
+    def __init__(
+        self, folder: Path, *, resume_step: int | None, wandb: str, run_id: str, config: dict[str, Any]
+    ) -> None:
+        self.path = Path(folder) / METRICS
+        self.records: list[dict[str, Any]] = []
+        if resume_step is not None:
+            self.records = [record for record in read_metrics(self.path) if record.get("step", 0) <= resume_step]
+            self.records = [record for record in self.records if record["kind"] != "final"]
+        write_atomic(self.path, [(json.dumps(record) + "\n").encode() for record in self.records])
+        self._file: TextIO = open(self.path, "a", encoding="utf-8")  # noqa: SIM115
+        self._wandb: Any = None
+        if wandb != "off":
+            self._wandb = _start_wandb(folder, wandb, run_id, config)
+
+    def write(self, kind: str, **values: Any) -> dict[str, Any]:
+        """Append one record and return it as given."""
+        record = {"kind": kind, **values}
+        stored = {key: _json_value(value) for key, value in record.items()}
+        self.records.append(stored)
+        try:
+            self._file.write(json.dumps(stored) + "\n")
+            self._file.flush()
+        except OSError as error:
+            raise OSError(
+                error.errno,
+                f"cannot write {self.path}: {error.strerror}; free space, then go on from the last checkpoint with "
+                "--resume auto",
+            ) from error
+        if self._wandb is not None and kind in ("train", "val", "final"):
+            numbers = {f"{kind}/{key}": value for key, value in values.items() if isinstance(value, (int, float))}
+            self._wandb.log(numbers, step=values["step"])
+        return record
+
+    def last(self, kind: str, key: str, count: int = WINDOW) -> list[float]:
+        """The last `count` values of `key` in records of `kind`, those that are not finite left out."""
+        values = [record[key] for record in self.records if record["kind"] == kind and record[key] is not None]
+        return values[-count:]
+
+    def close(self) -> None:
+        self._file.close()
+        if self._wandb is not None:
+            self._wandb.finish()
+
+
+def _json_value(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """Records of a `metrics.jsonl`; a last line cut short by a kill is dropped. Raises ValueError for other damage."""
+    if not path.is_file():
+        return []
+    lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
+    records = []
+    for number, line in enumerate(lines[:-1], start=1):
+        try:
+            records.append(json.loads(line))
+        except ValueError as error:
+            raise ValueError(
+                f"{path}, line {number} is damaged ({error}); move the file away to go on without it"
+            ) from error
+    return records
+
+
+def _start_wandb(folder: Path, mode: str, run_id: str, config: dict[str, Any]) -> Any:
+    try:
+        import wandb
+    except ImportError as error:
+        raise ImportError(
+            f"--wandb {mode} needs the package wandb: pip install 'celo2[train]', or drop --wandb"
+        ) from error
+    return wandb.init(project="celo2", id=run_id, resume="allow", mode=mode, dir=str(folder), config=config)
+
+
+def draw_curve(records: list[dict[str, Any]], path: Path, title: str) -> None:
+    """Draw training and validation loss over the steps as a PNG, written atomically."""
+    import io
+
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 5), dpi=120, layout="constrained")
+    axes = figure.subplots()
+    train = [(r["step"], r["loss"]) for r in records if r["kind"] == "train" and r["loss"] is not None]
+    val = [(r["step"], r["loss"]) for r in records if r["kind"] == "val" and r["loss"] is not None]
+    if train:
+        axes.plot(*zip(*train, strict=True), color="tab:blue", linewidth=0.8, alpha=0.6, label="training batch")
+    if val:
+        label = f"validation, {val[-1][1]:.4f} at the end"
+        axes.plot(*zip(*val, strict=True), color="tab:orange", marker="o", markersize=3, label=label)
+    axes.set(xlabel="optimizer step", ylabel="loss (nats a token)", title=title)
+    axes.grid(alpha=0.3)
+    if train or val:
+        axes.legend()
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    write_atomic(path, [buffer.getvalue()])
+
+
+def write_report(folder: Path, facts: dict[str, Any], sample: str) -> None:
+    """Write `report.md`: a table of facts, the picture, the sample."""
+    lines = [f"# {facts['run']}", "", "| | |", "|---|---|"]
+    lines += [f"| {key} | {value} |" for key, value in facts.items() if key != "run"]
+    lines += ["", f"![loss]({CURVE})", "", "Sample:", "", *(f"    {line}" for line in sample.splitlines()), ""]
+    write_atomic(folder / REPORT, ["\n".join(lines).encode()])

@@ -1,0 +1,127 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from celo2 import FusedCelo2, MatrixView, param_groups
+
+
+class Tied(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.wte = nn.Embedding(11, 8)
+        self.blocks = nn.ModuleList(
+            nn.ModuleDict({"qkv": nn.Linear(8, 24), "output": nn.Linear(8, 8)}) for _ in range(2)
+        )
+        self.norm = nn.LayerNorm(8)
+        self.lm_head = nn.Linear(8, 11, bias=False)
+        self.lm_head.weight = self.wte.weight
+
+
+def _rules(groups) -> dict[str, str]:
+    return {name: group["rule"] for group in groups for name, _ in group["params"]}
+
+
+def test_routes_by_type_and_name():
+    assert _rules(param_groups(Tied())) == {
+        "wte.weight": "adamw",  # tied with the head: once
+        "blocks.0.qkv.weight": "celo2",
+        "blocks.0.qkv.bias": "adamw",
+        "blocks.0.output.weight": "celo2",  # a block's own output projection is no head
+        "blocks.0.output.bias": "adamw",
+        "blocks.1.qkv.weight": "celo2",
+        "blocks.1.qkv.bias": "adamw",
+        "blocks.1.output.weight": "celo2",
+        "blocks.1.output.bias": "adamw",
+        "norm.weight": "adamw",
+        "norm.bias": "adamw",
+    }
+    assert set(_rules(param_groups(Tied(), variant="celo2-base")).values()) == {"celo2"}
+
+
+def test_a_head_tied_to_a_plain_parameter_goes_to_adamw_under_its_first_name():
+    model = nn.Module()
+    model.table = nn.Parameter(torch.zeros(11, 8))
+    model.hidden = nn.Linear(8, 8, bias=False)
+    model.head = nn.Linear(8, 11, bias=False)
+    model.head.weight = model.table
+    assert _rules(param_groups(model)) == {"table": "adamw", "hidden.weight": "celo2"}
+
+
+@pytest.mark.parametrize("name", ["lm_head", "output", "classifier", "fc", "embed_out", "token_embedding"])
+def test_names_of_heads_and_embeddings(name):
+    model = nn.ModuleDict({"body": nn.Linear(4, 4, bias=False), name: nn.Linear(4, 7, bias=False)})
+    assert _rules(param_groups(model)) == {"body.weight": "celo2", f"{name}.weight": "adamw"}
+
+
+def test_convolutions_are_flattened_and_frozen_parameters_left_out():
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Conv2d(8, 4, 1))
+    model[2].weight.requires_grad_(False)
+    groups = param_groups(model)
+    assert _rules(groups)["0.weight"] == "celo2" and "2.weight" not in _rules(groups)
+    optimizer = FusedCelo2(groups, weights="momentum")
+    state = optimizer.state[model[0].weight]
+    assert state["row_factor"].shape == (8, 3) and state["column_factor"].shape == (27, 3)
+
+
+def test_views_split_into_matrices_on_the_same_storage():
+    qkv = torch.arange(24.0 * 4).view(24, 4)
+    parts = MatrixView(split=3, heads=2).matrices(qkv)
+    assert parts.shape == (6, 4, 4) and torch.equal(parts[1], qkv[4:8])
+    out = torch.arange(4.0 * 8).view(4, 8)
+    parts = MatrixView(heads=2, axis=1).matrices(out)
+    assert parts.shape == (2, 4, 4) and torch.equal(parts[1], out[:, 4:])
+    parts.zero_()
+    assert not out.any()
+    assert MatrixView().matrices(torch.zeros(2, 3, 4, 5)).shape == (6, 4, 5)
+    assert MatrixView(flatten=True).matrices(torch.zeros(2, 3, 4, 5)).shape == (1, 2, 60)
+    transposed = torch.zeros(5, 3).T
+    assert MatrixView().matrices(transposed).data_ptr() == transposed.data_ptr()
+
+
+@pytest.mark.parametrize(
+    ("options", "shape", "message"),
+    [
+        ({"heads": 3}, (8, 4), "axis 0 of length 8 does not divide"),
+        ({"heads": 2, "axis": 1}, (8, 5), "axis 1 of length 5 does not divide"),
+        ({"heads": 2}, (8, 4, 2), "split/heads apply to parameters of two axes"),
+        ({"heads": 2}, (8,), "fewer than two axes"),
+    ],
+)
+def test_views_that_do_not_fit(options, shape, message):
+    with pytest.raises(ValueError, match=message):
+        MatrixView(**options).check(torch.Size(shape), "weight")
+
+
+@pytest.mark.parametrize("options", [{"heads": 0}, {"split": 1.5}, {"axis": 2}, {"flatten": 1}, {"heads": True}])
+def test_view_options_out_of_range(options):
+    with pytest.raises(ValueError, match=next(iter(options))):
+        MatrixView(**options)
+
+
+def test_channels_last_is_refused_with_the_fix():
+    weight = nn.Parameter(torch.zeros(4, 3, 3, 3).to(memory_format=torch.channels_last))
+    with pytest.raises(ValueError, match="contiguous_format"):
+        FusedCelo2([{"params": [weight], "flatten": True}], weights="momentum")
+
+
+def test_refusals():
+    with pytest.raises(ValueError, match=r"unknown parameters \['nope'\]"):
+        param_groups(Tied(), views={"nope": MatrixView()})
+    with pytest.raises(ValueError, match="variant='celo3', allowed: celo2, celo2-base"):
+        param_groups(Tied(), variant="celo3")
+    with pytest.raises(TypeError, match="torch.nn.Module"):
+        param_groups([torch.zeros(1)])
+    with pytest.raises(ValueError, match="no parameter that requires a gradient"):
+        param_groups(nn.ReLU())
+
+
+def test_table_prints_rule_rate_and_matrices():
+    model = Tied()
+    groups = param_groups(model, views={f"blocks.{i}.qkv.weight": MatrixView(split=3, heads=2) for i in range(2)})
+    table = FusedCelo2(groups, lr=1e-3, weights="momentum", weight_decay=0.1).table()
+    lines = {line.split()[0]: line for line in table.splitlines()}
+    assert "6 x [4, 8]" in lines["blocks.0.qkv.weight"] and "celo2  0.001" in lines["blocks.0.qkv.weight"]
+    assert "adamw  0.02" in lines["wte.weight"] and lines["wte.weight"].endswith("0.1")
+    assert len(table.splitlines()) == 2 + len(list(model.parameters()))

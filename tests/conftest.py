@@ -1,0 +1,47 @@
+"""Shared fixtures: golden files and random thetas."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from celo2 import Theta
+from celo2.theta import GROUP_COLUMNS
+
+GOLDEN = Path(__file__).parent / "golden"
+
+
+@pytest.fixture
+def golden() -> Callable[[str], dict[str, np.ndarray]]:
+    def load(name: str) -> dict[str, np.ndarray]:
+        with np.load(GOLDEN / f"{name}.npz") as file:
+            return dict(file)
+
+    return load
+
+
+@pytest.fixture
+def golden_folder() -> Path:
+    return GOLDEN
+
+
+@pytest.fixture
+def random_theta() -> Callable[..., Theta]:
+    """A dense theta: every column and every unit counts, unlike in the closed forms."""
+
+    def make(seed: int = 0, hidden: int = 8, hidden2: int = 8, card: dict[str, str] | None = None) -> Theta:
+        rng = np.random.default_rng(seed)
+        shapes = {f"w0__{i}": (rows, hidden) for i, rows in enumerate(GROUP_COLUMNS)}
+        shapes |= {"b0": (hidden,), "w1": (hidden, hidden2), "b1": (hidden2,), "w2": (hidden2, 3), "b2": (3,)}
+        return Theta.from_arrays({name: 0.4 * rng.standard_normal(shape) for name, shape in shapes.items()}, card)
+
+    return make
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)

@@ -1,0 +1,135 @@
+"""Recipes and the learning-rate schedule."""
+
+import math
+from dataclasses import replace
+
+import pytest
+
+from celo2.pretrain.model import SIZES
+from celo2.pretrain.recipes import (
+    CELO2_LR_SWEEP,
+    OPTS,
+    RECIPES,
+    Recipe,
+    learning_rate,
+    recipe_for,
+    warmup_steps,
+)
+
+PLAIN = replace(recipe_for("nano", "adamw"), lr=1.0, warmup_frac=0.1, final_lr_frac=0.0)
+
+
+def test_every_size_and_optimizer_has_a_recipe_with_a_source() -> None:
+    for size in SIZES:
+        for opt in OPTS:
+            recipe = recipe_for(size, opt)
+            assert recipe.source and recipe.val_tokens > 0 and recipe.steps >= 1
+            assert recipe.batch_tokens % 256 == 0
+            assert RECIPES[recipe.name] is recipe
+
+
+@pytest.mark.parametrize(
+    ("name", "lr", "steps", "batch", "warmup", "final"),
+    [
+        ("gpt2-124m-llmc", 6e-4, 18_865, 524_288, 700, 0.0),
+        ("gpt2-124m-build-nanogpt", 6e-4, 19_073, 524_288, 715, 0.1),
+        ("gpt2-350m-llmc", 3e-4, 60_000, 524_288, 700, 0.0),
+        ("gpt2-774m-llmc", 2.5e-4, 286_102, 524_288, 700, 0.0),
+        ("gpt2-1558m-llmc", 6e-4, 32_000, 1_048_576, 700, 0.1),
+        ("xl-adamw-10b", 2e-4, 9_536, 1_048_576, 477, 0.0),
+        ("gpt3-xl", 2e-4, 286_102, 1_048_576, 358, 0.1),
+    ],
+)
+def test_published_runs(name: str, lr: float, steps: int, batch: int, warmup: int, final: float) -> None:
+    recipe = RECIPES[name]
+    assert (recipe.lr, recipe.steps, recipe.batch_tokens, recipe.final_lr_frac) == (lr, steps, batch, final)
+    assert warmup_steps(recipe.steps, recipe) == warmup
+    assert (recipe.weight_decay, recipe.max_grad_norm, recipe.betas) == (0.1, 1.0, (0.9, 0.95))
+
+
+@pytest.mark.parametrize("opt", ["celo2", "celo2-base"])
+@pytest.mark.parametrize("size", SIZES)
+def test_celo2_recipes_follow_the_paper(size: str, opt: str) -> None:
+    recipe, adamw = recipe_for(size, opt), recipe_for(size, "adamw")
+    assert (recipe.warmup_frac, recipe.final_lr_frac, recipe.max_grad_norm) == (0.05, 0.0, None)
+    assert (recipe.weight_decay, recipe.adam_lr_mult) == (0.0, 20.0)
+    assert (recipe.tokens, recipe.batch_tokens) == (adamw.tokens, adamw.batch_tokens)
+    if size != "nano":
+        assert recipe.lr == 2.15e-4 and "untested" in recipe.source
+
+
+def test_celo2_sweep_is_log_spaced() -> None:
+    assert len(CELO2_LR_SWEEP) == 7
+    for index, lr in enumerate(CELO2_LR_SWEEP):
+        assert lr == pytest.approx(10 ** (-5 + index / 3), rel=0.005)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_muon_keeps_adamw_beside_it(size: str) -> None:
+    assert recipe_for(size, "muon").adam_lr == recipe_for(size, "adamw").lr
+    assert all(recipe_for(size, opt).adam_lr is None for opt in OPTS if opt != "muon")
+
+
+def test_30m_trains_20_tokens_a_parameter() -> None:
+    assert recipe_for("30m", "celo2").tokens == pytest.approx(598e6, rel=1e-3)
+
+
+def test_schedule_by_value() -> None:
+    # warm-up of 10 steps, peak at step 9, then 90 steps of cosine to step 99
+    assert learning_rate(0, 100, PLAIN) == pytest.approx(0.1)
+    assert learning_rate(4, 100, PLAIN) == pytest.approx(0.5)
+    assert learning_rate(9, 100, PLAIN) == 1.0
+    assert learning_rate(39, 100, PLAIN) == pytest.approx(0.75)
+    assert learning_rate(54, 100, PLAIN) == pytest.approx(0.5)
+    assert learning_rate(69, 100, PLAIN) == pytest.approx(0.25)
+    assert learning_rate(99, 100, PLAIN) == pytest.approx(0.0, abs=1e-15)
+    tenth = replace(PLAIN, lr=2.0, final_lr_frac=0.1)
+    assert learning_rate(9, 100, tenth) == 2.0
+    assert learning_rate(54, 100, tenth) == pytest.approx(1.1)
+    assert learning_rate(99, 100, tenth) == pytest.approx(0.2)
+
+
+@pytest.mark.parametrize("warmup_frac", [0.0, 0.03, 0.5, 1.0])
+@pytest.mark.parametrize("total", [1, 2, 3, 50])
+def test_schedule_has_one_peak_and_never_leaves_its_range(warmup_frac: float, total: int) -> None:
+    recipe = replace(PLAIN, warmup_frac=warmup_frac, final_lr_frac=0.1)
+    rates = [learning_rate(step, total, recipe) for step in range(total)]
+    peak = rates.index(max(rates))
+    assert rates[peak] == 1.0 and min(rates) > 0
+    assert rates == sorted(rates[: peak + 1]) + sorted(rates[peak + 1 :], reverse=True)
+
+
+@pytest.mark.parametrize("step", [-1, 10, 11])
+def test_schedule_refuses_a_step_outside_the_run(step: int) -> None:
+    with pytest.raises(ValueError, match=f"step {step} .*0..9"):
+        learning_rate(step, 10, PLAIN)
+
+
+def test_unknown_size_and_optimizer_list_the_allowed() -> None:
+    with pytest.raises(ValueError, match="'tiny'.*nano, 30m, small, medium, large, gpt2-xl, xl"):
+        recipe_for("tiny", "adamw")
+    with pytest.raises(ValueError, match="'sgd'.*celo2, celo2-base, adamw, muon"):
+        recipe_for("nano", "sgd")
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("lr", -1e-3),
+        ("lr", math.nan),
+        ("weight_decay", -0.1),
+        ("batch_tokens", 0),
+        ("warmup_frac", 1.5),
+        ("final_lr_frac", -0.1),
+        ("max_grad_norm", 0.0),
+        ("tokens", 100),
+        ("val_tokens", 0),
+        ("betas", (0.9, 1.0)),
+        ("adam_lr", math.inf),
+        ("adam_lr_mult", math.nan),
+    ],
+)
+def test_recipe_refuses(field: str, value: object) -> None:
+    recipe: Recipe = recipe_for("nano", "celo2")
+    with pytest.raises(ValueError, match=f"nano-celo2.*{field}="):
+        replace(recipe, **{field: value})

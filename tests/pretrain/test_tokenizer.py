@@ -1,0 +1,79 @@
+import numpy as np
+import pytest
+import tiktoken.load
+
+from celo2.pretrain import tokenizer as tokenizer_module
+from celo2.pretrain.tokenizer import GPT2_RANKS, GPT2Tokenizer, get_tokenizer
+
+TEXT = "The naive caf\u00e9 cost \u20ac12.50,\n\n  didn't it?\t\u65e5\u672c\u8a9e \U0001f600 <|endoftext|> end "
+
+
+@pytest.mark.parametrize(("name", "size", "vocab_id"), [("bytes", 257, 256), ("gpt2", 50257, 0)])
+def test_facts_and_round_trip(name: str, size: int, vocab_id: int) -> None:
+    tokenizer = get_tokenizer(name)
+    assert (tokenizer.name, tokenizer.vocab_size, tokenizer.eot, tokenizer.vocab_id) == (
+        name,
+        size,
+        size - 1,
+        vocab_id,
+    )
+    ids = tokenizer.encode(TEXT)
+    assert ids.dtype == np.uint16
+    assert tokenizer.eot not in ids
+    assert tokenizer.decode([tokenizer.eot, *ids, tokenizer.eot]) == TEXT
+    assert tokenizer.encode("").shape == (0,)
+    for one, text in zip(tokenizer.encode_batch([TEXT, "", "a b"]), [TEXT, "", "a b"], strict=True):
+        np.testing.assert_array_equal(one, tokenizer.encode(text))
+
+
+@pytest.mark.parametrize("name", ["bytes", "gpt2"])
+def test_token_bytes_add_up(name: str) -> None:
+    tokenizer = get_tokenizer(name)
+    counts = tokenizer.token_bytes()
+    assert counts.dtype == np.int64
+    assert counts.shape == (tokenizer.vocab_size,)
+    assert counts[tokenizer.eot] == 0
+    assert counts[: tokenizer.eot].min() == 1
+    assert counts[tokenizer.encode(TEXT)].sum() == len(TEXT.encode())
+
+
+def test_gpt2_known_ids() -> None:
+    assert get_tokenizer("gpt2").encode("Hello world").tolist() == [15496, 995]
+
+
+def test_gpt2_ranks_equal_tiktoken_reader(tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
+    merges = GPT2_RANKS.with_name("vocab.bpe")
+    expected = tiktoken.load.data_gym_to_mergeable_bpe_ranks(str(merges), str(GPT2_RANKS))
+    assert tokenizer_module._gpt2_ranks(GPT2_RANKS) == expected
+
+
+def test_gpt2_works_with_a_read_only_cache(tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path / "missing"))
+    GPT2Tokenizer()
+    assert not (tmp_path / "missing").exists()
+
+
+@pytest.mark.parametrize("name", ["bytes", "gpt2"])
+def test_incomplete_utf8_is_replaced(name: str) -> None:
+    tokenizer = get_tokenizer(name)
+    first = tokenizer.encode("\U0001f600")[:1]
+    assert tokenizer.decode(first) == "\ufffd"
+
+
+def test_lone_surrogate_encodes() -> None:
+    for name in ("bytes", "gpt2"):
+        assert get_tokenizer(name).encode("a\ud800b").size > 2
+
+
+def test_refusals(tmp_path) -> None:
+    with pytest.raises(ValueError, match=r"'llama' is unknown; allowed: 'bytes', 'gpt2'"):
+        get_tokenizer("llama")
+    with pytest.raises(ValueError, match=r"token id 257 .* \(0\.\.256\)"):
+        get_tokenizer("bytes").decode([257])
+    with pytest.raises(ValueError, match=r"vocab_id=3 is unknown; allowed: 0 \(gpt2\), 256 \(bytes\)"):
+        tokenizer_module.vocabulary(3)
+    damaged = tmp_path / "encoder.json"
+    damaged.write_bytes(GPT2_RANKS.read_bytes()[:-5])
+    with pytest.raises(ValueError, match=r"encoder\.json: not the published .* restore the file"):
+        tokenizer_module._gpt2_ranks(damaged)
