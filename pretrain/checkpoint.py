@@ -16,9 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+from torch.distributed.checkpoint.state_dict_loader import load as load_distributed
+from torch.distributed.checkpoint.state_dict_saver import save as save_distributed
 
 from celo2.pretrain.model import GPT
 from celo2.pretrain.optimizers import Optimizers
@@ -63,7 +64,7 @@ class Checkpoints:
         temporary = self.folder / f".{path.name}.{secrets.token_hex(4)}.tmp"
         try:
             temporary.mkdir(parents=True)
-            _quietly(dcp.save, _tensors(model, optimizers), temporary)
+            _quietly(save_distributed, _tensors(model, optimizers), temporary)
             sizes = {file.name: file.stat().st_size for file in sorted(temporary.iterdir())}
             if path.exists():
                 # left by a run that was killed, or damaged: this run resumed from an older one
@@ -103,7 +104,7 @@ class Checkpoints:
                         "another --out-dir"
                     )
                 tensors = _tensors(model, optimizers)
-                _quietly(dcp.load, tensors, path)
+                _quietly(load_distributed, tensors, path)
                 set_optimizer_state_dict(model, optimizers.members, optim_state_dict=tensors["optimizer"])
             except (OSError, RuntimeError, ValueError, EOFError, CheckpointException) as error:
                 if isinstance(error, _OtherRunError):
@@ -190,10 +191,11 @@ def _sync(folder: Path) -> None:
 
 
 def _root_cause(error: BaseException) -> str:
-    """One line for an error; `CheckpointException` wraps what happened on each rank."""
+    """One line for an error: the rank's within a `CheckpointException`, the disk's within one of the tensor writer."""
     if isinstance(error, CheckpointException):
         error = next(iter(error.failures.values()))[0]
-    while error.__cause__ is not None:
-        error = error.__cause__
-    lines = str(error).splitlines() or [""]
-    return f"{type(error).__name__}: {lines[0]}" if not isinstance(error, ValueError) else lines[0]
+    if isinstance(error, ValueError):
+        return str(error)
+    while (earlier := error.__cause__ or error.__context__) is not None:
+        error = earlier
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"

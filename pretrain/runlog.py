@@ -1,5 +1,6 @@
 """What a run leaves to read: the line a step, `metrics.jsonl`, Weights & Biases, the picture and the report."""
 
+import io
 import json
 import math
 import platform
@@ -8,7 +9,7 @@ import subprocess
 from collections import deque
 from importlib import metadata
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, Literal, TextIO
 
 from celo2.pretrain.shards import write_atomic
 
@@ -17,6 +18,7 @@ CURVE = "loss.png"
 REPORT = "report.md"
 PACKAGES = ("celo2", "torch", "triton", "numpy", "safetensors", "tiktoken")
 WINDOW = 128
+WandbMode = Literal["off", "online", "offline"]
 
 
 def versions() -> dict[str, str]:
@@ -94,7 +96,7 @@ class RunLog:
     """
 
     def __init__(
-        self, folder: Path, *, resume_step: int | None, wandb: str, run_id: str, config: dict[str, Any]
+        self, folder: Path, *, resume_step: int | None, wandb: WandbMode, run_id: str, config: dict[str, Any]
     ) -> None:
         self.path = Path(folder) / METRICS
         self.records: list[dict[str, Any]] = []
@@ -157,7 +159,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return records
 
 
-def _start_wandb(folder: Path, mode: str, run_id: str, config: dict[str, Any]) -> Any:
+def _start_wandb(folder: Path, mode: Literal["online", "offline"], run_id: str, config: dict[str, Any]) -> Any:
     try:
         import wandb
     except ImportError as error:
@@ -169,8 +171,6 @@ def _start_wandb(folder: Path, mode: str, run_id: str, config: dict[str, Any]) -
 
 def draw_curve(records: list[dict[str, Any]], path: Path, title: str) -> None:
     """Draw training and validation loss over the steps as a PNG, written atomically."""
-    import io
-
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 5), dpi=120, layout="constrained")

@@ -149,6 +149,9 @@ class Interruption:
         for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
             signal.signal(number, self._note)
 
+    def received(self) -> bool:
+        return self.signal is not None
+
     def _note(self, number: int, frame: object) -> None:
         if self.signal is not None and number == signal.SIGINT:
             raise KeyboardInterrupt
@@ -224,6 +227,7 @@ def train(arguments: argparse.Namespace) -> int:
     where = device_name(device)
     total = recipe.steps
 
+    torch.manual_seed(arguments.seed)
     # the model and its optimizer; a dry run builds both on the meta device, at any size
     with torch.device("meta" if arguments.dry_run else device):
         model = GPT(config)
@@ -242,6 +246,10 @@ def train(arguments: argparse.Namespace) -> int:
     loader = Loader(train_paths, config.context, arguments.seed, tokenizer.vocab_id)
     shards = {path.name: len(open_shard(path, tokenizer.vocab_id)) for path in (*train_paths, *val_paths)}
     token_bytes = tokenizer.token_bytes()
+    if recipe.val_tokens < config.context:
+        raise ValueError(
+            f"val_tokens={recipe.val_tokens} is less than one window of {config.context}: raise --val-tokens"
+        )
 
     def validate() -> tuple[float, float]:
         batches = validation_batches(val_paths, config.context, recipe.val_tokens, micro_batch, tokenizer.vocab_id)
@@ -327,7 +335,7 @@ def train(arguments: argparse.Namespace) -> int:
 
     if step == 0:
         validate_and_log()
-    while step < total and interruption.signal is None:
+    while step < total and not interruption.received():
         # one optimizer step: the mean over the whole batch, accumulated from micro-batches
         start = time.perf_counter()
         factor = learning_rate(step, total, recipe) / recipe.lr
@@ -342,7 +350,7 @@ def train(arguments: argparse.Namespace) -> int:
                 micro_loss = model(inputs_BT.to(device), targets_BT.to(device)) / micro_steps
             micro_loss.backward()
             losses.append(micro_loss.detach())
-            if interruption.signal is not None:
+            if interruption.received():
                 break
         if len(losses) < micro_steps:
             break
@@ -380,7 +388,7 @@ def train(arguments: argparse.Namespace) -> int:
             save()
             raise FloatingPointError(
                 f"{in_a_row} steps in a row had a loss or gradient that is not finite; step {step} is saved in "
-                f"{out_dir} with the parameters before them: lower the learning rate, or look at the data of these steps"
+                f"{out_dir} with the parameters before them: lower the learning rate, or look at these steps' data"
             )
         if step % arguments.eval_every == 0 or step == total:
             validate_and_log()

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
+
+# tiny tensors: a second thread only waits. Set before torch is imported, and inherited by the processes of the tests
+os.environ["OMP_NUM_THREADS"] = "1"
 
 import numpy as np
 import pytest

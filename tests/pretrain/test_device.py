@@ -1,0 +1,45 @@
+import pytest
+import torch
+
+from celo2.pretrain.device import OptimizerTimer, device_name, peak_flops, precision, select_device
+
+
+@pytest.mark.parametrize(
+    ("name", "flops"),
+    [
+        ("NVIDIA H100 80GB HBM3", 989e12),
+        ("NVIDIA H100 PCIe", 756e12),
+        ("NVIDIA H200", 989e12),
+        ("NVIDIA A100-SXM4-80GB", 312e12),
+        ("NVIDIA B200", 2250e12),
+        ("AMD Instinct MI300X", 1307e12),
+        ("AMD EPYC, 2 threads", None),
+        ("Tesla T4", None),
+    ],
+)
+def test_peak_flops_come_from_the_table_or_not_at_all(name: str, flops: float | None) -> None:
+    assert peak_flops(name) == flops
+
+
+def test_select_device() -> None:
+    assert select_device("cpu") == torch.device("cpu")
+    assert select_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
+    for name in ("abacus", "cuda:77"):
+        with pytest.raises(ValueError, match=f"--device {name}: not usable here .*; use auto"):
+            select_device(name)
+    assert "threads" in device_name(torch.device("cpu"))
+
+
+def test_precision() -> None:
+    x = torch.ones(2, 2)
+    with precision(torch.device("cpu"), "bfloat16"):
+        assert (x @ x).dtype == torch.bfloat16
+    with precision(torch.device("cpu"), "float32"):
+        assert (x @ x).dtype == torch.float32
+
+
+def test_timer_measures_what_is_between() -> None:
+    timer = OptimizerTimer(torch.device("cpu"))
+    timer.start()
+    timer.stop()
+    assert 0 <= timer.elapsed_ms() < 1000

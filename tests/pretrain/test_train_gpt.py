@@ -1,0 +1,392 @@
+"""The trainer as a program: what it prints and leaves, exact resume, and every refusal with its message."""
+
+import json
+import math
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+
+from celo2.pretrain import train_gpt
+from celo2.pretrain.checkpoint import Checkpoints
+from celo2.pretrain.model import GPT
+from celo2.pretrain.prepare_data import prepare_embedded
+from celo2.pretrain.recipes import recipe_for
+from celo2.pretrain.runlog import METRICS, read_metrics
+from celo2.pretrain.train_gpt import main, resolve_micro_batch
+
+SCRIPT = Path(train_gpt.__file__)
+SMALL = ["--size", "nano", "--batch-tokens", "512", "--val-tokens", "1024", "--sample-tokens", "8", "--eval-every", "4"]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    return prepare_embedded("bytes", tmp_path_factory.mktemp("data") / "wikipedia-bytes")
+
+
+def command(data: Path, out: Path, *options: str) -> list[str]:
+    return [*SMALL, "--data", str(data), "--out-dir", str(out), *options]
+
+
+def run(arguments: list[str], **options: Any) -> subprocess.CompletedProcess:
+    program = [sys.executable, str(SCRIPT), *arguments]
+    return subprocess.run(program, capture_output=True, text=True, check=False, **options)
+
+
+def numbers(out: Path) -> list[tuple[object, ...]]:
+    """What must not depend on interruptions: every loss, norm and rate, to the last bit."""
+    keys = ("kind", "step", "loss", "loss_z", "bits_per_byte", "grad_norm", "lr", "skipped")
+    return [tuple(r.get(key) for key in keys) for r in read_metrics(out / METRICS) if r["kind"] in ("train", "val")]
+
+
+def tensors(checkpoint: Path) -> dict[str, torch.Tensor]:
+    """Every tensor of a checkpoint by its path."""
+    file = checkpoint.with_suffix(".pt")
+    dcp_to_torch_save(checkpoint, file)
+    found: dict[str, torch.Tensor] = {}
+
+    def walk(value: object, path: str) -> None:
+        if isinstance(value, dict):
+            for key, entry in value.items():
+                walk(entry, f"{path}/{key}")
+        elif torch.is_tensor(value):
+            found[path] = value
+
+    walk(torch.load(file), "")
+    return found
+
+
+def wait_for_step(out: Path, step: int, process: subprocess.Popen) -> None:
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and process.poll() is None:
+        if any(record.get("step", 0) >= step for record in read_metrics(out / METRICS)):
+            return
+        time.sleep(0.002)
+    pytest.fail(f"the run ended with {process.poll()} before step {step}: {process.communicate()}")
+
+
+# a whole run
+
+
+def test_a_run_prints_and_leaves_what_it_promises(tmp_path, data) -> None:
+    out = tmp_path / "run"
+    done = run(command(data, out, "--opt", "celo2", "--steps", "6", "--save-every", "4", "--prompt", "Albert"))
+    assert done.returncode == 0, done.stderr
+    text = done.stdout
+    assert "parameters: 853,248 (66,816 by adamw, 786,432 by celo2)" in text
+    assert "optimizer:  celo2, theta momentum@" in text and "closed form, not trained" in text
+    assert "12 x [32, 128]" in text
+    assert "512 tokens: 2 sequences of 256, 1 micro-batches" in text
+    pattern = (
+        r"step {}/6 \| loss \d\.\d{{4}} \([+-]\d+\.\d\dz\) \| \d\.\d{{3}} bpb \| "
+        r"norm \d+\.\d{{4}} \([+-]\d+\.\d\dz\) \| "
+        r"lr \d\.\de[+-]\d\d \| \d+ ms \(opt \d+\.\d\) \| n/a MFU \| [\d.]+k? tok/s \| eta "
+    )
+    for step in range(1, 7):
+        assert re.search(pattern.format(step), text), step
+    assert re.search(r"step 0/6 \| validation loss 5\.[4-7]\d+ \| [78]\.\d+ bpb", text)
+    assert "sample:\nAlbert" in text and "validation loss: " in text and "momentum@" in text.split("sample:")[1]
+    # a progress bar is for terminals
+    assert done.stderr == ""
+    records = read_metrics(out / METRICS)
+    kinds = [(r["kind"], r["step"]) for r in records]
+    assert kinds[:2] == [("run", 0), ("val", 0)] and kinds[-2:] == [("val", 6), ("final", 6)]
+    assert [step for kind, step in kinds if kind == "train"] == [1, 2, 3, 4, 5, 6]
+    assert [step for kind, step in kinds if kind == "val"] == [0, 4, 6]
+    assert {"python", "torch", "celo2", "git"} <= set(records[0]["versions"])
+    train = [r for r in records if r["kind"] == "train"]
+    # one byte a token, but for the end-of-text tokens
+    assert train[0]["bits_per_byte"] == pytest.approx(train[0]["loss"] / math.log(2), rel=0.01)
+    assert train[5]["lr"] == pytest.approx(0.0, abs=1e-12) and train[0]["lr"] == recipe_for("nano", "celo2").lr
+    assert (out / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert f"{records[-1]['loss']:.4f} nats a token" in (out / "report.md").read_text()
+    assert Checkpoints(out).latest().step == 6
+
+
+def test_a_finished_run_is_shown_again_and_not_trained_again(tmp_path, data) -> None:
+    out = tmp_path / "run"
+    arguments = command(data, out, "--steps", "3", "--resume", "auto")
+    first = run(arguments)
+    before = numbers(out)
+    again = run(arguments)
+    assert (first.returncode, again.returncode) == (0, 0), again.stderr
+    assert "resumed at step 3 of 3" in again.stdout and "step 3/3" not in again.stdout
+    assert first.stdout.split("sample:")[1] == again.stdout.split("sample:")[1]
+    assert numbers(out) == before
+
+
+def test_torchrun_is_the_same_program(tmp_path, data) -> None:
+    assert run(command(data, tmp_path / "plain", "--steps", "3")).returncode == 0
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "1", str(SCRIPT)]
+    arguments = [*launcher, *command(data, tmp_path / "torchrun", "--steps", "3")]
+    done = subprocess.run(arguments, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert numbers(tmp_path / "torchrun") == numbers(tmp_path / "plain")
+
+
+@pytest.mark.parametrize("opt", ["adamw", "muon", "celo2-base"])
+def test_other_optimizers_train(tmp_path, data, opt: str) -> None:
+    assert main(command(data, tmp_path, "--opt", opt, "--steps", "8", "--batch-tokens", "256")) == 0
+    losses = [r["loss"] for r in read_metrics(tmp_path / METRICS) if r["kind"] == "val"]
+    assert losses[-1] < losses[0] - 0.5
+
+
+def test_gpt2_tokens_and_the_modern_architecture(tmp_path, capsys) -> None:
+    data = prepare_embedded("gpt2", tmp_path / "data")
+    options = ["--size", "30m", "--batch-tokens", "512", "--val-tokens", "512", "--steps", "1", "--sample-tokens", "2"]
+    assert main([*options, "--data", str(data), "--out-dir", str(tmp_path / "out")]) == 0
+    train = next(r for r in read_metrics(tmp_path / "out" / METRICS) if r["kind"] == "train")
+    # a GPT-2 token of English is 3 to 6 bytes
+    assert 1 / 6 < train["bits_per_byte"] / (train["loss"] / math.log(2)) < 1 / 3
+    assert "30m, modern: 6 layers, 3 x 128 heads" in capsys.readouterr().out
+
+
+def test_accumulation_does_not_change_the_numbers(tmp_path, data) -> None:
+    for micro in ("1", "4"):
+        out = tmp_path / micro
+        options = ["--steps", "3", "--batch-tokens", "1024", "--micro-batch", micro, "--seed", "5"]
+        assert main(command(data, out, *options)) == 0
+    for one, four in zip(numbers(tmp_path / "1"), numbers(tmp_path / "4"), strict=True):
+        assert one[2] == pytest.approx(four[2], rel=1e-5)
+        if one[0] == "train":
+            assert one[5] == pytest.approx(four[5], rel=1e-4)
+            assert one[4] == pytest.approx(four[4], rel=1e-5)
+
+
+# resume
+
+
+@pytest.mark.parametrize("opt", ["celo2", "adamw"])
+def test_killed_and_resumed_is_bitwise_the_uninterrupted_run(tmp_path, data, opt: str) -> None:
+    options = ["--opt", opt, "--steps", "14", "--save-every", "3", "--keep", "5", "--resume", "auto"]
+    assert run(command(data, tmp_path / "whole", *options)).returncode == 0
+    arguments = [sys.executable, str(SCRIPT), *command(data, tmp_path / "killed", *options)]
+    process = subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    wait_for_step(tmp_path / "killed", 8, process)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert 0 < Checkpoints(tmp_path / "killed").latest().step < 14
+    resumed = run(command(data, tmp_path / "killed", *options))
+    assert resumed.returncode == 0, resumed.stderr
+    assert re.search(r"resumed at step (3|6|9|12) of 14", resumed.stdout)
+    assert numbers(tmp_path / "killed") == numbers(tmp_path / "whole")
+    whole, killed = (tensors(tmp_path / name / "step-00000014") for name in ("whole", "killed"))
+    assert len(whole) > 100 and whole.keys() == killed.keys()
+    assert [name for name, value in whole.items() if not torch.equal(value, killed[name])] == []
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 0), (signal.SIGUSR1, 0), (signal.SIGINT, 130)])
+def test_a_signal_saves_and_stops(tmp_path, data, number: int, status: int) -> None:
+    options = ["--steps", "9", "--save-every", "100", "--resume", "auto"]
+    arguments = [sys.executable, str(SCRIPT), *command(data, tmp_path / "out", *options, "--steps", "500")]
+    process = subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    wait_for_step(tmp_path / "out", 2, process)
+    process.send_signal(number)
+    output, errors = process.communicate(timeout=60)
+    assert process.returncode == status, errors
+    step = Checkpoints(tmp_path / "out").latest().step
+    name = signal.Signals(number).name
+    assert f"{name}: step {step} of 500 is saved in" in output and "go on with --resume auto" in output
+    assert max(r["step"] for r in read_metrics(tmp_path / "out" / METRICS) if r["kind"] == "train") == step
+
+
+def test_an_incomplete_checkpoint_is_passed_over_and_said(tmp_path, data, capsys) -> None:
+    arguments = command(data, tmp_path, "--steps", "6", "--save-every", "2", "--keep", "9", "--resume", "auto")
+    assert main(arguments) == 0
+    before = numbers(tmp_path)
+    (tmp_path / "step-00000006" / "DONE").unlink()
+    (tmp_path / ".step-00000008.0123abcd.tmp").mkdir()
+    capsys.readouterr()
+    assert main(arguments) == 0
+    text = capsys.readouterr().out
+    assert "step-00000006 is not usable (it has no DONE file: its saving was interrupted): going back" in text
+    assert "resumed at step 4 of 6" in text
+    assert numbers(tmp_path) == before
+    assert not list(tmp_path.glob(".step*"))
+    for path in tmp_path.glob("step-*"):
+        (path / "DONE").unlink()
+    assert main(arguments) == 0
+    assert "from the start" in capsys.readouterr().out
+    assert numbers(tmp_path) == before
+
+
+def test_a_checkpoint_of_another_run_is_refused(tmp_path, data, capsys) -> None:
+    assert main(command(data, tmp_path, "--steps", "2")) == 0
+    before = (tmp_path / METRICS).read_bytes()
+    for options, message in (
+        (["--opt", "adamw"], "optimizer is 'celo2' there and 'adamw' here"),
+        (["--arch", "modern"], "model is {'arch': 'gpt2'"),
+        (["--seed", "7"], "seed is 1337 there and 7 here"),
+        (["--weights", "adam"], "theta is"),
+    ):
+        assert main(command(data, tmp_path, "--steps", "2", "--resume", "auto", *options)) == 1
+        error = capsys.readouterr().err
+        assert "is a checkpoint of another run: " in error and message in error and "another --out-dir" in error
+    assert (tmp_path / METRICS).read_bytes() == before
+
+
+def test_an_older_run_is_not_overwritten(tmp_path, data, capsys) -> None:
+    assert main(command(data, tmp_path, "--steps", "1")) == 0
+    before = (tmp_path / METRICS).read_bytes()
+    assert main(command(data, tmp_path, "--steps", "1")) == 1
+    assert "holds a run: go on with --resume auto, or give another --out-dir" in capsys.readouterr().err
+    assert (tmp_path / METRICS).read_bytes() == before
+
+
+def test_a_full_disk_costs_a_checkpoint_and_not_the_run(tmp_path, data) -> None:
+    code = (
+        "import resource, runpy, signal, sys\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, resource.RLIM_INFINITY))\n"
+        "sys.argv = sys.argv[1:]\n"
+        "runpy.run_path(sys.argv[0], run_name='__main__')\n"
+    )
+    arguments = command(data, tmp_path, "--steps", "4", "--save-every", "2")
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(SCRIPT), *arguments], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 1
+    assert "warning: " in done.stdout and "step-00000002: OSError: [Errno 27] File too large" in done.stdout
+    assert "step 4/4 | loss" in done.stdout
+    assert "error: " in done.stderr and "step-00000004" in done.stderr and "free space" in done.stderr
+    assert not list(tmp_path.glob("*step-*"))
+    assert run([*arguments, "--resume", "auto"]).returncode == 0
+
+
+# values that are not finite
+
+
+def poison(monkeypatch, bad_calls: set[int]) -> None:
+    """Make the loss of these training forward passes, counted from 0, infinite."""
+    real, calls = GPT.forward, iter(range(10**6))
+
+    def forward(self: GPT, tokens: torch.Tensor, targets: torch.Tensor | None = None, reduction: str = "mean"):
+        loss = real(self, tokens, targets, reduction)
+        if targets is not None and reduction == "mean" and next(calls) in bad_calls:
+            return loss * math.inf
+        return loss
+
+    monkeypatch.setattr(GPT, "forward", forward)
+
+
+def test_a_loss_that_is_not_finite_skips_its_step(tmp_path, data, monkeypatch, capsys) -> None:
+    poison(monkeypatch, {1, 2, 4})
+    assert main(command(data, tmp_path, "--steps", "6", "--max-skips", "3")) == 0
+    train = [r for r in read_metrics(tmp_path / METRICS) if r["kind"] == "train"]
+    assert [r["skipped"] for r in train] == [False, True, True, False, True, False]
+    assert train[1]["loss"] is None and train[5]["loss"] < train[0]["loss"]
+    assert "SKIPPED: not finite" in capsys.readouterr().out
+    assert Checkpoints(tmp_path).latest().skipped == 3
+    assert "3 skipped" in (tmp_path / "report.md").read_text()
+
+
+def test_too_many_in_a_row_end_the_run_with_a_checkpoint(tmp_path, data, monkeypatch, capsys) -> None:
+    poison(monkeypatch, set(range(2, 100)))
+    assert main(command(data, tmp_path, "--steps", "9", "--max-skips", "3")) == 1
+    assert "3 steps in a row had a loss or gradient that is not finite; step 5 is saved" in capsys.readouterr().err
+    assert Checkpoints(tmp_path).latest().step == 5
+    monkeypatch.undo()
+    assert main(command(data, tmp_path, "--steps", "9", "--max-skips", "3", "--resume", "auto")) == 0
+    skipped = [r["skipped"] for r in read_metrics(tmp_path / METRICS) if r["kind"] == "train"]
+    assert skipped == [False] * 2 + [True] * 3 + [False] * 4
+
+
+# refusals
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--size", "huge"], "unknown size 'huge': choose one of nano, 30m, small, medium, large, gpt2-xl, xl"),
+        (["--opt", "sgd"], "unknown optimizer 'sgd': choose one of celo2, celo2-base, adamw, muon"),
+        (["--recipe", "mine"], "unknown recipe 'mine': choose one of nano-adamw"),
+        (["--lr", "-1"], "lr=-1.0 must be finite and > 0"),
+        (["--lr", "nan"], "lr=nan must be finite and > 0"),
+        (["--weight-decay", "-0.1"], "weight_decay=-0.1 must be finite and >= 0"),
+        (["--steps", "0"], "--steps 0: must be at least 1"),
+        (["--batch-tokens", "300"], "batch_tokens=300 is not a multiple of the context, 256"),
+        (["--micro-batch", "3"], "--micro-batch 3 does not divide the batch of 2 sequences"),
+        (["--weights", "celo2"], "ships no trained weights yet"),
+        (["--weights", "nowhere/theta.state"], "no such file"),
+        (["--opt", "adamw", "--weights", "momentum"], "--weights momentum belongs to --opt celo2"),
+        (["--device", "abacus"], "--device abacus: not usable here"),
+        (["--arch", "modern", "--bias"], "bias=True"),
+        (["--val-tokens", "10"], "val_tokens=10 is less than one window of 256"),
+        (["--keep", "0"], "keep at least one checkpoint"),
+        (["--size", "30m"], "holds vocabulary id 256, this model reads 0 ('gpt2')"),
+    ],
+)
+def test_mistakes_are_one_line_and_leave_nothing(tmp_path, data, capsys, options: list[str], message: str) -> None:
+    if "30m" in options:
+        options = [*options, "--batch-tokens", "1024"]
+    assert main(command(data, tmp_path / "out", *options)) == 1
+    captured = capsys.readouterr()
+    assert captured.err.startswith("error: ") and message in captured.err and captured.err.count("\n") == 1
+    assert not (tmp_path / "out" / METRICS).exists()
+
+
+def test_several_processes_are_refused(tmp_path, data, capsys, monkeypatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert main(command(data, tmp_path)) == 1
+    assert "WORLD_SIZE=2: this version trains on one process" in capsys.readouterr().err
+
+
+def test_missing_and_damaged_data(tmp_path, data, capsys) -> None:
+    assert main(command(tmp_path / "none", tmp_path / "out")) == 1
+    assert "no such data folder; make it with `python pretrain/prepare_data.py" in capsys.readouterr().err
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    for path in data.glob("*.bin"):
+        (broken / path.name).write_bytes(path.read_bytes()[:-2])
+    assert main(command(broken, tmp_path / "out")) == 1
+    assert "truncated: the header says" in capsys.readouterr().err
+
+
+def test_bad_numbers_of_the_command_line(capsys) -> None:
+    for option in ("--save-every", "--eval-every", "--log-every", "--micro-batch", "--max-skips"):
+        with pytest.raises(SystemExit):
+            main([option, "0"])
+        assert f"{option} 0: must be at least 1" in capsys.readouterr().err
+
+
+# arithmetic
+
+
+@pytest.mark.parametrize(
+    ("requested", "batch", "context", "expected"),
+    [
+        (None, 4096, 256, (16, 1)),
+        (None, 524_288, 1024, (16, 32)),
+        (None, 1_048_576, 2048, (8, 64)),
+        (None, 24 * 1024, 1024, (12, 2)),
+        (None, 7 * 32_768, 32_768, (1, 7)),
+        (4, 524_288, 1024, (4, 128)),
+    ],
+)
+def test_micro_batch(requested: int | None, batch: int, context: int, expected: tuple[int, int]) -> None:
+    assert resolve_micro_batch(requested, batch, context) == expected
+
+
+def test_dry_run_of_gpt3_xl_prints_everything_and_leaves_nothing(tmp_path, capsys, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["--size", "xl", "--opt", "celo2", "--bias", "--dry-run"]) == 0
+    text = capsys.readouterr().out
+    assert "parameters: 1,315,723,264 (" in text and "blocks.*.mlp.up.weight x24" in text
+    assert "48 x [128, 2048]" in text
+    assert "1,048,576 tokens: 8 sequences of 2048, 64 micro-batches" in text
+    # 16 bytes a parameter of the hidden matrices, 8 of the rest, and the factor vectors
+    assert "4.901 GiB parameters" in text and re.search(r"(18|19)\.\d+ GiB optimizer state", text)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_state_of_the_run_is_json(tmp_path, data) -> None:
+    assert main(command(data, tmp_path, "--steps", "1")) == 0
+    done = json.loads((tmp_path / "step-00000001" / "DONE").read_text())
+    assert done["identity"]["recipe"]["tokens"] == 512 and done["identity"]["model"]["head_dim"] == 32
