@@ -8,6 +8,26 @@ from torch import Tensor
 # quintic coefficients of Muon (https://kellerjordan.github.io/posts/muon/), used unchanged by Celo2
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 EPS = 1e-8
+# rows computed at once of a symmetric product: few enough to skip most of the half above the diagonal, enough for
+# matrix products at full speed
+STRIP = 128
+
+
+def _symmetric_baddbmm(add: Tensor, x: Tensor, y: Tensor, *, beta: float, alpha: float) -> Tensor:
+    """Return beta * add + alpha * x @ y, [B, m, m], known to be symmetric: strips up to the diagonal, mirrored.
+
+    `x` is [B, m, n], `y` [B, n, m]; `add` is [B, m, m], or anything of three axes when beta is 0.
+    """
+    m = x.shape[-2]
+    if m <= STRIP:
+        return torch.baddbmm(add, x, y, beta=beta, alpha=alpha)
+    out = x.new_empty(x.shape[0], m, m)
+    for start in range(0, m, STRIP):
+        stop = min(start + STRIP, m)
+        term = add[:, start:stop, :stop] if beta else add
+        out[:, start:stop, :stop] = torch.baddbmm(term, x[:, start:stop], y[..., :stop], beta=beta, alpha=alpha)
+        out[:, :start, start:stop] = out[:, start:stop, :start].mT
+    return out
 
 
 def newton_schulz(direction: Tensor, steps: int = 5) -> Tensor:
@@ -22,11 +42,14 @@ def newton_schulz(direction: Tensor, steps: int = 5) -> Tensor:
     tall = x.shape[-2] > x.shape[-1]
     if tall:
         x = x.mT
-    x = x / (torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True) + EPS)
+    # row by row: a norm over all elements at once is one long float32 sum, which loses digits
+    norm = torch.linalg.vector_norm(torch.linalg.vector_norm(x, dim=-1, keepdim=True), dim=-2, keepdim=True)
+    x = x / (norm + EPS)
     a, b, c = COEFFICIENTS
+    nothing = x.new_zeros(1, 1, 1)
     for _ in range(steps):
-        gram = torch.bmm(x, x.mT)
-        polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+        gram = _symmetric_baddbmm(nothing, x, x.mT, beta=0, alpha=1)
+        polynomial = _symmetric_baddbmm(gram, gram, gram, beta=b, alpha=c)
         x = torch.baddbmm(x, polynomial, x, beta=a)
     if tall:
         x = x.mT

@@ -36,6 +36,8 @@ from celo2.theta import Theta
 # elements of a block: large enough to hide the cost of about 40 calls and to give each thread its share (PyTorch splits
 # an operation from 32,768 elements on), small enough for the 34 planes of a block to stay in the last-level cache
 BLOCK = 98304
+# the statistics of phases 1 and 2 need at most 12 planes, so they take fewer, larger blocks
+STATISTICS_BLOCK = 2 * BLOCK
 
 # the 18 per-element columns in the order used here, as rows of the 30-row first layer in the paper's order:
 # g m0 m1 m2 | the same four times q | g rf_k cf_k | m_k rf_k cf_k | clip(g) p v q
@@ -130,8 +132,17 @@ class GradientMoments:
     total: float
 
 
+def _scaled_gradient(g: Tensor, scale: float, clip: bool, out: Tensor) -> Tensor:
+    """Write scale * g, clipped where asked, to `out` and return it; both are [b, r, c]."""
+    # widened first: the product of a bfloat16 tensor and a number rounds to bfloat16, whatever the output
+    out.copy_(g)
+    if scale != 1.0:
+        out.mul_(scale)
+    return out.clamp_(-GRADIENT_CLIP, GRADIENT_CLIP) if clip else out
+
+
 def gradient_moments(
-    g: Tensor, workspace: Workspace, *, scale: float = 1.0, clip: bool = False, block: int = BLOCK
+    g: Tensor, workspace: Workspace, *, scale: float = 1.0, clip: bool = False, block: int = STATISTICS_BLOCK
 ) -> GradientMoments:
     """Phase 1: row and column means of g^2 for g [B, m, n]; reads g once.
 
@@ -145,7 +156,7 @@ def gradient_moments(
         g_block = g[b, r, c]
         square = workspace.take("x", *g_block.shape)
         if clip:
-            torch.mul(g_block, scale, out=square).clamp_(-GRADIENT_CLIP, GRADIENT_CLIP).square_()
+            _scaled_gradient(g_block, scale, clip, out=square).square_()
         elif g_block.dtype == square.dtype:
             torch.mul(g_block, g_block, out=square)
         else:
@@ -173,9 +184,11 @@ class MatrixStep:
         scale: float = 1.0,
         clip: bool = False,
         block: int = BLOCK,
+        statistics_block: int = STATISTICS_BLOCK,
     ) -> None:
         self.matrices, self.theta, self.workspace = matrices, theta, workspace
-        self.scale, self.clip, self.block = scale, clip, block
+        self.scale, self.clip = scale, clip
+        self.block, self.statistics_block = block, statistics_block
         # moments of a clipped gradient are taken after scaling
         square_scale = 1.0 if clip else scale * scale
         decay = torch.tensor(FACTOR_DECAYS, dtype=workspace.dtype, device=workspace.device)
@@ -197,15 +210,9 @@ class MatrixStep:
         """Fill the 18 planes [18, b, r, c] of one block with the columns of the new accumulators, not normalised."""
         b, r, c = where
         source = self.matrices
-        g_source = source.g[b, r, c]
-        x = self.workspace.take("x", _ELEMENT_COLUMNS, *g_source.shape)
-        g, momenta, v, q = x[0], x[1:4], x[16], x[17]
-        if self.scale == 1.0:
-            g.copy_(g_source)
-        else:
-            torch.mul(g_source, self.scale, out=g)
-        if self.clip:
-            g.clamp_(-GRADIENT_CLIP, GRADIENT_CLIP)
+        x = self.workspace.take("x", _ELEMENT_COLUMNS, *source.g[b, r, c].shape)
+        momenta, v, q = x[1:4], x[16], x[17]
+        g = _scaled_gradient(source.g[b, r, c], self.scale, self.clip, out=x[0])
         for k, decay in enumerate(MOMENTUM_DECAYS):
             torch.lerp(source.momenta[k][b, r, c], g, 1 - decay, out=momenta[k])
         torch.mul(source.v[b, r, c], SECOND_MOMENT_DECAY, out=v).addcmul_(g, g, value=1 - SECOND_MOMENT_DECAY)
@@ -220,12 +227,34 @@ class MatrixStep:
         return x
 
     def feature_scales(self) -> Tensor:
-        """Phase 2: the normalisers rsqrt(mean(x^2) + 1e-9) of the 18 columns, [18, B]; reads p, g and accumulators."""
-        batch, m, n = self.matrices.p.shape
+        """Phase 2: the normalisers rsqrt(mean(x^2) + 1e-9) of the 18 columns, [18, B]; reads p, g and accumulators.
+
+        Only squares are formed, so no root is taken: q^2 = 1 / (v + eps), clip(g)^2 = min(g^2, clip^2), and the six
+        sums with factors are sum_ij x_ij^2 rf_i^2 cf_j^2, a product of matrices.
+        """
+        source = self.matrices
+        batch, m, n = source.p.shape
+        row_square, column_square = (scale.square().transpose(0, 1) for scale in (self.row_scale, self.column_scale))
         total = torch.zeros(_ELEMENT_COLUMNS, batch, dtype=self.workspace.dtype, device=self.workspace.device)
-        for where in iterate_blocks(self.matrices.p.shape, self.block):
-            x = self._features(where)
-            total[:, where[0]] += torch.linalg.vector_norm(x.flatten(2), dim=-1).square_()
+        for b, r, c in iterate_blocks(source.p.shape, self.statistics_block):
+            # [12, b, r, c]: the squares of g m0 m1 m2, of the same four times q, and of clip(g) p v q
+            x = self.workspace.take("x", 12, *source.p[b, r, c].shape)
+            g = _scaled_gradient(source.g[b, r, c], self.scale, self.clip, out=x[0])
+            for k, decay in enumerate(MOMENTUM_DECAYS):
+                torch.lerp(source.momenta[k][b, r, c], g, 1 - decay, out=x[1 + k])
+            linear = x[0:4].square_()
+            torch.lerp(source.v[b, r, c], linear[0], 1 - SECOND_MOMENT_DECAY, out=x[10])
+            torch.add(x[10], RMS_EPS, out=x[11]).reciprocal_()
+            torch.mul(linear, x[11], out=x[4:8])
+            torch.clamp_max(linear[0], FEATURE_CLIP**2, out=x[8])
+            x[9].copy_(source.p[b, r, c])
+            x[9:11].square_()
+            sums = x.flatten(2).sum(-1)
+            factored = (torch.matmul(row_square[b, :, r], linear) * column_square[b, :, c]).sum(-1)  # [4, b, 3]
+            total[0:8, b] += sums[0:8]
+            total[8:11, b] += factored[0].T
+            total[11:14, b] += factored[1:4].diagonal(dim1=0, dim2=2).T
+            total[14:18, b] += sums[8:12]
         return torch.rsqrt(total / (m * n) + NORM_EPS)
 
     def _vector_contribution(self, factor: Tensor, weights: Tensor) -> Tensor:
@@ -273,7 +302,9 @@ def normalise_direction(direction: Tensor, *, orthogonalize: bool, ns_steps: int
     if orthogonalize:
         direction = newton_schulz(direction, ns_steps)
     size = direction.shape[-2] * direction.shape[-1]
-    square = torch.linalg.vector_norm(direction, dim=(-2, -1), keepdim=True).square()
+    # row by row: one float32 sum over all elements loses digits
+    norms = torch.linalg.vector_norm(direction, dim=-1, keepdim=True)
+    square = torch.linalg.vector_norm(norms, dim=-2, keepdim=True).square()
     return direction, torch.rsqrt(square / size + NORM_EPS)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -31,7 +33,9 @@ def _run(matrices, theta, block, *, scale=1.0, clip=False, dtype=torch.float64):
         workspace.take(name, 100_000).fill_(torch.nan)
     folded = phases.FoldedTheta.from_theta(theta, dtype, CPU)
     moments = phases.gradient_moments(matrices.g, workspace, scale=scale, clip=clip, block=block)
-    step = phases.MatrixStep(matrices, moments, folded, workspace, scale=scale, clip=clip, block=block)
+    step = phases.MatrixStep(
+        matrices, moments, folded, workspace, scale=scale, clip=clip, block=block, statistics_block=block
+    )
     direction = step.learned_update(step.feature_scales())
     direction, rms_scale = phases.normalise_direction(direction, orthogonalize=False, ns_steps=5)
     return direction * rms_scale
@@ -77,6 +81,31 @@ def test_scale_and_clip_equal_a_scaled_gradient(random_theta):
     expected, _ = matrix_update(theta.tensors(torch.float64, CPU), scaled.p, scaled.g, state, orthogonalize=False)
     update = _run(matrices, theta, 40, scale=0.5, clip=True)
     torch.testing.assert_close(update, expected, rtol=0, atol=1e-11)
+
+
+@pytest.mark.parametrize("magnitude", [1e-6, 1e-4, 1e-2])
+def test_float32_statistics_keep_their_digits_over_many_elements(magnitude, random_theta):
+    # a plain float32 sum over 300,000 elements was off by 1e-5 of itself, and the update by 6e-5
+    theta, shape = random_theta(), (1, 512, 600)
+    matrices, exact = _zeros(shape, torch.float32), _zeros(shape, torch.float64)
+    for _ in range(3):
+        matrices.p.copy_(0.02 * torch.randn(shape))
+        matrices.g.copy_(magnitude * torch.randn(shape))
+        exact.p.copy_(matrices.p)
+        exact.g.copy_(matrices.g)
+        update = _run(matrices, theta, phases.BLOCK, dtype=torch.float32)
+        torch.testing.assert_close(update.double(), _run(exact, theta, phases.BLOCK), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("clip", [False, True])
+def test_a_bfloat16_gradient_is_scaled_in_float32(clip, random_theta):
+    narrow, wide = _zeros((1, 8, 12), torch.float32), _zeros((1, 8, 12), torch.float32)
+    wide.g.copy_(torch.randn(1, 8, 12).bfloat16())
+    narrow = dataclasses.replace(narrow, g=wide.g.bfloat16())
+    theta = random_theta()
+    updates = [_run(matrices, theta, 40, scale=0.3, clip=clip, dtype=torch.float32) for matrices in (narrow, wide)]
+    assert torch.equal(*updates)
+    assert torch.equal(narrow.v, wide.v)
 
 
 def test_statistics_phases_write_nothing(random_theta):

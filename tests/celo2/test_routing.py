@@ -65,6 +65,13 @@ def test_convolutions_are_flattened_and_frozen_parameters_left_out():
     assert state["row_factor"].shape == (8, 3) and state["column_factor"].shape == (27, 3)
 
 
+def test_wrapped_models_are_routed_alike():
+    wrapped = torch.compile(Tied(), backend="eager")
+    assert isinstance(wrapped, nn.Module)
+    rules = {name.removeprefix("_orig_mod."): rule for name, rule in _rules(param_groups(wrapped)).items()}
+    assert rules == _rules(param_groups(Tied()))
+
+
 def test_views_split_into_matrices_on_the_same_storage():
     qkv = torch.arange(24.0 * 4).view(24, 4)
     parts = MatrixView(split=3, heads=2).matrices(qkv)
