@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
+import sys
+from numbers import Integral, Real
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.distributed.tensor import DTensor
+from torch import Tensor, nn
 
 from celo2.matrices import MatrixView
-from celo2.routing import RULES
+from celo2.routing import RULES, name_is_adamw
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -26,11 +27,16 @@ def group_view(group: dict[str, Any]) -> MatrixView:
     return MatrixView(group["split"], group["heads"], group["axis"], group["flatten"])
 
 
-def group_rule(group: dict[str, Any], parameter: Tensor) -> str:
-    """Return the rule that steps a parameter of the group, `"celo2"` or `"adamw"`."""
-    if group["rule"] == "auto":
-        return "celo2" if parameter.ndim >= 2 else "adamw"
-    return str(group["rule"])
+def group_rule(group: dict[str, Any], name: str, parameter: Tensor, variant: str) -> str:
+    """Return the rule for a parameter of the group, `"celo2"` or `"adamw"`.
+
+    `"auto"` goes by the number of axes and the name; with a theta of variant `"celo2-base"` it is the learned rule.
+    """
+    if group["rule"] != "auto":
+        return str(group["rule"])
+    if variant == "celo2-base":
+        return "celo2"
+    return "adamw" if parameter.ndim < 2 or name_is_adamw(name) else "celo2"
 
 
 def _check_number(name: str, value: Any, *, none: bool = False, positive: bool = False) -> None:
@@ -42,7 +48,7 @@ def _check_number(name: str, value: Any, *, none: bool = False, positive: bool =
         if value.is_meta:
             return
         value = float(value)
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name}={value!r}: must be a number{' or None' if none else ''}")
     if not math.isfinite(value) or value < 0 or (positive and value == 0):
         raise ValueError(f"{name}={value!r}: must be finite and {'greater than' if positive else 'at least'} 0")
@@ -62,13 +68,28 @@ def check_options(group: dict[str, Any]) -> None:
         if not beta < 1:
             raise ValueError(f"adam_betas[{index}]={beta!r}: must be less than 1")
     steps = group["ns_steps"]
-    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
+    if isinstance(steps, bool) or not isinstance(steps, Integral) or steps < 1:
         raise ValueError(f"ns_steps={steps!r}: must be a whole number of at least 1")
     if group["orthogonalize"] not in (None, True, False):
         raise ValueError(f"orthogonalize={group['orthogonalize']!r}: must be True, False or None")
     if group["rule"] not in RULES:
         raise ValueError(f"rule={group['rule']!r}, allowed: {', '.join(RULES)}")
     group_view(group)
+
+
+def list_parameters(group: dict[str, Any]) -> list[Any]:
+    """Return a group's parameters as a list; raises TypeError for what has no order or holds none."""
+    parameters: Any = group.get("params")
+    if isinstance(parameters, Tensor):
+        return [parameters]
+    if isinstance(parameters, (set, frozenset)):
+        raise TypeError("parameters come in a set, whose order changes between runs; pass a list")
+    if isinstance(parameters, nn.Module) or not hasattr(parameters, "__iter__"):
+        raise TypeError(
+            f"a parameter group needs params=, tensors or (name, tensor) pairs, got {type(parameters).__name__}; pass "
+            "module.named_parameters(), or FusedCelo2(module)"
+        )
+    return list(parameters)
 
 
 def check_parameters(parameters: list[Any]) -> None:
@@ -86,7 +107,9 @@ def check_parameters(parameters: list[Any]) -> None:
             raise ValueError(
                 f"{label} is an FSDP1 flat parameter, which has lost its matrices; use fully_shard (FSDP2)"
             )
-        if isinstance(parameter, DTensor):
+        # a tensor can only be sharded by a module that is loaded; importing it costs half of `import celo2`
+        sharded = sys.modules.get("torch.distributed.tensor")
+        if sharded is not None and isinstance(parameter, sharded.DTensor):
             raise ValueError(
                 f"{label} is sharded (DTensor): this version steps whole parameters only, and statistics of a shard "
                 "would be wrong; train on one process or with DDP"

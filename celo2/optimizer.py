@@ -7,20 +7,21 @@ import math
 import os
 import warnings
 from collections.abc import Callable, Iterable
-from typing import Any, overload
+from typing import Any, NamedTuple, overload
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.optim.adamw import adamw
 
 from celo2 import reference
+from celo2.adamw import AdamWJob, step_adamw
 from celo2.groups import (
     check_gradient,
     check_options,
     check_parameters,
     group_rule,
     group_view,
+    list_parameters,
     named_parameters,
 )
 from celo2.matrices import MatrixView
@@ -35,16 +36,28 @@ from celo2.phases import (
     normalise_direction,
 )
 from celo2.routing import format_table, param_groups, view_options
-from celo2.stochastic_rounding import round_stochastically_
+from celo2.state import MOMENTUM_KEYS, check_saved_state, copy_saved_state, create_state, follow_parameter, state_dtype
+from celo2.stochastic_rounding import round_stochastically_, rounding_seed
 from celo2.theta import Theta, load_weights
 
-_MOMENTUM_KEYS = ("momentum_fast", "momentum_medium", "momentum_slow")
 # set by learning-rate schedulers and by torch.optim itself
 _FOREIGN_KEYS = frozenset({"params", "param_names", "initial_lr", "max_lr", "min_lr", "swa_lr"})
 
 
-def _state_dtype(parameter: Tensor) -> torch.dtype:
-    return torch.float64 if parameter.dtype == torch.float64 else torch.float32
+class _MatrixJob(NamedTuple):
+    group: int
+    parameter: Tensor
+    matrices: Matrices
+    state: dict[str, Tensor]
+    theta: Theta
+
+
+class _VectorJob(NamedTuple):
+    group: int
+    parameter: Tensor
+    gradient: Tensor
+    state: dict[str, Tensor]
+    theta: Theta
 
 
 class FusedCelo2(Optimizer):
@@ -52,7 +65,8 @@ class FusedCelo2(Optimizer):
 
     `params` is a module (routed by `celo2.param_groups`, following the theta's variant), tensors, (name, tensor) pairs,
     or groups. A group may override every option below and set `rule`: `"celo2"`, `"adamw"`, or `"auto"` (the default:
-    AdamW for fewer than two axes, else the learned rule), and its matrix view: `split`, `heads`, `axis`, `flatten`.
+    AdamW for fewer than two axes and for the names of embeddings and output heads, the learned rule for the rest, or
+    for everything with a theta of variant `"celo2-base"`), and its matrix view: `split`, `heads`, `axis`, `flatten`.
 
     Args:
         lr: learning rate on Adam's scale, at least 0; a float or a 0-d tensor.
@@ -67,7 +81,8 @@ class FusedCelo2(Optimizer):
     Parameters are float32, float64, bfloat16 (written with stochastic rounding) or float16; the accumulators are
     float32 (float64 for float64). A step with a non-finite gradient leaves parameters and state untouched and is
     counted in `skipped_steps`. `grad_norm` is the global gradient norm of the last step, before clipping. Both are read
-    on the host; on a CPU that costs nothing.
+    on the host; on a CPU that costs nothing. Learning-rate schedulers that cycle a momentum as well (`OneCycleLR`,
+    `CyclicLR`) need `cycle_momentum=False`: the rule's momenta are part of what was learned.
 
     Raises ValueError or TypeError for options out of range, unknown rules, duplicate, sparse, complex, integer or
     sharded parameters or gradients.
@@ -92,7 +107,7 @@ class FusedCelo2(Optimizer):
         ns_steps: int = 5,
     ) -> None:
         theta = load_weights(weights)
-        self._thetas: dict[str, Theta] = {theta.label: theta}
+        self._thetas: dict[str, Theta] = {theta.label.rpartition("@")[2]: theta}
         self._reset_caches()
         defaults = {
             "lr": lr,
@@ -116,7 +131,10 @@ class FusedCelo2(Optimizer):
     def _reset_caches(self) -> None:
         self.grad_norm: Tensor | None = None
         self._folded: dict[tuple[str, torch.dtype, torch.device], FoldedTheta] = {}
+        self._unfolded: dict[tuple[str, torch.dtype, torch.device], dict[str, Tensor]] = {}
         self._workspaces: dict[tuple[torch.dtype, torch.device], Workspace] = {}
+        self._positions: dict[Tensor, int] = {}
+        self._loading: dict[str, Any] | None = None
 
     @property
     def skipped_steps(self) -> int:
@@ -125,109 +143,124 @@ class FusedCelo2(Optimizer):
 
     # groups and state
 
+    def _theta(self, weights: str | os.PathLike[str] | Theta) -> Theta:
+        """Return the theta of a group's `weights`: the label of one that is loaded, or what `load_weights` takes."""
+        digest = weights.rpartition("@")[2] if isinstance(weights, str) else None
+        if digest in self._thetas:
+            return self._thetas[digest]
+        theta = load_weights(weights)
+        self._thetas.setdefault(theta.label.rpartition("@")[2], theta)
+        return theta
+
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group after checking its options and parameters, and create its state."""
+        """Add a group after checking its options and parameters, and create its state.
+
+        When the other groups have names and this one has none, its parameters are named by position.
+        """
         if not isinstance(param_group, dict):
             raise TypeError(f"a parameter group must be a dict, got {type(param_group).__name__}")
+        group = param_group
         known = {*self.defaults, *_FOREIGN_KEYS}
-        for key in param_group:
+        for key in group:
             if key not in known:
                 close = difflib.get_close_matches(str(key), known, n=1)
                 hint = f"; did you mean {close[0]!r}?" if close else ""
                 warnings.warn(f"parameter group option {key!r} is not used by FusedCelo2{hint}", stacklevel=3)
-        group = dict(param_group)
-        if "weights" in group and group["weights"] not in self._thetas:
-            theta = load_weights(group["weights"])
-            self._thetas[theta.label] = theta
-            group["weights"] = theta.label
-        if isinstance(group["params"], (set, frozenset)):
-            raise TypeError("parameters come in a set, whose order changes between runs; pass a list")
-        group["params"] = [group["params"]] if isinstance(group["params"], Tensor) else list(group["params"])
-        check_options({**self.defaults, **group})
+        group["params"] = list_parameters(group)
+        options = {**self.defaults, **group}
+        check_options(options)
         check_parameters(group["params"])
+        theta = self._theta(options["weights"])
+        group["weights"] = theta.label
+        if options["orthogonalize"] is None:
+            group["orthogonalize"] = theta.orthogonalize
         if "skipped_steps" not in group and self.param_groups:
             group["skipped_steps"] = self.skipped_steps
+        if self.param_groups and "param_names" in self.param_groups[0]:
+            index = len(self.param_groups)
+            group["params"] = [
+                entry if isinstance(entry, tuple) else (f"group {index}, parameter {position}", entry)
+                for position, entry in enumerate(group["params"])
+            ]
         super().add_param_group(group)
+        added = self.param_groups[-1]
         try:
-            added = self.param_groups[-1]
+            if any(added["lr"] is other["lr"] for other in self.param_groups[:-1]) and isinstance(added["lr"], Tensor):
+                # schedulers write into a tensor: every group needs its own
+                added["lr"] = added["lr"].clone()
+            states = {}
             view = group_view(added)
             for name, parameter in named_parameters(added):
-                if group_rule(added, parameter) == "celo2":
+                rule = group_rule(added, name, parameter, theta.variant)
+                if rule == "celo2":
                     view.check(parameter.shape, name)
-                self._create_state(parameter, added)
-        except ValueError:
+                elif view != MatrixView():
+                    warnings.warn(f"the matrix view of {name} is not used: AdamW steps it whole", stacklevel=3)
+                    view = MatrixView()
+                try:
+                    states[parameter] = create_state(parameter, rule, view)
+                except ValueError as error:
+                    raise ValueError(f"{name}: {error}") from error
+        except BaseException:
             self.param_groups.pop()
             raise
-
-    def _create_state(self, parameter: Tensor, group: dict[str, Any]) -> None:
-        """Create the accumulators, all zero, also where no gradient ever comes (equal keys on every rank)."""
-        dtype, device = _state_dtype(parameter), parameter.device
-
-        def zeros(*shape: int) -> Tensor:
-            return torch.zeros(shape, dtype=dtype, device=device)
-
-        def zeros_like() -> Tensor:
-            return torch.zeros_like(parameter, dtype=dtype, memory_format=torch.preserve_format)
-
-        state: dict[str, Tensor] = {"step": torch.zeros((), dtype=torch.float32)}
-        if group_rule(group, parameter) == "adamw":
-            state |= {"exp_avg": zeros_like(), "exp_avg_sq": zeros_like()}
-        else:
-            state |= {key: zeros_like() for key in _MOMENTUM_KEYS}
-            state["second_moment"] = zeros_like()
-            if parameter.ndim < 2:
-                state["factor"] = zeros(parameter.numel(), 3)
-            else:
-                batch, rows, columns = group_view(group).matrices(parameter.detach()).shape
-                lead = () if batch == 1 else (batch,)
-                state["row_factor"] = zeros(*lead, rows, 3)
-                state["column_factor"] = zeros(*lead, columns, 3)
-        self.state[parameter] = state
+        self.state.update(states)
+        self._positions = {}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a state dict of `state_dict()`; state keeps its dtype (the float32 momentum of a bfloat16 parameter).
+        """Load a state dict of `state_dict()`; state keeps its own dtype (float32 for a bfloat16 parameter).
 
-        Raises ValueError when it was saved with other weights, other rules or views, or for parameters of other shapes.
+        Raises ValueError when it was saved with other weights, rules or views, or for parameters of other shapes; then
+        nothing has changed.
         """
-        saved_groups = state_dict["param_groups"]
-        if len(saved_groups) == len(self.param_groups):
-            for index, (saved, group) in enumerate(zip(saved_groups, self.param_groups, strict=True)):
-                self._check_saved_group(index, saved, group, state_dict["state"])
-        super().load_state_dict(state_dict)
-        parameters = [parameter for group in self.param_groups for parameter in group["params"]]
-        keys = [key for group in saved_groups for key in group["params"]]
-        for key, parameter in zip(keys, parameters, strict=True):
-            for name, value in state_dict["state"].get(key, {}).items():
-                device = value.device if name == "step" else parameter.device
-                self.state[parameter][name] = value.detach().clone().to(device=device)
+        # the last pre-hook: what the caller's hooks made of the state dict is checked, and kept before torch casts it
+        handle = self.register_load_state_dict_pre_hook(lambda _, last: self._prepare_load(last))
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            handle.remove()
+            self._loading = None
 
-    def _check_saved_group(
-        self, index: int, saved: dict[str, Any], group: dict[str, Any], state: dict[Any, Any]
-    ) -> None:
-        for key in ("weights", "rule", "split", "heads", "axis", "flatten"):
-            if saved.get(key) != group[key]:
-                raise ValueError(
-                    f"state dict of another optimizer: group {index} was saved with {key}={saved.get(key)!r}, this "
-                    f"optimizer has {group[key]!r}; construct FusedCelo2 with the saved value"
-                )
-        if len(saved["params"]) != len(group["params"]):
-            return  # torch.optim.Optimizer.load_state_dict has the message for this
-        for key, (name, parameter) in zip(saved["params"], named_parameters(group), strict=True):
-            if key not in state:
-                raise ValueError(f"state dict has no state for parameter {name} (group {index}): it is incomplete")
-            for entry, value in self.state[parameter].items():
-                shape = tuple(state[key][entry].shape) if entry in state[key] else None
-                if shape != tuple(value.shape):
+    def _prepare_load(self, state_dict: dict[str, Any]) -> dict[str, Any] | None:
+        saved_groups = state_dict["param_groups"]
+        if len(saved_groups) != len(self.param_groups) or any(
+            len(saved["params"]) != len(group["params"])
+            for saved, group in zip(saved_groups, self.param_groups, strict=True)
+        ):
+            return None  # torch.optim.Optimizer.load_state_dict has the message for these
+        merged = []
+        for index, (saved, group) in enumerate(zip(saved_groups, self.param_groups, strict=True)):
+            # an option that the saving version did not have keeps its value here
+            options = {**{key: group[key] for key in self.defaults if key in group}, **saved}
+            check_options(options)
+            for key in ("weights", "rule", "split", "heads", "axis", "flatten"):
+                there, here = options[key], group[key]
+                if key == "weights":
+                    there, here = str(there).rpartition("@")[2], here.rpartition("@")[2]
+                if there != here:
                     raise ValueError(
-                        f"state dict of another model: {entry} of {name} has shape {shape}, "
-                        f"expected {tuple(value.shape)}"
+                        f"state dict of another optimizer: group {index} was saved with {key}={options[key]!r}, this "
+                        f"optimizer has {group[key]!r}; construct FusedCelo2 with the saved value"
                     )
+            for key, (name, parameter) in zip(saved["params"], named_parameters(group), strict=True):
+                check_saved_state(name, parameter, state_dict["state"].get(key), self.state[parameter])
+            merged.append(options)
+        self._loading = {**state_dict, "param_groups": merged}
+        return self._loading
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what pickling and copying keep: groups, state, defaults and the thetas, not the scratch memory."""
         return {**super().__getstate__(), "_thetas": self._thetas}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
+        loading = self.__dict__.get("_loading")
+        if loading is not None:
+            # torch cast the values to the parameters' dtype; take the exact ones, into the tensors that are there
+            keys = (key for group in loading["param_groups"] for key in group["params"])
+            parameters = (parameter for group in state["param_groups"] for parameter in group["params"])
+            for key, parameter in zip(keys, parameters, strict=True):
+                copy_saved_state(loading["state"].get(key), self.state[parameter])
+            state = {**state, "state": self.state}
         super().__setstate__(state)
         self._reset_caches()
 
@@ -246,159 +279,124 @@ class FusedCelo2(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-
-        learned: list[tuple[dict[str, Any], Tensor, Tensor]] = []
-        adam: list[tuple[dict[str, Any], Tensor, Tensor]] = []
-        for group in self.param_groups:
-            for name, parameter in named_parameters(group):
-                if parameter.grad is None or parameter.numel() == 0:
-                    continue
-                check_gradient(name, parameter, parameter.grad)
-                side = adam if group_rule(group, parameter) == "adamw" else learned
-                side.append((group, parameter, parameter.grad))
-        if not learned and not adam:
+        # all that can be refused is refused here, and every statistic is known, before anything is written
+        learned, vectors, adam = self._collect()
+        gradients = [job.matrices.g for job in learned]
+        gradients += [job.gradient for job in vectors]
+        gradients += [job.gradient for jobs in adam for job in jobs]
+        if not gradients:
             return loss
-
-        # phase 1 and the AdamW side's norms: every statistic is known before anything is written
-        moments: list[GradientMoments | None] = []
-        sum_of_squares = 0.0
-        for group, parameter, gradient in learned:
-            if parameter.ndim < 2:
-                moments.append(None)
-                sum_of_squares += float(gradient.to(torch.float64).square().sum())
-            else:
-                statistics = gradient_moments(group_view(group).matrices(gradient), self._workspace(parameter))
-                moments.append(statistics)
-                sum_of_squares += statistics.total
-        if adam:
-            norms = torch._foreach_norm([gradient for _, _, gradient in adam])
-            sum_of_squares += sum(float(norm) ** 2 for norm in norms)
-        if not math.isfinite(sum_of_squares):
-            # a non-finite element, or finite ones whose squares overflow
-            gradients = [gradient for _, _, gradient in (*learned, *adam)]
-            if all(bool(torch.isfinite(gradient).all()) for gradient in gradients):
-                sum_of_squares = sum(float(gradient.to(torch.float64).square().sum()) for gradient in gradients)
+        moments = [gradient_moments(job.matrices.g, self._workspace(job.parameter)) for job in learned]
+        norm = _norm([moment.total for moment in moments], gradients)
 
         grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         inverse_scale = 1.0 if grad_scale is None else 1.0 / float(grad_scale)
-        norm = math.sqrt(sum_of_squares) * inverse_scale if sum_of_squares >= 0 else math.nan
+        norm *= inverse_scale
         self.grad_norm = torch.tensor(norm, dtype=torch.float32)
         if not math.isfinite(norm) or (found_inf is not None and float(found_inf) != 0):
             for group in self.param_groups:
                 group["skipped_steps"] += 1
             return loss
 
-        scales = {}
+        scales = []
         for group in self.param_groups:
             limit = group["max_grad_norm"]
-            scales[id(group)] = inverse_scale * (1.0 if limit is None else min(1.0, limit / (norm + 1e-6)))
-
-        for (group, parameter, gradient), moment in zip(learned, moments, strict=True):
-            self.state[parameter]["step"] += 1
-            if moment is None:
-                self._step_vector(group, parameter, gradient, scales[id(group)])
-            else:
-                self._step_matrices(group, parameter, gradient, moment, scales[id(group)])
-        for group in self.param_groups:
-            pairs = [(parameter, gradient) for other, parameter, gradient in adam if other is group]
-            if pairs:
-                self._step_adamw(group, pairs, scales[id(group)])
+            scales.append(inverse_scale * (1.0 if limit is None else min(1.0, limit / (norm + 1e-6))))
+        for job, moment in zip(learned, moments, strict=True):
+            self._step_matrices(job, moment, scales[job.group])
+        for vector in vectors:
+            self._step_vector(vector, scales[vector.group])
+        for index, jobs in enumerate(adam):
+            step_adamw(jobs, self.param_groups[index], scales[index])
         return loss
 
+    def _collect(self) -> tuple[list[_MatrixJob], list[_VectorJob], list[list[AdamWJob]]]:
+        """Return what to step: matrices and vectors by the learned rule, and each group's parameters by AdamW."""
+        learned: list[_MatrixJob] = []
+        vectors: list[_VectorJob] = []
+        adam: list[list[AdamWJob]] = [[] for _ in self.param_groups]
+        for index, group in enumerate(self.param_groups):
+            view, theta = group_view(group), self._theta(group["weights"])
+            group["weights"] = theta.label
+            for name, parameter in named_parameters(group):
+                gradient = parameter.grad
+                if gradient is None or parameter.numel() == 0:
+                    continue
+                check_gradient(name, parameter, gradient)
+                state, rule = self.state[parameter], self.rule_of(parameter)
+                try:
+                    follow_parameter(state, parameter, rule, view)
+                    if rule == "adamw":
+                        adam[index].append(AdamWJob(parameter, gradient, state, self._rounding_seed(parameter)))
+                    elif parameter.ndim < 2:
+                        vectors.append(_VectorJob(index, parameter, gradient, state, theta))
+                    else:
+                        matrices = _matrices(parameter, gradient, state, view)
+                        learned.append(_MatrixJob(index, parameter, matrices, state, theta))
+                except ValueError as error:
+                    raise ValueError(f"{name}: {error}") from error
+        return learned, vectors, adam
+
     def _workspace(self, parameter: Tensor) -> Workspace:
-        key = (_state_dtype(parameter), parameter.device)
+        key = (state_dtype(parameter), parameter.device)
         if key not in self._workspaces:
             self._workspaces[key] = Workspace(*key)
         return self._workspaces[key]
 
-    def _theta(self, group: dict[str, Any]) -> Theta:
-        return self._thetas[group["weights"]]
-
-    def _step_matrices(
-        self, group: dict[str, Any], parameter: Tensor, gradient: Tensor, moments: GradientMoments, scale: float
-    ) -> None:
-        state, view, workspace = self.state[parameter], group_view(group), self._workspace(parameter)
-        key = (group["weights"], workspace.dtype, workspace.device)
+    def _step_matrices(self, job: _MatrixJob, moments: GradientMoments, scale: float) -> None:
+        group, workspace, p = self.param_groups[job.group], self._workspace(job.parameter), job.matrices.p
+        key = (job.theta.sha256, workspace.dtype, workspace.device)
         if key not in self._folded:
-            self._folded[key] = FoldedTheta.from_theta(self._theta(group), workspace.dtype, workspace.device)
-        p, g = view.matrices(parameter), view.matrices(gradient)
-        fast, medium, slow = (view.matrices(state[name]) for name in _MOMENTUM_KEYS)
-        factors = [
-            state[name] if state[name].ndim == 3 else state[name][None] for name in ("row_factor", "column_factor")
-        ]
-        matrices = Matrices(p, g, (fast, medium, slow), view.matrices(state["second_moment"]), *factors)
+            self._folded[key] = FoldedTheta.from_theta(job.theta, workspace.dtype, workspace.device)
         # a sum of squares of at most 1e6 rules out an element above the clip of 1000
         clip = not moments.total * scale * scale <= reference.GRADIENT_CLIP**2
         if clip:
-            moments = gradient_moments(g, workspace, scale=scale, clip=True)
-        step = MatrixStep(matrices, moments, self._folded[key], workspace, scale=scale, clip=clip)
+            moments = gradient_moments(job.matrices.g, workspace, scale=scale, clip=True)
+        step = MatrixStep(job.matrices, moments, self._folded[key], workspace, scale=scale, clip=clip)
         direction = step.learned_update(step.feature_scales())
-        orthogonalize = group["orthogonalize"]
         direction, rms_scale = normalise_direction(
-            direction,
-            orthogonalize=self._theta(group).orthogonalize if orthogonalize is None else orthogonalize,
-            ns_steps=group["ns_steps"],
+            direction, orthogonalize=group["orthogonalize"], ns_steps=group["ns_steps"]
         )
         options = {"lr": float(group["lr"]), "weight_decay": group["weight_decay"]}
+        job.state["step"] += 1
         if p.dtype == workspace.dtype:
             apply_update(p, direction, rms_scale, **options)
         else:
             wide = p.to(workspace.dtype)
             apply_update(wide, direction, rms_scale, **options)
-            round_stochastically_(p, wide, self._rounding_seed(parameter))
+            round_stochastically_(p, wide, self._rounding_seed(job.parameter))
 
-    def _step_vector(self, group: dict[str, Any], parameter: Tensor, gradient: Tensor, scale: float) -> None:
-        state, dtype = self.state[parameter], _state_dtype(parameter)
-        theta = self._theta(group).tensors(dtype, parameter.device)
+    def _step_vector(self, job: _VectorJob, scale: float) -> None:
+        group, state, parameter, dtype = (
+            self.param_groups[job.group],
+            job.state,
+            job.parameter,
+            state_dtype(job.parameter),
+        )
+        key = (job.theta.sha256, dtype, parameter.device)
+        if key not in self._unfolded:
+            self._unfolded[key] = job.theta.tensors(dtype, parameter.device)
         wide = parameter.reshape(-1).to(dtype)
-        momentum = torch.stack([state[name].reshape(-1) for name in _MOMENTUM_KEYS], dim=-1)
+        momentum = torch.stack([state[name].reshape(-1) for name in MOMENTUM_KEYS], dim=-1)
         old = reference.VectorState(momentum, state["second_moment"].reshape(-1), state["factor"])
-        update, new = reference.vector_update(theta, wide, gradient.reshape(-1).to(dtype) * scale, old)
-        for index, name in enumerate(_MOMENTUM_KEYS):
+        gradient = job.gradient.reshape(-1).to(dtype) * scale
+        update, new = reference.vector_update(self._unfolded[key], wide, gradient, old)
+        for index, name in enumerate(MOMENTUM_KEYS):
             state[name].copy_(new.momentum[:, index].view(parameter.shape))
         state["second_moment"].copy_(new.second_moment.view(parameter.shape))
         state["factor"].copy_(new.factor)
+        state["step"] += 1
         wide = wide - float(group["lr"]) * (update + group["weight_decay"] * wide)
         round_stochastically_(parameter, wide.view(parameter.shape), self._rounding_seed(parameter))
-
-    def _step_adamw(self, group: dict[str, Any], pairs: list[tuple[Tensor, Tensor]], scale: float) -> None:
-        parameters = [parameter for parameter, _ in pairs]
-        states = [self.state[parameter] for parameter in parameters]
-        wide = [parameter.to(_state_dtype(parameter)) for parameter in parameters]  # itself, unless of low precision
-        gradients = [gradient.to(target.dtype) for (_, gradient), target in zip(pairs, wide, strict=True)]
-        if scale != 1.0:
-            gradients = [gradient * scale for gradient in gradients]
-        decay = group["weight_decay"] if group["adam_weight_decay"] is None else group["adam_weight_decay"]
-        beta1, beta2 = group["adam_betas"]
-        adamw(
-            wide,
-            gradients,
-            [state["exp_avg"] for state in states],
-            [state["exp_avg_sq"] for state in states],
-            [],
-            [state["step"] for state in states],
-            fused=parameters[0].device.type in ("cpu", "cuda"),
-            amsgrad=False,
-            beta1=beta1,
-            beta2=beta2,
-            lr=float(group["lr"]) * group["adam_lr_mult"],
-            weight_decay=decay,
-            eps=group["adam_eps"],
-            maximize=False,
-        )
-        for parameter, target in zip(parameters, wide, strict=True):
-            if parameter is not target:
-                round_stochastically_(parameter, target, self._rounding_seed(parameter))
 
     def _rounding_seed(self, parameter: Tensor) -> int:
         """Seed of a parameter's stochastic rounding: its position and its step, so that a resumed run replays it."""
         if parameter.dtype != torch.bfloat16:
             return 0
-        position = next(i for i, other in enumerate(self._parameters()) if other is parameter)
-        return position * 2**32 + int(self.state[parameter]["step"])
-
-    def _parameters(self) -> Iterable[Tensor]:
-        return (parameter for group in self.param_groups for parameter in group["params"])
+        if not self._positions:
+            everything = [parameter for group in self.param_groups for parameter in group["params"]]
+            self._positions = {parameter: position for position, parameter in enumerate(everything)}
+        return rounding_seed(self._positions[parameter], int(self.state[parameter]["step"]))
 
     def table(self, *, collapse: bool = False) -> str:
         """Return the routing as text: a line a parameter with name, shape, matrices, rule, learning rate and decay.
@@ -409,7 +407,7 @@ class FusedCelo2(Optimizer):
         rows: list[tuple[str, ...]] = []
         for group in self.param_groups:
             for name, parameter in named_parameters(group):
-                rule, lr, decay = group_rule(group, parameter), float(group["lr"]), group["weight_decay"]
+                rule, lr, decay = self.rule_of(parameter), float(group["lr"]), group["weight_decay"]
                 matrices = "-"
                 if rule == "adamw":
                     lr *= group["adam_lr_mult"]
@@ -419,3 +417,37 @@ class FusedCelo2(Optimizer):
                     matrices = f"{batch} x [{m}, {n}]"
                 rows.append((name, str(list(parameter.shape)), matrices, rule, f"{lr:.3g}", f"{decay:g}"))
         return format_table(header, rows, collapse=collapse)
+
+    def rule_of(self, parameter: Tensor) -> str:
+        """Return the rule that steps a parameter of this optimizer, `"celo2"` or `"adamw"`."""
+        return "adamw" if "exp_avg" in self.state[parameter] else "celo2"
+
+
+def _matrices(parameter: Tensor, gradient: Tensor, state: dict[str, Tensor], view: MatrixView) -> Matrices:
+    """View a parameter, its gradient and its state as batches of matrices; only the gradient may be copied."""
+    try:
+        g = view.matrices(gradient)
+    except ValueError:
+        g = view.matrices(gradient.contiguous())
+    fast, medium, slow = (view.matrices(state[name]) for name in MOMENTUM_KEYS)
+    factors = [state[name] if state[name].ndim == 3 else state[name][None] for name in ("row_factor", "column_factor")]
+    v = view.matrices(state["second_moment"])
+    return Matrices(view.matrices(parameter), g, (fast, medium, slow), v, *factors)
+
+
+def _norm(totals: list[float], gradients: list[Tensor]) -> float:
+    """Global norm of the gradients, given the sums of squares of the first ones; not finite when an element is not."""
+    rest = gradients[len(totals) :]
+    wide = [gradient for gradient in rest if gradient.dtype == torch.float64]
+    narrow = [gradient for gradient in rest if gradient.dtype != torch.float64]
+    norms = torch._foreach_norm(narrow, 2, torch.float32) if narrow else []
+    norms = [*norms, *(torch._foreach_norm(wide) if wide else [])]
+    square = sum(totals) + sum(float(norm) ** 2 for norm in norms)
+    if math.isfinite(square):
+        return math.sqrt(square)
+    if not all(bool(torch.isfinite(gradient).all()) for gradient in gradients):
+        return math.nan
+    # finite elements whose squares overflow
+    largest = max(float(gradient.abs().max()) for gradient in gradients)
+    square = sum(float((gradient.to(torch.float64) / largest).square().sum()) for gradient in gradients)
+    return largest * math.sqrt(square)

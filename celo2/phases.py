@@ -74,7 +74,9 @@ class Workspace:
         size = math.prod(shape)
         buffer = self._buffers.get(name)
         if buffer is None or buffer.numel() < size:
-            buffer = self._buffers[name] = torch.empty(size, dtype=self.dtype, device=self.device)
+            # an inference tensor could not be written in a later step outside of inference mode
+            with torch.inference_mode(False):
+                buffer = self._buffers[name] = torch.empty(size, dtype=self.dtype, device=self.device)
         return buffer[:size].view(shape)
 
 

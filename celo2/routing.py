@@ -7,6 +7,7 @@ both). `param_groups` does it for a module by type and name; `FusedCelo2.table()
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -35,10 +36,8 @@ _HEAD_NAMES = frozenset(
 )
 
 
-def _is_adamw(module: nn.Module, path: str, ndim: int) -> bool:
-    """Whether the parameter at `path` (module path and name), owned by `module`, belongs to AdamW."""
-    if ndim < 2 or isinstance(module, (*_EMBEDDINGS, *_NORMS)):
-        return True
+def name_is_adamw(path: str) -> bool:
+    """Whether a parameter's name, as in `module.named_parameters()`, is that of an embedding or an output head."""
     components = path.split(".")
     if any(_EMBEDDING_NAME.search(component) for component in components):
         return True
@@ -72,7 +71,7 @@ def param_groups(
         owner = owners[name.rpartition(".")[0]]
         first_name.setdefault(id(parameter), name)
         parameters[id(parameter)] = parameter
-        if _is_adamw(owner, name, parameter.ndim):
+        if parameter.ndim < 2 or isinstance(owner, (*_EMBEDDINGS, *_NORMS)) or name_is_adamw(name):
             adamw.add(id(parameter))
         if isinstance(owner, _CONVOLUTIONS) and parameter.ndim > 2:
             convolution.add(id(parameter))
@@ -86,6 +85,8 @@ def param_groups(
         if not parameter.requires_grad:
             continue
         rule = "adamw" if variant == "celo2" and key in adamw else "celo2"
+        if rule == "adamw" and name in views:
+            warnings.warn(f"the matrix view of {name} is not used: AdamW steps it whole", stacklevel=2)
         view = views.get(name, MatrixView(flatten=key in convolution)) if rule == "celo2" else MatrixView()
         view.check(parameter.shape, name)
         group = groups.setdefault((rule, view), {"params": [], "rule": rule, **view_options(view)})

@@ -7,9 +7,10 @@ authors' `theta.state` (`celo2.flax_state`).
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import re
-import tempfile
+import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -157,16 +158,15 @@ class Theta:
         else:
             card = dict(self.card) | {"format": "celo2-theta-v1", "sha256": self.sha256}
             data = save_safetensors(dict(self.arrays), metadata=card)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        temporary = path.parent / f".{path.name}.{secrets.token_hex(4)}.tmp"
         try:
-            with os.fdopen(handle, "wb") as file:
+            with open(temporary, "xb") as file:
                 file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(temporary, path)
-        except OSError:
-            Path(temporary).unlink(missing_ok=True)
-            raise
+        finally:
+            temporary.unlink(missing_ok=True)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Theta:
@@ -179,14 +179,15 @@ class Theta:
         try:
             if data[8:9] == b"{":
                 arrays = load_safetensors(data)
-                with safetensors.safe_open(path, framework="numpy") as file:
-                    card = dict(file.metadata() or {})
+                header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+                card = dict(header.get("__metadata__", {}))
             else:
                 arrays, card = flax_state.loads(data), {}
             recorded = card.pop("sha256", None)
             card.pop("format", None)
             theta = cls.from_arrays(arrays, {"name": path.stem} | card)
-        except (ValueError, safetensors.SafetensorError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError, safetensors.SafetensorError) as error:
+            # the decoders answer a damaged byte with any of these
             raise ValueError(
                 f"{path} is not a readable theta ({error}); it must be safetensors or a theta.state with the arrays "
                 "w0__0 .. w0__13, b0, w1, b1, w2, b2: fetch or save it again"

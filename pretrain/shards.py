@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from celo2.pretrain.tokenizer import vocabulary
+from celo2.stochastic_rounding import mix64
 
 MAGIC = 20240520
 VERSION = 1
@@ -134,14 +135,6 @@ def find_shards(data_dir: PathLike) -> tuple[list[Path], list[Path]]:
     return train, val
 
 
-def _mix64(x: int) -> int:
-    """Finaliser of splitmix64 on one integer modulo 2**64 (Steele, Lea and Flood, OOPSLA 2014)."""
-    x = (x + 0x9E3779B97F4A7C15) & _MASK64
-    x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & _MASK64
-    x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & _MASK64
-    return x ^ (x >> 31)
-
-
 def _mix64_array(x: np.ndarray) -> np.ndarray:
     x = x + np.uint64(0x9E3779B97F4A7C15)
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
@@ -160,8 +153,8 @@ def permute(positions: np.ndarray, n: int, seed: int, epoch: int) -> np.ndarray:
     low_bits = (bits + 1) // 2
     shift = np.uint64(low_bits)
     low_mask, high_mask = np.uint64((1 << low_bits) - 1), np.uint64((1 << (bits - low_bits)) - 1)
-    key = _mix64(_mix64(seed & _MASK64) ^ (epoch & _MASK64))
-    keys = [np.uint64(_mix64(key ^ round_)) for round_ in range(_ROUNDS)]
+    key = mix64(mix64(seed & _MASK64) ^ (epoch & _MASK64))
+    keys = [np.uint64(mix64(key ^ round_)) for round_ in range(_ROUNDS)]
 
     def network(x: np.ndarray) -> np.ndarray:
         low, high = x & low_mask, x >> shift

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from celo2 import FusedCelo2, MatrixView
-from celo2.reference import MatrixState, matrix_update
+from celo2.reference import MatrixState, VectorState, matrix_update, vector_update
 
 
 def _model() -> nn.Sequential:
@@ -34,7 +34,7 @@ def _train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: range) -> 
         loss = _loss(model, step)
         loss.backward()
         optimizer.step()
-        losses.append(float(loss))
+        losses.append(loss.item())
     return losses
 
 
@@ -49,7 +49,7 @@ def _same(first: list[torch.Tensor], second: list[torch.Tensor]) -> bool:
     return all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
-def test_trains_and_is_deterministic(random_theta):
+def test_trains_and_is_deterministic():
     runs = []
     for _ in range(2):
         model = _model()
@@ -235,7 +235,7 @@ def test_closure_and_hooks():
         calls.append("closure")
         return loss
 
-    assert float(optimizer.step(closure)) > float(optimizer.step(closure))
+    assert optimizer.step(closure).item() > optimizer.step(closure).item()
     assert calls == ["pre", "closure", "post"] * 2
 
 
@@ -417,6 +417,80 @@ def test_finite_gradients_whose_squares_overflow_are_clipped_not_skipped(random_
     assert huge.skipped_steps == 0 and torch.equal(p.detach(), q.detach())
 
 
+def test_ns_steps_and_vectors_take_their_options(random_theta):
+    """Newton-Schulz with another number of steps, and a scaled gradient of a vector, against the oracle."""
+    theta = random_theta()
+    tensors = theta.tensors(torch.float64, torch.device("cpu"))
+    p = nn.Parameter(torch.randn(5, 7, dtype=torch.float64))
+    vector = nn.Parameter(torch.randn(9, dtype=torch.float64))
+    optimizer = FusedCelo2(
+        [{"params": [p]}, {"params": [vector], "rule": "celo2"}], lr=0.1, weights=theta, ns_steps=2, max_grad_norm=0.1
+    )
+    p.grad, vector.grad = torch.randn_like(p), torch.randn_like(vector)
+    coefficient = 0.1 / (float(nn.utils.get_total_norm([p.grad, vector.grad])) + 1e-6)
+    u, _ = matrix_update(
+        tensors, p.detach(), p.grad * coefficient, MatrixState.zeros_like(p.detach()), orthogonalize=True, ns_steps=2
+    )
+    w, _ = vector_update(tensors, vector.detach(), vector.grad * coefficient, VectorState.zeros_like(vector.detach()))
+    expected = p.detach() - 0.1 * u, vector.detach() - 0.1 * w
+    optimizer.step()
+    torch.testing.assert_close(p.detach(), expected[0], rtol=0, atol=1e-11)
+    torch.testing.assert_close(vector.detach(), expected[1], rtol=0, atol=1e-11)
+
+
+def test_found_inf_alone_skips():
+    model = _model()
+    optimizer = FusedCelo2(model, weights="momentum")
+    _train(model, optimizer, range(1))
+    before = _bits(optimizer)
+    optimizer.found_inf = torch.tensor(1.0)
+    optimizer.step()
+    assert _same(before, _bits(optimizer)) and optimizer.skipped_steps == 1
+    optimizer.found_inf = torch.tensor(0.0)
+    optimizer.step()
+    assert not _same(before, _bits(optimizer)) and optimizer.skipped_steps == 1
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda o: torch.optim.lr_scheduler.OneCycleLR(o, max_lr=1e-3, total_steps=6, cycle_momentum=False),
+        lambda o: torch.optim.lr_scheduler.LambdaLR(o, lambda step: 1 / (1 + step)),
+        lambda o: torch.optim.lr_scheduler.SequentialLR(
+            o,
+            [torch.optim.lr_scheduler.LinearLR(o, total_iters=2), torch.optim.lr_scheduler.ExponentialLR(o, 0.5)],
+            milestones=[2],
+        ),
+    ],
+)
+def test_other_schedulers(make):
+    model = _model()
+    optimizer = FusedCelo2(model, lr=1e-3, weights="momentum")
+    schedule = make(optimizer)
+    rates = []
+    for step in range(5):
+        _train(model, optimizer, range(step, step + 1))
+        rates.append(optimizer.param_groups[0]["lr"])
+        schedule.step()
+    assert len(set(rates)) >= 4 and len({group["lr"] for group in optimizer.param_groups}) == 1
+
+
+def test_huge_float64_gradients_are_finite():
+    p = nn.Parameter(torch.zeros(3, 4, dtype=torch.float64))
+    optimizer = FusedCelo2([p], weights="momentum", max_grad_norm=1.0)
+    p.grad = torch.full((3, 4), 1e200, dtype=torch.float64)
+    optimizer.step()
+    assert optimizer.skipped_steps == 0 and p.detach().abs().min() > 0
+
+
+def test_low_precision_norms_are_float32():
+    p = nn.Parameter(torch.zeros(10, dtype=torch.bfloat16))
+    optimizer = FusedCelo2([p], weights="momentum")
+    p.grad = torch.linspace(0.1, 1.7, 10).to(torch.bfloat16)
+    optimizer.step()
+    torch.testing.assert_close(optimizer.grad_norm, p.grad.float().norm())
+
+
 def test_grad_scaler_unscales_and_skips():
     plain, scaled = _model(), _model()
     reference = FusedCelo2(plain, weights="momentum", max_grad_norm=0.1)
@@ -493,6 +567,8 @@ def test_default_weights_say_that_none_are_shipped():
         (lambda p: ["weight"], TypeError, "is a str, expected a tensor"),
         (lambda p: [], ValueError, "empty parameter list"),
         (lambda p: [{"params": {p}}], TypeError, "come in a set"),
+        (lambda p: [{"lr": 1.0}], TypeError, "a parameter group needs params="),
+        (lambda p: [{"params": nn.Linear(2, 2)}], TypeError, r"got Linear; pass module.named_parameters\(\)"),
         (lambda p: [{"params": [p], "heads": 3}], ValueError, "does not divide"),
     ],
 )
@@ -516,11 +592,21 @@ def test_refused_gradients():
         optimizer.step()
 
 
-def test_sharded_parameters_are_refused():
+def test_sharded_parameters_are_refused(tmp_path):
     flat = nn.Parameter(torch.randn(8))
     flat._is_flat_param = True
     with pytest.raises(ValueError, match="FSDP1 flat parameter.*fully_shard"):
         FusedCelo2([flat], weights="momentum")
+    from torch.distributed import destroy_process_group, init_process_group
+    from torch.distributed.fsdp import fully_shard
+
+    init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        sharded = fully_shard(nn.Linear(4, 4))
+        with pytest.raises(ValueError, match=r"weight of shape .* is sharded \(DTensor\): this version steps whole"):
+            FusedCelo2(sharded, weights="momentum")
+    finally:
+        destroy_process_group()
 
 
 def test_unknown_group_options_warn():

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import torch
 
-from celo2.stochastic_rounding import round_stochastically_
+from celo2.stochastic_rounding import round_stochastically_, rounding_seed
 
 
 def test_unbiased_replayable_and_between_neighbours():
@@ -25,3 +25,15 @@ def test_exact_and_non_finite_values_stay():
     assert torch.equal(target.float(), value)
     nan = round_stochastically_(torch.empty(1, dtype=torch.bfloat16), torch.tensor([float("nan")]), seed=0)
     assert nan.isnan().all()
+
+
+def test_every_parameter_and_step_has_its_own_noise():
+    seeds = {rounding_seed(position, step) for position in range(200) for step in range(200)}
+    # 40,000 of 2**32: about 0.2 collisions are expected
+    assert len(seeds) >= 39_997 and max(seeds) < 2**32
+    value = torch.full((1000,), 1 + 2**-8)
+    draws = []
+    for position, step in ((0, 1), (1, 1), (0, 2)):
+        target = torch.empty(1000, dtype=torch.bfloat16)
+        draws.append(round_stochastically_(target, value, rounding_seed(position, step)).clone())
+    assert not torch.equal(draws[0], draws[1]) and not torch.equal(draws[0], draws[2])
