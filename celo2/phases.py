@@ -165,7 +165,8 @@ def gradient_moments(
             square.copy_(g_block).square_()
         row_sum[b, r] += square.sum(-1)
         column_sum[b, c] += square.sum(-2)
-    total = float(row_sum.sum(dtype=torch.float64))
+    # on the host: Apple's GPUs have no float64
+    total = float(row_sum.cpu().sum(dtype=torch.float64))
     return GradientMoments(row_sum / n, column_sum / m, total)
 
 

@@ -1,7 +1,7 @@
 """Checkpoints of a run: `torch.distributed.checkpoint` in folders that are whole or do not count.
 
-A checkpoint is written into a temporary folder, flushed, renamed to `step-00000120`, and then gets a `DONE` file: the
-sizes of its files, and what the run is. A folder without `DONE`, or whose files have other sizes, is not a checkpoint.
+A checkpoint is written into a temporary folder, with a `DONE` file at the end (sizes and checksums of its files, and
+what the run is), flushed, and renamed to `step-00000120`. A folder whose files are not those of its `DONE` is none.
 """
 
 import json
@@ -10,7 +10,8 @@ import re
 import secrets
 import shutil
 import warnings
-from collections.abc import Iterator
+import zlib
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -61,58 +62,66 @@ class Checkpoints:
         untouched then.
         """
         path = self.folder / f"step-{state.step:08d}"
-        temporary = self.folder / f".{path.name}.{secrets.token_hex(4)}.tmp"
+        temporary = self._temporary(path)
         try:
             temporary.mkdir(parents=True)
             _quietly(save_distributed, _tensors(model, optimizers), temporary)
-            sizes = {file.name: file.stat().st_size for file in sorted(temporary.iterdir())}
+            files = {file.name: _fingerprint(file) for file in sorted(temporary.iterdir())}
+            write_atomic(temporary / DONE, [json.dumps({"files": files, **vars(state)}, indent=1).encode()])
+            _sync(temporary)
             if path.exists():
-                # left by a run that was killed, or damaged: this run resumed from an older one
-                shutil.rmtree(path)
+                # not whole, or this run would have gone on from it: keep it, out of the way
+                path.rename(path.with_name(f"{path.name}.{secrets.token_hex(4)}.bad"))
             temporary.rename(path)
             _sync(self.folder)
-            write_atomic(path / DONE, [json.dumps({"files": sizes, **vars(state)}, indent=1).encode()])
-            _sync(path)
         except (OSError, RuntimeError, CheckpointException) as error:
             shutil.rmtree(temporary, ignore_errors=True)
-            reason = _root_cause(error)
             raise OSError(
-                f"cannot save the checkpoint {path}: {reason}; free space or choose another --out-dir, then go on with "
-                f"--resume auto (the last complete checkpoint is {next((p.name for p, _ in self._complete()), 'none')})"
+                f"cannot save the checkpoint {path}: {_describe(error)}; free space or choose another --out-dir, then "
+                "go on with --resume auto (the last complete checkpoint is "
+                f"{next((p.name for p, _ in self._complete()), 'none')})"
             ) from error
         self._remove_old()
         return path
 
-    def load(self, model: GPT, optimizers: Optimizers, identity: dict[str, Any]) -> tuple[RunState | None, list[str]]:
+    def load(
+        self, model: GPT, optimizers: Optimizers, identity: dict[str, Any], *, may_differ: Collection[str] = ()
+    ) -> tuple[RunState | None, list[str]]:
         """Load the newest complete checkpoint into the model and the optimizers.
 
-        Returns its state (None when there is none) and a line for each newer folder that was passed over. Raises
-        ValueError when it is of a run with another identity, naming what differs.
+        Returns its state (None when the folder has no checkpoint) and a line for whatever deserves one: each newer
+        folder that was passed over, each entry of the identity in `may_differ` that does. Raises ValueError when the
+        checkpoint is of a run with another identity, naming what differs, or when there are checkpoints and none is
+        usable; OSError when one cannot be read.
         """
         notes: list[str] = []
-        for path in self._folders():
+        folders = self._folders()
+        for path in folders:
             try:
-                state = _read_done(path)
-                different = [
-                    f"{key} is {state.identity.get(key)!r} there and {value!r} here"
-                    for key, value in identity.items()
-                    if state.identity.get(key) != value
-                ]
-                if different:
-                    raise _OtherRunError(
-                        f"{path} is a checkpoint of another run: {'; '.join(different)}; give the same options, or "
-                        "another --out-dir"
-                    )
-                tensors = _tensors(model, optimizers)
+                state = _read_done(path, verify=True)
+            except ValueError as error:
+                notes.append(f"{path.name} is not usable ({error}): going back to the one before")
+                continue
+            different = _differences(state.identity, identity)
+            if refused := [text for key, text in different.items() if key not in may_differ]:
+                raise ValueError(
+                    f"{path} is a checkpoint of another run: {'; '.join(refused)}; give the same options, or another "
+                    "--out-dir"
+                )
+            tensors = _tensors(model, optimizers)
+            try:
                 _quietly(load_distributed, tensors, path)
                 set_optimizer_state_dict(model, optimizers.members, optim_state_dict=tensors["optimizer"])
-            except (OSError, RuntimeError, ValueError, EOFError, CheckpointException) as error:
-                if isinstance(error, _OtherRunError):
-                    raise
-                notes.append(f"{path.name} is not usable ({_root_cause(error)}): going back to the one before")
-                continue
+            except (RuntimeError, ValueError, OSError, CheckpointException) as error:
+                raise OSError(f"{path} is whole but cannot be read: {_describe(error)}; nothing was changed") from error
             torch.set_rng_state(tensors["rng"])
+            notes += [f"{text}: the run goes on, no longer to the bit" for text in different.values()]
             return state, notes
+        if folders:
+            raise ValueError(
+                f"{self.folder} has {len(folders)} checkpoints and none is usable: {'; '.join(notes)}; move them away "
+                "to start again, or give another --out-dir"
+            )
         return None, notes
 
     def latest(self) -> RunState | None:
@@ -120,10 +129,13 @@ class Checkpoints:
         return next((state for _, state in self._complete()), None)
 
     def remove_temporary(self) -> None:
-        """Remove what a killed save left behind."""
+        """Remove what a killed save or removal left behind."""
         for path in self.folder.glob(".step-*.tmp"):
             if _TEMPORARY.fullmatch(path.name):
                 shutil.rmtree(path)
+
+    def _temporary(self, path: Path) -> Path:
+        return self.folder / f".{path.name}.{secrets.token_hex(4)}.tmp"
 
     def _folders(self) -> list[Path]:
         found = [path for path in self.folder.glob("step-*") if _NAME.fullmatch(path.name) and path.is_dir()]
@@ -132,20 +144,29 @@ class Checkpoints:
     def _complete(self) -> Iterator[tuple[Path, RunState]]:
         for path in self._folders():
             try:
-                yield path, _read_done(path)
+                yield path, _read_done(path, verify=False)
             except (OSError, ValueError):
                 continue
 
     def _remove_old(self) -> None:
         for path, state in list(self._complete())[self.keep :]:
             if self.keep_every is None or state.step % self.keep_every:
-                # DONE goes first: a removal that is interrupted leaves no checkpoint that looks whole
-                (path / DONE).unlink()
-                shutil.rmtree(path)
+                # renamed first: a removal that is interrupted leaves nothing that looks like a checkpoint
+                removed = self._temporary(path)
+                path.rename(removed)
+                shutil.rmtree(removed)
 
 
-class _OtherRunError(ValueError):
-    pass
+def _differences(there: dict[str, Any], here: dict[str, Any], prefix: str = "") -> dict[str, str]:
+    """What differs between two identities, by dotted key: a text for each."""
+    found: dict[str, str] = {}
+    for key in [*there, *(key for key in here if key not in there)]:
+        name, one, two = f"{prefix}{key}", there.get(key), here.get(key)
+        if isinstance(one, dict) and isinstance(two, dict):
+            found |= _differences(one, two, f"{name}.")
+        elif one != two:
+            found[name] = f"{name} is {one!r} there and {two!r} here"
+    return found
 
 
 def _tensors(model: GPT, optimizers: Optimizers) -> dict[str, Any]:
@@ -163,22 +184,37 @@ def _quietly(call: Any, tensors: dict[str, Any], path: Path) -> None:
         call(tensors, checkpoint_id=path, no_dist=True)
 
 
-def _read_done(path: Path) -> RunState:
-    """Check a checkpoint's files against its `DONE`; raises ValueError or OSError for one that is not whole."""
+def _fingerprint(path: Path) -> list[int]:
+    """Size and CRC-32 of a file."""
+    checksum = 0
+    with open(path, "rb") as file:
+        while chunk := file.read(1 << 24):
+            checksum = zlib.crc32(chunk, checksum)
+    return [path.stat().st_size, checksum]
+
+
+def _read_done(path: Path, *, verify: bool) -> RunState:
+    """Check a checkpoint's files against its `DONE`, and their contents too when asked.
+
+    Raises ValueError for one that is not whole.
+    """
     if not (path / DONE).is_file():
-        raise ValueError(f"it has no {DONE} file: its saving was interrupted")
+        raise ValueError(f"it has no {DONE} file: it is incomplete")
     try:
         done = json.loads((path / DONE).read_text(encoding="utf-8"))
-        sizes = dict(done.pop("files"))
+        files = dict(done.pop("files"))
         state = RunState(**done)
+        sizes = {name: (int(size), int(checksum)) for name, (size, checksum) in files.items()}
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"its {DONE} file is damaged ({error})") from error
-    for name, size in sizes.items():
-        found = (path / name).stat().st_size if (path / name).is_file() else None
+    for name, (size, checksum) in sizes.items():
+        if not (path / name).is_file():
+            raise ValueError(f"{name} is missing")
+        found = (path / name).stat().st_size
         if found != size:
-            raise ValueError(
-                f"{name} has {found} bytes instead of {size}" if found is not None else f"{name} is missing"
-            )
+            raise ValueError(f"{name} has {found} bytes instead of {size}")
+        if verify and _fingerprint(path / name)[1] != checksum:
+            raise ValueError(f"{name} is damaged: its checksum differs")
     return state
 
 
@@ -190,12 +226,10 @@ def _sync(folder: Path) -> None:
         os.close(handle)
 
 
-def _root_cause(error: BaseException) -> str:
+def _describe(error: BaseException) -> str:
     """One line for an error: the rank's within a `CheckpointException`, the disk's within one of the tensor writer."""
     if isinstance(error, CheckpointException):
         error = next(iter(error.failures.values()))[0]
-    if isinstance(error, ValueError):
-        return str(error)
     while (earlier := error.__cause__ or error.__context__) is not None:
         error = earlier
     return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"

@@ -22,6 +22,7 @@ PEAK_FLOPS: tuple[tuple[str, float], ...] = (
     ("MI300X", 1307e12),
     ("MI250X", 383e12),
 )
+DEVICES = ("cpu", "cuda", "mps")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -34,10 +35,14 @@ def select_device(name: str) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
+        if device.type not in DEVICES:
+            raise RuntimeError(f"a {device.type} device does not train")
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
-        raise ValueError(f"--device {name}: not usable here ({reason}); use auto, cpu, cuda or mps") from error
+        raise ValueError(f"--device {name}: not usable here ({reason}); use auto, {', '.join(DEVICES)}") from error
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
     return device
 
 

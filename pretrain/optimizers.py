@@ -7,6 +7,7 @@ treat every parameter alike.
 import math
 from collections.abc import Iterable
 
+import torch
 from torch import nn
 from torch.optim import AdamW, Muon, Optimizer
 
@@ -57,6 +58,8 @@ class Optimizers:
             self.members.append(_adamw(groups["adamw"], recipe.adam_lr or recipe.lr, recipe))
         for group in self._groups():
             group["initial_lr"] = group["lr"]
+        for member in self.members:
+            _create_state(member)
 
     def _groups(self) -> list[dict[str, object]]:
         return [group for member in self.members for group in member.param_groups]
@@ -87,18 +90,9 @@ class Optimizers:
         return norm
 
     def state_bytes(self) -> int:
-        """Bytes of optimizer state once every parameter has been stepped."""
-        total = 0
-        for member in self.members:
-            if isinstance(member, FusedCelo2):
-                tensors = (value for state in member.state.values() for value in state.values())
-                total += sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-                continue
-            # Muon keeps a momentum, AdamW two moments, each like the parameter
-            copies = 1 if isinstance(member, Muon) else 2
-            parameters = (parameter for group in member.param_groups for parameter in group["params"])
-            total += sum(copies * parameter.numel() * parameter.element_size() for parameter in parameters)
-        return total
+        """Bytes of optimizer state."""
+        states = (state for member in self.members for state in member.state.values())
+        return sum(tensor.numel() * tensor.element_size() for state in states for tensor in state.values())
 
     def table(self) -> str:
         """The routing as text, with the numbered blocks on one line: name, shape, matrices, rule, lr, decay."""
@@ -120,6 +114,18 @@ class Optimizers:
                 rule = group.get("rule", type(member).__name__.lower())
                 counts[rule] = counts.get(rule, 0) + sum(parameter.numel() for parameter in group["params"])
         return counts
+
+
+def _create_state(member: Optimizer) -> None:
+    """Create the state that AdamW and Muon make in their first step, so that a checkpoint before it has it too."""
+    for group in member.param_groups:
+        for parameter in group["params"]:
+            if isinstance(member, Muon):
+                member.state[parameter] = {"momentum_buffer": torch.zeros_like(parameter, requires_grad=False)}
+            elif isinstance(member, AdamW):
+                step = torch.zeros((), dtype=torch.float32, device=parameter.device if group["fused"] else "cpu")
+                moments = {key: torch.zeros_like(parameter, requires_grad=False) for key in ("exp_avg", "exp_avg_sq")}
+                member.state[parameter] = {"step": step, **moments}
 
 
 def _adamw(parameters: Iterable[tuple[str, nn.Parameter]], lr: float, recipe: Recipe) -> AdamW:

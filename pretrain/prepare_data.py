@@ -1,9 +1,9 @@
 """Prepare token shards from text files, a `datasets` id or the embedded corpus: streamed, resumable, atomic.
 
-    python pretrain/prepare_data.py --tokenizer gpt2 --out data/fineweb --dataset HuggingFaceFW/fineweb-edu \\
+    python -m celo2.pretrain.prepare_data --tokenizer gpt2 --out data/fineweb --dataset HuggingFaceFW/fineweb-edu \\
         --name sample-10BT
-    python pretrain/prepare_data.py --tokenizer gpt2 --out data/books --text book1.txt book2.txt.xz
-    python pretrain/prepare_data.py --tokenizer bytes --out data/wikipedia --embedded
+    python -m celo2.pretrain.prepare_data --tokenizer gpt2 --out data/books --text book1.txt book2.txt.xz
+    python -m celo2.pretrain.prepare_data --tokenizer bytes --out data/wikipedia --embedded
 
 An end-of-text token stands before each document. Shards hold exactly `--shard-tokens` tokens and shard 0 is
 for validation; when the text fills less than two shards, every 20th document is for validation instead and
@@ -263,11 +263,13 @@ def _token_stream(
     documents = source.documents(skip)
     number = skip
     while batch := list(islice(documents, _BATCH_DOCUMENTS)):
-        not_text = [i for i, text in enumerate(batch) if not isinstance(text, str)]
+        not_text = [i for i, text in enumerate(batch) if text is not None and not isinstance(text, str)]
         if not_text:
             i = not_text[0]
             raise ValueError(f"document {number + i} is {batch[i]!r}, not text; choose a text column with --column")
-        for text, ids in zip(batch, tokenizer.encode_batch(batch), strict=True):
+        # a row without text is a blank document
+        texts = [text or "" for text in batch]
+        for text, ids in zip(texts, tokenizer.encode_batch(texts), strict=True):
             number += 1
             if not text.strip():
                 continue

@@ -11,6 +11,8 @@ from celo2.pretrain.model import SIZES
 OPTS = ("celo2", "celo2-base", "adamw", "muon")
 CELO2_LR_SWEEP = (1e-5, 2.15e-5, 4.64e-5, 1e-4, 2.15e-4, 4.64e-4, 1e-3)
 CELO2_DECAY_SWEEP = (0.0, 0.1, 10.0)
+# tokens of a micro-batch when none is asked for
+MICRO_TOKENS = 16_384
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,8 @@ class Recipe:
     """Target tokens of the fixed validation set."""
     source: str
     """Where the numbers come from."""
+    opt: str = "adamw"
+    """The optimizer that the numbers are for, one of `OPTS`."""
     betas: tuple[float, float] = (0.9, 0.95)
     """Of AdamW, and of the AdamW side of celo2 and muon."""
     adam_lr: float | None = None
@@ -49,11 +53,15 @@ class Recipe:
             "batch_tokens": (self.batch_tokens >= 1, ">= 1"),
             "warmup_frac": (0.0 <= self.warmup_frac <= 1.0, "within 0..1"),
             "final_lr_frac": (0.0 <= self.final_lr_frac <= 1.0, "within 0..1"),
+            "opt": (self.opt in OPTS, f"one of {', '.join(OPTS)}"),
             "max_grad_norm": (
-                self.max_grad_norm is None or self.max_grad_norm > 0.0,
-                "> 0, or None for no clip",
+                self.max_grad_norm is None or 0.0 < self.max_grad_norm < math.inf,
+                "finite and > 0, or None for no clip (--max-grad-norm 0)",
             ),
-            "tokens": (self.tokens >= self.batch_tokens, f">= batch_tokens ({self.batch_tokens})"),
+            "tokens": (
+                self.tokens >= self.batch_tokens,
+                f">= batch_tokens ({self.batch_tokens}), a step at least: lower the batch, or give --steps",
+            ),
             "val_tokens": (self.val_tokens >= 1, ">= 1"),
             "betas": (all(0.0 <= beta < 1.0 for beta in self.betas), "within [0, 1)"),
             "adam_lr": (self.adam_lr is None or 0.0 < self.adam_lr < math.inf, "finite and > 0, or None"),
@@ -77,18 +85,33 @@ def warmup_steps(total_steps: int, recipe: Recipe) -> int:
 def learning_rate(step: int, total_steps: int, recipe: Recipe) -> float:
     """Learning rate of a 0-based step: linear warm-up, then half a cosine.
 
-    The last warm-up step has the peak, the last step of the run `final_lr_frac` of it. Raises ValueError for
-    a step outside 0..total_steps - 1.
+    The peak is at the last warm-up step and the one after it; the cosine would reach `final_lr_frac` of it one step
+    after the run, so that the last step still counts. Source: llm.c, nanoGPT. Raises ValueError for a step outside
+    0..total_steps - 1.
     """
     if not 0 <= step < total_steps:
         raise ValueError(f"step {step} is outside the run: it must be within 0..{total_steps - 1}")
     warmup = warmup_steps(total_steps, recipe)
     if step < warmup:
         return recipe.lr * (step + 1) / warmup
-    peak_step = max(warmup - 1, 0)
-    progress = (step - peak_step) / max(total_steps - 1 - peak_step, 1)
+    progress = (step - warmup) / (total_steps - warmup)
     cosine = 0.5 * (1.0 + math.cos(math.pi * progress))
     return recipe.lr * (recipe.final_lr_frac + (1.0 - recipe.final_lr_frac) * cosine)
+
+
+def split_batch(requested: int | None, batch_tokens: int, context: int) -> tuple[int, int]:
+    """Sequences a forward pass and forward passes a step, whose product is the batch; raises ValueError otherwise."""
+    sequences, rest = divmod(batch_tokens, context)
+    if rest or not sequences:
+        raise ValueError(
+            f"batch_tokens={batch_tokens} is not a multiple of the context, {context}: change --batch-tokens"
+        )
+    if requested is None:
+        limit = min(sequences, max(1, MICRO_TOKENS // context))
+        requested = next(size for size in range(limit, 0, -1) if sequences % size == 0)
+    if sequences % requested:
+        raise ValueError(f"--micro-batch {requested} does not divide the batch of {sequences} sequences")
+    return requested, sequences // requested
 
 
 VAL_TOKENS = 10_485_760
@@ -202,6 +225,7 @@ def _celo2(size: str, opt: str) -> Recipe:
     return replace(
         base,
         name=f"{size}-{opt}",
+        opt=opt,
         lr=lr,
         weight_decay=0.0,
         warmup_frac=0.05,
@@ -220,6 +244,7 @@ def _muon(size: str) -> Recipe:
     return replace(
         base,
         name=f"{size}-muon",
+        opt="muon",
         lr=2e-2,
         weight_decay=0.0,
         adam_lr=base.lr,

@@ -3,6 +3,7 @@
 import io
 import json
 import math
+import os
 import platform
 import statistics
 import subprocess
@@ -30,11 +31,14 @@ def versions() -> dict[str, str]:
         except metadata.PackageNotFoundError:
             continue
     here = Path(__file__).resolve().parent
-    command = ["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=12"]
+    git = ["git", "-C", str(here)]
     try:
-        found["git"] = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+        # an installed package may lie inside of a repository that is not its own
+        subprocess.run([*git, "ls-files", "--error-unmatch", Path(__file__).name], capture_output=True, check=True)
+        describe = [*git, "describe", "--always", "--dirty", "--abbrev=12"]
+        found["git"] = subprocess.run(describe, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
-        found["git"] = "unknown"
+        found["git"] = "none"
     return found
 
 
@@ -92,7 +96,8 @@ class RunLog:
     """Appends records to `metrics.jsonl` and, when asked, to Weights & Biases.
 
     A record is a JSON object with `kind`: `run` (once a start), `train` (a step), `val`, `final`. Values that are not
-    finite are null. On a resume, records of steps after the checkpoint are dropped, since they are made again.
+    finite are null. On a resume, records of steps after the checkpoint are dropped, since they are made again; a run
+    from the start keeps an older file as `metrics.jsonl.old`.
     """
 
     def __init__(
@@ -103,11 +108,12 @@ class RunLog:
         if resume_step is not None:
             self.records = [record for record in read_metrics(self.path) if record.get("step", 0) <= resume_step]
             self.records = [record for record in self.records if record["kind"] != "final"]
+        # first what can fail for reasons of its own
+        self._wandb: Any = None if wandb == "off" else _start_wandb(folder, wandb, run_id, config)
+        if resume_step is None and self.path.exists() and self.path.stat().st_size:
+            os.replace(self.path, self.path.with_name(f"{METRICS}.old"))
         write_atomic(self.path, [(json.dumps(record) + "\n").encode() for record in self.records])
         self._file: TextIO = open(self.path, "a", encoding="utf-8")  # noqa: SIM115
-        self._wandb: Any = None
-        if wandb != "off":
-            self._wandb = _start_wandb(folder, wandb, run_id, config)
 
     def write(self, kind: str, **values: Any) -> dict[str, Any]:
         """Append one record and return it as given."""
@@ -132,6 +138,10 @@ class RunLog:
         """The last `count` values of `key` in records of `kind`, those that are not finite left out."""
         values = [record[key] for record in self.records if record["kind"] == kind and record[key] is not None]
         return values[-count:]
+
+    def sync(self) -> None:
+        """Make what is written survive a power loss; before a checkpoint that counts on it."""
+        os.fsync(self._file.fileno())
 
     def close(self) -> None:
         self._file.close()
@@ -166,7 +176,11 @@ def _start_wandb(folder: Path, mode: Literal["online", "offline"], run_id: str, 
         raise ImportError(
             f"--wandb {mode} needs the package wandb: pip install 'celo2[train]', or drop --wandb"
         ) from error
-    return wandb.init(project="celo2", id=run_id, resume="allow", mode=mode, dir=str(folder), config=config)
+    try:
+        return wandb.init(project="celo2", id=run_id, resume="allow", mode=mode, dir=str(folder), config=config)
+    except wandb.Error as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"--wandb {mode} cannot start: {reason}; run `wandb login`, or use --wandb offline") from error
 
 
 def draw_curve(records: list[dict[str, Any]], path: Path, title: str) -> None:

@@ -5,8 +5,11 @@ then the tokens as little-endian uint16. This is the format of llm.c's GPT-2 dum
 0 there, which means GPT-2 BPE here, and 256 means bytes.
 """
 
+import functools
 import os
+import re
 import secrets
+import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
@@ -21,8 +24,9 @@ VERSION = 1
 HEADER_WORDS = 256
 HEADER_BYTES = 4 * HEADER_WORDS
 MAX_SHARD_TOKENS = 2**31 - 1
+MAPPED_SHARDS = 128
 
-_PREPARE = "python pretrain/prepare_data.py"
+_PREPARE = "python -m celo2.pretrain.prepare_data"
 _MASK64 = (1 << 64) - 1
 _ROUNDS = 8
 
@@ -116,11 +120,25 @@ def open_shard(path: PathLike, vocab_id: int) -> np.memmap:
         )
     if held > 2 * count:
         raise ValueError(f"{path}: {held - 2 * count} bytes beyond the header's {count} tokens: damaged; {again}")
+    return _map_tokens(path, count)
+
+
+def _map_tokens(path: Path, count: int) -> np.memmap:
     return np.memmap(path, dtype="<u2", mode="r", offset=HEADER_BYTES, shape=(count,))
 
 
+def shard_fingerprint(path: PathLike) -> str:
+    """Size and checksum of the first and last MiB of a shard: tells data apart without reading all of it."""
+    with open(path, "rb") as file:
+        checksum = zlib.crc32(file.read(1 << 20))
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(0, size - (1 << 20)))
+        checksum = zlib.crc32(file.read(), checksum)
+    return f"{size}-{checksum:08x}"
+
+
 def find_shards(data_dir: PathLike) -> tuple[list[Path], list[Path]]:
-    """Training and validation shards of a folder: the sorted `*_train_*.bin` and `*_val_*.bin`.
+    """Training and validation shards of a folder: the sorted `*_train_000001.bin` and `*_val_000000.bin`.
 
     Raises FileNotFoundError that says what is missing and the command that makes it.
     """
@@ -128,10 +146,12 @@ def find_shards(data_dir: PathLike) -> tuple[list[Path], list[Path]]:
     command = f"make it with `{_PREPARE} --embedded --tokenizer bytes|gpt2 --out {folder}` (or --text, --dataset)"
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder}: no such data folder; {command}")
-    train, val = sorted(folder.glob("*_train_*.bin")), sorted(folder.glob("*_val_*.bin"))
-    for pattern, paths in (("*_train_*.bin", train), ("*_val_*.bin", val)):
+    files = sorted(folder.glob("*.bin"))
+    # the end of the name decides: the text's own name may say train or val as well
+    train, val = ([path for path in files if re.search(rf"_{kind}_\d+\.bin$", path.name)] for kind in ("train", "val"))
+    for kind, paths in (("train", train), ("val", val)):
         if not paths:
-            raise FileNotFoundError(f"{folder}: no {pattern} shard in this folder; {command}")
+            raise FileNotFoundError(f"{folder}: no *_{kind}_NUMBER.bin shard in this folder; {command}")
     return train, val
 
 
@@ -182,11 +202,13 @@ class _Windows:
         self.paths = [Path(path) for path in paths]
         self.context = context
         self.vocab_name, self.vocab_size = vocabulary(vocab_id)
-        self.shards = [open_shard(path, vocab_id) for path in self.paths]
-        self.ends = np.cumsum([(len(shard) - 1) // context for shard in self.shards])
+        self.tokens = [len(open_shard(path, vocab_id)) for path in self.paths]
+        self.ends = np.cumsum([(count - 1) // context for count in self.tokens])
+        # a map holds a file descriptor, and a thousand shards are more than a process may have
+        self._mapped = functools.lru_cache(maxsize=MAPPED_SHARDS)(_map_tokens)
         self.count = int(self.ends[-1])
         if self.count == 0:
-            longest = max(len(shard) for shard in self.shards)
+            longest = max(self.tokens)
             raise ValueError(
                 f"{self.paths[0]}: the longest of {len(self.paths)} shard(s) has {longest} tokens, fewer "
                 f"than context+1={context + 1}; prepare more text or choose a shorter context"
@@ -197,7 +219,7 @@ class _Windows:
         which = np.searchsorted(self.ends, indices, side="right")
         for row, index, i in zip(rows, indices.tolist(), which.tolist(), strict=True):
             start = (index - (int(self.ends[i - 1]) if i else 0)) * self.context
-            row[:] = self.shards[i][start : start + self.context + 1]
+            row[:] = self._mapped(self.paths[i], self.tokens[i])[start : start + self.context + 1]
         if rows.size and int(rows.max()) >= self.vocab_size:
             bad = int(rows.max(axis=1).argmax())
             raise ValueError(

@@ -9,6 +9,7 @@ printed before step 0; a run leaves checkpoints, `metrics.jsonl`, `loss.png` and
 
 import argparse
 import dataclasses
+import io
 import math
 import os
 import secrets
@@ -29,7 +30,7 @@ from celo2.pretrain.device import DTYPES, OptimizerTimer, device_name, peak_flop
 from celo2.pretrain.model import ARCHS, GPT, SIZES, model_config
 from celo2.pretrain.optimizers import Optimizers
 from celo2.pretrain.prepare_data import prepare_embedded
-from celo2.pretrain.recipes import OPTS, RECIPES, Recipe, learning_rate, recipe_for, warmup_steps
+from celo2.pretrain.recipes import OPTS, RECIPES, Recipe, learning_rate, recipe_for, split_batch, warmup_steps
 from celo2.pretrain.runlog import (
     CURVE,
     METRICS,
@@ -39,14 +40,12 @@ from celo2.pretrain.runlog import (
     duration,
     format_step,
     quantity,
+    read_metrics,
     versions,
     write_report,
 )
-from celo2.pretrain.shards import Loader, find_shards, open_shard, validation_batches
+from celo2.pretrain.shards import Loader, find_shards, open_shard, shard_fingerprint, validation_batches
 from celo2.pretrain.tokenizer import Tokenizer, get_tokenizer
-
-# tokens of a micro-batch when --micro-batch is not given
-MICRO_TOKENS = 16_384
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -91,7 +90,9 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     machine.add_argument(
         "--dtype", choices=DTYPES, help="of the forward pass (default: bfloat16 on a GPU, else float32)"
     )
-    machine.add_argument("--micro-batch", type=int, metavar="N", help="sequences a forward pass (default: what fits)")
+    machine.add_argument(
+        "--micro-batch", type=int, metavar="N", help="sequences a forward pass (default: 16,384 tokens)"
+    )
     machine.add_argument("--compile", action="store_true", help="torch.compile every block")
     machine.add_argument(
         "--max-skips", type=int, default=20, metavar="N", help="skipped steps in a row that end the run"
@@ -112,6 +113,11 @@ def resolve_recipe(arguments: argparse.Namespace) -> Recipe:
         if arguments.recipe not in RECIPES:
             raise ValueError(f"unknown recipe {arguments.recipe!r}: choose one of {', '.join(RECIPES)}")
         recipe = RECIPES[arguments.recipe]
+        if recipe.opt != arguments.opt:
+            raise ValueError(
+                f"recipe {recipe.name!r} is for --opt {recipe.opt}, not {arguments.opt}: its learning rate would not "
+                "fit; take its other numbers with --steps, --batch-tokens and so on"
+            )
     changes = {
         key: getattr(arguments, key)
         for key in ("batch_tokens", "lr", "weight_decay", "max_grad_norm", "val_tokens")
@@ -126,21 +132,6 @@ def resolve_recipe(arguments: argparse.Namespace) -> Recipe:
     return dataclasses.replace(recipe, **changes)
 
 
-def resolve_micro_batch(requested: int | None, batch_tokens: int, context: int) -> tuple[int, int]:
-    """Sequences a forward pass and forward passes a step, whose product is the batch; raises ValueError otherwise."""
-    sequences, rest = divmod(batch_tokens, context)
-    if rest or not sequences:
-        raise ValueError(
-            f"batch_tokens={batch_tokens} is not a multiple of the context, {context}: change --batch-tokens"
-        )
-    if requested is None:
-        limit = min(sequences, max(1, MICRO_TOKENS // context))
-        requested = next(size for size in range(limit, 0, -1) if sequences % size == 0)
-    if sequences % requested:
-        raise ValueError(f"--micro-batch {requested} does not divide the batch of {sequences} sequences")
-    return requested, sequences // requested
-
-
 class Interruption:
     """SIGTERM, SIGUSR1 and SIGINT, noted and acted on between micro-batches: save, then stop."""
 
@@ -151,6 +142,10 @@ class Interruption:
 
     def received(self) -> bool:
         return self.signal is not None
+
+    @property
+    def name(self) -> str:
+        return signal.Signals(self.signal).name if self.signal is not None else "none"
 
     def _note(self, number: int, frame: object) -> None:
         if self.signal is not None and number == signal.SIGINT:
@@ -165,12 +160,19 @@ def bits_per_byte(nats: float, targets_bytes: int) -> float:
 
 @torch.no_grad()
 def evaluate(
-    model: GPT, batches: Iterable[tuple[Tensor, Tensor]], token_bytes: np.ndarray, device: torch.device, dtype: str
-) -> tuple[float, float]:
-    """Validation loss in nats a token, token-weighted, and in bits per byte."""
+    model: GPT,
+    batches: Iterable[tuple[Tensor, Tensor]],
+    token_bytes: np.ndarray,
+    device: torch.device,
+    dtype: str,
+    interruption: Interruption,
+) -> tuple[float, float] | None:
+    """Validation loss in nats a token, token-weighted, and in bits per byte; None when interrupted."""
     model.eval()
     nats, tokens, text_bytes = 0.0, 0, 0
     for inputs_BT, targets_BT in batches:
+        if interruption.received():
+            return None
         with precision(device, dtype):
             nats += float(model(inputs_BT.to(device), targets_BT.to(device), reduction="sum"))
         tokens += targets_BT.numel()
@@ -221,7 +223,7 @@ def train(arguments: argparse.Namespace) -> int:
         )
     recipe = resolve_recipe(arguments)
     config = model_config(arguments.size, arguments.arch, bias=arguments.bias)
-    micro_batch, micro_steps = resolve_micro_batch(arguments.micro_batch, recipe.batch_tokens, config.context)
+    micro_batch, micro_steps = split_batch(arguments.micro_batch, recipe.batch_tokens, config.context)
     device = select_device(arguments.device)
     dtype = arguments.dtype or ("bfloat16" if device.type == "cuda" else "float32")
     where = device_name(device)
@@ -244,23 +246,28 @@ def train(arguments: argparse.Namespace) -> int:
         arguments.data = prepare_embedded(tokenizer.name, Path("data") / f"wikipedia-{tokenizer.name}")
     train_paths, val_paths = find_shards(arguments.data)
     loader = Loader(train_paths, config.context, arguments.seed, tokenizer.vocab_id)
-    shards = {path.name: len(open_shard(path, tokenizer.vocab_id)) for path in (*train_paths, *val_paths)}
+    shards = {path.name: shard_fingerprint(path) for path in (*train_paths, *val_paths)}
     token_bytes = tokenizer.token_bytes()
     if recipe.val_tokens < config.context:
         raise ValueError(
             f"val_tokens={recipe.val_tokens} is less than one window of {config.context}: raise --val-tokens"
         )
 
-    def validate() -> tuple[float, float]:
-        batches = validation_batches(val_paths, config.context, recipe.val_tokens, micro_batch, tokenizer.vocab_id)
-        return evaluate(model, batches, token_bytes, device, dtype)
-
     epochs = total * recipe.batch_tokens / (loader.num_sequences * config.context)
-    print(f"data:       {arguments.data}, {len(shards)} shards, {sum(shards.values()):,} tokens; {epochs:.2f} epochs")
+    held_out = config.context * sum(
+        (len(open_shard(path, tokenizer.vocab_id)) - 1) // config.context for path in val_paths
+    )
+    print(
+        f"data:       {arguments.data}, {len(train_paths)} training shards, "
+        f"{loader.num_sequences * config.context:,} tokens, {epochs:.2f} epochs; validation on "
+        f"{min(held_out, recipe.val_tokens):,} tokens"
+        + (f", all there are of the recipe's {recipe.val_tokens:,}" if held_out < recipe.val_tokens else "")
+    )
 
     # where the run stands: what decides its numbers must be the same when it goes on
     out_dir: Path = arguments.out_dir or Path("runs") / f"{arguments.size}-{arguments.opt}"
-    out_dir.mkdir(parents=True, exist_ok=True)
+    if out_dir.exists() and not out_dir.is_dir():
+        raise ValueError(f"--out-dir {out_dir} is a file: give a folder")
     checkpoints = Checkpoints(out_dir, keep=arguments.keep, keep_every=arguments.keep_every)
     identity = {
         "model": dataclasses.asdict(config),
@@ -279,33 +286,31 @@ def train(arguments: argparse.Namespace) -> int:
     state: RunState | None = None
     if arguments.resume == "auto":
         checkpoints.remove_temporary()
-        state, notes = checkpoints.load(model, optimizers, identity)
+        state, notes = checkpoints.load(model, optimizers, identity, may_differ=("micro_batch",))
         for note in notes:
             print(f"resume:     {note}")
-        if state is None and notes:
-            # a damaged checkpoint may have been read in part
-            model.init_weights(arguments.seed)
-            optimizers = Optimizers(arguments.opt, recipe, model, arguments.weights)
-    elif (out_dir / METRICS).exists() or checkpoints.latest() is not None:
+    elif read_metrics(out_dir / METRICS) or checkpoints.latest() is not None:
         raise ValueError(f"{out_dir} holds a run: go on with --resume auto, or give another --out-dir")
+    out_dir.mkdir(parents=True, exist_ok=True)
     step, skipped = (state.step, state.skipped) if state else (0, 0)
     run_id = state.run_id if state else secrets.token_hex(4)
     print(
         f"output:     {out_dir}, run {run_id}, " + (f"resumed at step {step} of {total}" if state else "from the start")
     )
+    given = {key: str(value) if isinstance(value, Path) else value for key, value in vars(arguments).items()}
     log = RunLog(
         out_dir,
         resume_step=step if state else None,
         wandb=arguments.wandb,
         run_id=run_id,
-        config={**identity, "recipe_name": recipe.name, "versions": versions()},
+        config={**identity, "arguments": given, "recipe_name": recipe.name, "versions": versions()},
     )
     log.write(
         "run",
         step=step,
         run_id=run_id,
         time=time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        arguments={key: str(value) if isinstance(value, Path) else value for key, value in vars(arguments).items()},
+        arguments=given,
         identity=identity,
         source=recipe.source,
         theta=optimizers.theta.label if optimizers.theta else None,
@@ -314,6 +319,7 @@ def train(arguments: argparse.Namespace) -> int:
     )
 
     def save() -> None:
+        log.sync()
         checkpoints.save(model, optimizers, RunState(step, skipped, run_id, identity))
 
     if arguments.compile:
@@ -328,13 +334,15 @@ def train(arguments: argparse.Namespace) -> int:
     # disable=None: no bar unless standard error is a terminal
     bar = tqdm(total=total, initial=step, unit="step", disable=None, dynamic_ncols=True)
 
-    def validate_and_log() -> None:
-        loss, bpb = validate()
-        log.write("val", step=step, loss=loss, bits_per_byte=bpb)
-        tqdm.write(f"step {step}/{total} | validation loss {loss:.4f} | {bpb:.3f} bpb")
+    def validate() -> None:
+        batches = validation_batches(val_paths, config.context, recipe.val_tokens, micro_batch, tokenizer.vocab_id)
+        found = evaluate(model, batches, token_bytes, device, dtype, interruption)
+        if found is not None:
+            log.write("val", step=step, loss=found[0], bits_per_byte=found[1])
+            tqdm.write(f"step {step}/{total} | validation loss {found[0]:.4f} | {found[1]:.3f} bpb")
 
     if step == 0:
-        validate_and_log()
+        validate()
     while step < total and not interruption.received():
         # one optimizer step: the mean over the whole batch, accumulated from micro-batches
         start = time.perf_counter()
@@ -391,7 +399,7 @@ def train(arguments: argparse.Namespace) -> int:
                 f"{out_dir} with the parameters before them: lower the learning rate, or look at these steps' data"
             )
         if step % arguments.eval_every == 0 or step == total:
-            validate_and_log()
+            validate()
         if step % arguments.save_every == 0 and step < total:
             try:
                 save()
@@ -403,10 +411,12 @@ def train(arguments: argparse.Namespace) -> int:
 
     if step != saved_at and step > 0:
         save()
-    if step < total:
-        assert interruption.signal is not None
-        name = signal.Signals(interruption.signal).name
-        print(f"{name}: step {step} of {total} is saved in {out_dir}; go on with --resume auto")
+    if step == total and log.last("val", "step")[-1:] != [total]:
+        # interrupted there, or the last steps were skipped
+        validate()
+    if interruption.received():
+        saved = f"step {step} of {total} is saved in {out_dir}" if step else "before the first step, nothing to save"
+        print(f"{interruption.name}: {saved}; go on with --resume auto")
         log.close()
         return 130 if interruption.signal == signal.SIGINT else 0
     finish(arguments, recipe, model, optimizers, tokenizer, log, out_dir, skipped)
@@ -431,7 +441,9 @@ def finish(
     prompt = torch.tensor([[tokenizer.eot, *tokenizer.encode(arguments.prompt).tolist()]], device=device)
     generator = torch.Generator(device).manual_seed(arguments.seed)
     tokens_BT = model.generate(prompt, max(arguments.sample_tokens, 0), generator=generator)
-    sample = tokenizer.decode(tokens_BT[0].tolist())
+    text = tokenizer.decode(tokens_BT[0].tolist())
+    # a byte model may well write control characters
+    sample = "".join(c if c.isprintable() or c == "\n" else "\ufffd" for c in text)
     title = f"{arguments.size}, {arguments.opt}" + (f" ({optimizers.theta.label})" if optimizers.theta else "")
     draw_curve(log.records, out_dir / CURVE, title)
     seconds = sum(record["step_ms"] for record in log.records if record["kind"] == "train") / 1000
@@ -459,8 +471,17 @@ def finish(
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; a mistake in it or in the data is one line on standard error and exit status 1."""
     arguments = parse_arguments(argv)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # the sample may hold what the terminal's encoding does not
+        sys.stdout.reconfigure(errors="replace")
     try:
         return train(arguments)
+    except KeyboardInterrupt:
+        print("interrupted; checkpoints are as they were", file=sys.stderr)
+        return 130
+    except torch.OutOfMemoryError as error:
+        print(f"error: {str(error).splitlines()[0]}; lower --micro-batch, the numbers stay the same", file=sys.stderr)
+        return 1
     except (ValueError, OSError, ImportError, FloatingPointError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

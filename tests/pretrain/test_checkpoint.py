@@ -65,6 +65,15 @@ def test_an_empty_folder_has_none(tmp_path) -> None:
     assert Checkpoints(tmp_path).latest() is None
 
 
+@pytest.mark.parametrize("opt", OPTS)
+def test_a_checkpoint_before_the_first_step(tmp_path, opt: str) -> None:
+    model, optimizers = build(opt)
+    Checkpoints(tmp_path).save(model, optimizers, state_at(0))
+    other, others = build(opt, seed=9)
+    assert Checkpoints(tmp_path).load(other, others, IDENTITY) == (state_at(0), [])
+    assert steps(model, optimizers, range(3)) == steps(other, others, range(3))
+
+
 def test_keeps_the_newest_and_every_nth(tmp_path) -> None:
     checkpoints = Checkpoints(tmp_path, keep=2, keep_every=4)
     model, optimizers = build()
@@ -88,6 +97,10 @@ def damage(path: Path, how: str) -> None:
         data.write_bytes(data.read_bytes()[:-100])
     elif how == "data missing":
         data.unlink()
+    elif how == "bit flipped":
+        raw = bytearray(data.read_bytes())
+        raw[len(raw) // 2] ^= 4
+        data.write_bytes(raw)
     elif how == "metadata foreign":
         size = (path / ".metadata").stat().st_size
         (path / ".metadata").write_bytes(b"x" * size)
@@ -96,11 +109,12 @@ def damage(path: Path, how: str) -> None:
 @pytest.mark.parametrize(
     ("how", "note"),
     [
-        ("no DONE", "it has no DONE file: its saving was interrupted"),
+        ("no DONE", "it has no DONE file: it is incomplete"),
+        ("bit flipped", "__0_0.distcp is damaged: its checksum differs"),
         ("DONE cut", "its DONE file is damaged"),
         ("data cut", "bytes instead of"),
         ("data missing", "is missing"),
-        ("metadata foreign", "not usable"),
+        ("metadata foreign", ".metadata is damaged: its checksum differs"),
     ],
 )
 def test_an_unusable_checkpoint_is_passed_over_and_named(tmp_path, how: str, note: str) -> None:
@@ -120,6 +134,28 @@ def test_an_unusable_checkpoint_is_passed_over_and_named(tmp_path, how: str, not
     # saved again where the unusable one stands
     checkpoints.save(model, optimizers, state_at(2))
     assert checkpoints.load(other, others, IDENTITY) == (state_at(2), [])
+    assert len(list(tmp_path.glob("step-00000002.*.bad"))) == 1
+
+
+def test_checkpoints_of_which_none_is_usable_are_not_forgotten(tmp_path) -> None:
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(*build(), state_at(1))
+    damage(tmp_path / "step-00000001", "data cut")
+    with pytest.raises(ValueError, match="has 1 checkpoints and none is usable: step-00000001 .*; move them away"):
+        checkpoints.load(*build(), IDENTITY)
+
+
+def test_a_disk_that_does_not_read_is_no_damage(tmp_path, monkeypatch) -> None:
+    checkpoints = Checkpoints(tmp_path)
+    for step in (1, 2):
+        checkpoints.save(*build(), state_at(step))
+
+    def broken(*args: object, **kwargs: object) -> None:
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(checkpoint_module, "load_distributed", broken)
+    with pytest.raises(OSError, match="step-00000002 is whole but cannot be read: OSError: .* Input/output error"):
+        checkpoints.load(*build(), IDENTITY)
 
 
 def test_another_run_is_refused_with_what_differs(tmp_path) -> None:
@@ -128,6 +164,11 @@ def test_another_run_is_refused_with_what_differs(tmp_path) -> None:
         ValueError, match=r"step-00000001 is a checkpoint of another run: seed is 1 there and 2 here; give"
     ):
         Checkpoints(tmp_path).load(*build(), {**IDENTITY, "seed": 2})
+    state, notes = Checkpoints(tmp_path).load(*build(), {**IDENTITY, "seed": 2}, may_differ=("seed",))
+    assert state == state_at(1) and notes == ["seed is 1 there and 2 here: the run goes on, no longer to the bit"]
+    nested = {**IDENTITY, "model": {**IDENTITY["model"], "n_layer": 3}}
+    with pytest.raises(ValueError, match=r"another run: model\.n_layer is 2 there and 3 here; give"):
+        Checkpoints(tmp_path).load(*build(), nested)
 
 
 SCRIPT = """
@@ -191,7 +232,7 @@ def test_killed_at_any_flush_leaves_a_usable_checkpoint(tmp_path) -> None:
         checkpoints = Checkpoints(folder)
         checkpoints.remove_temporary()
         state, _ = checkpoints.load(*build(), IDENTITY)
-        # the last flush comes after DONE
+        # the last flush comes after the rename
         assert state == state_at(2 if number == flushes else 1)
         assert not list(folder.glob(".*"))
 

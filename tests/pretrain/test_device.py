@@ -24,7 +24,7 @@ def test_peak_flops_come_from_the_table_or_not_at_all(name: str, flops: float | 
 def test_select_device() -> None:
     assert select_device("cpu") == torch.device("cpu")
     assert select_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
-    for name in ("abacus", "cuda:77"):
+    for name in ("abacus", "cuda:77", "meta"):
         with pytest.raises(ValueError, match=f"--device {name}: not usable here .*; use auto"):
             select_device(name)
     assert "threads" in device_name(torch.device("cpu"))

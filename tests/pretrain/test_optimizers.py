@@ -59,8 +59,7 @@ def test_state_bytes_are_those_of_the_state(opt: str) -> None:
     optimizers.step()
     states = [state for member in optimizers.members for state in member.state.values()]
     tensors = [(name, value) for state in states for name, value in state.items() if torch.is_tensor(value)]
-    # a step counter of 4 bytes a parameter is not worth predicting for the torch optimizers
-    actual = sum(v.numel() * v.element_size() for name, v in tensors if opt.startswith("celo2") or name != "step")
+    actual = sum(value.numel() * value.element_size() for _, value in tensors)
     assert predicted == actual
 
 

@@ -320,6 +320,15 @@ def test_dataset_errors(tmp_path, monkeypatch, capsys) -> None:
     assert "pip install 'celo2[train]'" in capsys.readouterr().err
 
 
+def test_rows_without_text_are_blank_documents(tmp_path) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("\n".join(json.dumps({"text": text}) for text in ["one", None, "two", ""]))
+    prepare(DatasetRows("json", data_files=(str(rows),)), "bytes", tmp_path / "out")
+    (train,), (val,) = find_shards(tmp_path / "out")
+    found = np.concatenate([open_shard(train, BYTES), open_shard(val, BYTES)])
+    np.testing.assert_array_equal(found, stream_of(["one", "two"]))
+
+
 def test_dataset_options_need_a_dataset(tmp_path, capsys) -> None:
     with pytest.raises(SystemExit):
         main(["--embedded", "--name", "sample-10BT", "--out", str(tmp_path)])

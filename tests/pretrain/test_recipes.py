@@ -13,6 +13,7 @@ from celo2.pretrain.recipes import (
     Recipe,
     learning_rate,
     recipe_for,
+    split_batch,
     warmup_steps,
 )
 
@@ -75,23 +76,23 @@ def test_30m_trains_20_tokens_a_parameter() -> None:
 
 
 def test_schedule_by_value() -> None:
-    # warm-up of 10 steps, peak at step 9, then 90 steps of cosine to step 99
+    # warm-up of 10 steps, then a cosine over 90 that would end one step after the last
     assert learning_rate(0, 100, PLAIN) == pytest.approx(0.1)
     assert learning_rate(4, 100, PLAIN) == pytest.approx(0.5)
-    assert learning_rate(9, 100, PLAIN) == 1.0
-    assert learning_rate(39, 100, PLAIN) == pytest.approx(0.75)
-    assert learning_rate(54, 100, PLAIN) == pytest.approx(0.5)
-    assert learning_rate(69, 100, PLAIN) == pytest.approx(0.25)
-    assert learning_rate(99, 100, PLAIN) == pytest.approx(0.0, abs=1e-15)
+    assert learning_rate(9, 100, PLAIN) == learning_rate(10, 100, PLAIN) == 1.0
+    assert learning_rate(40, 100, PLAIN) == pytest.approx(0.75)
+    assert learning_rate(55, 100, PLAIN) == pytest.approx(0.5)
+    assert learning_rate(70, 100, PLAIN) == pytest.approx(0.25)
+    assert learning_rate(99, 100, PLAIN) == pytest.approx(0.5 * (1 - math.cos(math.pi / 90)))
     tenth = replace(PLAIN, lr=2.0, final_lr_frac=0.1)
     assert learning_rate(9, 100, tenth) == 2.0
-    assert learning_rate(54, 100, tenth) == pytest.approx(1.1)
-    assert learning_rate(99, 100, tenth) == pytest.approx(0.2)
+    assert learning_rate(55, 100, tenth) == pytest.approx(1.1)
+    assert 0.2 < learning_rate(99, 100, tenth) < 0.201
 
 
 @pytest.mark.parametrize("warmup_frac", [0.0, 0.03, 0.5, 1.0])
 @pytest.mark.parametrize("total", [1, 2, 3, 50])
-def test_schedule_has_one_peak_and_never_leaves_its_range(warmup_frac: float, total: int) -> None:
+def test_schedule_rises_to_its_peak_and_falls(warmup_frac: float, total: int) -> None:
     recipe = replace(PLAIN, warmup_frac=warmup_frac, final_lr_frac=0.1)
     rates = [learning_rate(step, total, recipe) for step in range(total)]
     peak = rates.index(max(rates))
@@ -133,3 +134,33 @@ def test_recipe_refuses(field: str, value: object) -> None:
     recipe: Recipe = recipe_for("nano", "celo2")
     with pytest.raises(ValueError, match=f"nano-celo2.*{field}="):
         replace(recipe, **{field: value})
+
+
+@pytest.mark.parametrize(
+    ("requested", "batch", "context", "expected"),
+    [
+        (None, 4096, 256, (16, 1)),
+        (None, 524_288, 1024, (16, 32)),
+        (None, 1_048_576, 2048, (8, 64)),
+        (None, 24 * 1024, 1024, (12, 2)),
+        (None, 7 * 32_768, 32_768, (1, 7)),
+        (4, 524_288, 1024, (4, 128)),
+    ],
+)
+def test_micro_batch(requested: int | None, batch: int, context: int, expected: tuple[int, int]) -> None:
+    assert split_batch(requested, batch, context) == expected
+
+
+def test_batches_that_do_not_divide() -> None:
+    with pytest.raises(ValueError, match="batch_tokens=300 is not a multiple of the context, 256"):
+        split_batch(None, 300, 256)
+    with pytest.raises(ValueError, match="--micro-batch 3 does not divide the batch of 2 sequences"):
+        split_batch(3, 512, 256)
+
+
+def test_recipes_name_their_optimizer() -> None:
+    for size in SIZES:
+        for opt in OPTS:
+            assert recipe_for(size, opt).opt == opt
+    with pytest.raises(ValueError, match="opt='sgd' must be one of"):
+        replace(PLAIN, opt="sgd")

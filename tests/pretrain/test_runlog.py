@@ -106,8 +106,9 @@ def test_resume_drops_what_will_be_made_again(tmp_path) -> None:
         ("run", 0),
         *(("train", step) for step in (1, 2, 3, 4)),
     ]
+    before = (tmp_path / METRICS).read_bytes()
     open_log(tmp_path).close()
-    assert read_metrics(tmp_path / METRICS) == []
+    assert read_metrics(tmp_path / METRICS) == [] and (tmp_path / f"{METRICS}.old").read_bytes() == before
 
 
 def test_a_damaged_line_is_named(tmp_path) -> None:
@@ -133,7 +134,7 @@ def test_wandb_gets_numbers_under_the_run_id(tmp_path, monkeypatch) -> None:
     run = types.SimpleNamespace(
         log=lambda numbers, step: calls.append((numbers, step)), finish=lambda: calls.append("end")
     )
-    fake = types.SimpleNamespace(init=lambda **options: calls.append(options) or run)
+    fake = types.SimpleNamespace(init=lambda **options: calls.append(options) or run, Error=RuntimeError)
     monkeypatch.setitem(sys.modules, "wandb", fake)
     log = RunLog(tmp_path, resume_step=None, wandb="offline", run_id="abc", config={"a": 1})
     log.write("train", step=3, loss=2.0, note="text")
@@ -141,6 +142,17 @@ def test_wandb_gets_numbers_under_the_run_id(tmp_path, monkeypatch) -> None:
     log.close()
     assert calls[0]["id"] == "abc" and calls[0]["mode"] == "offline" and calls[0]["config"] == {"a": 1}
     assert calls[1:] == [({"train/step": 3, "train/loss": 2.0}, 3), "end"]
+
+    class Error(Exception):
+        pass
+
+    def refuse(**options: object) -> None:
+        raise Error("No API key configured\nmore")
+
+    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=refuse, Error=Error))
+    with pytest.raises(ValueError, match="--wandb online cannot start: No API key configured; run `wandb login`"):
+        RunLog(tmp_path / "new", resume_step=None, wandb="online", run_id="abc", config={})
+    assert not (tmp_path / "new").exists()
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(ImportError, match=r"--wandb online needs the package wandb: pip install 'celo2\[train\]'"):
         RunLog(tmp_path, resume_step=None, wandb="online", run_id="abc", config={})

@@ -1,4 +1,5 @@
 import errno
+import resource
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from celo2.pretrain.shards import (
     find_shards,
     open_shard,
     permute,
+    shard_fingerprint,
     validation_batches,
     write_shard,
 )
@@ -144,19 +146,26 @@ def test_missing_folder_is_named(tmp_path) -> None:
 
 
 def test_find_shards(tmp_path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"no such data folder; make it with `python pretrain/prepare_data\.py"):
+    with pytest.raises(
+        FileNotFoundError, match=r"no such data folder; make it with `python -m celo2\.pretrain\.prepare_data"
+    ):
         find_shards(tmp_path / "none")
     for name in ("x_train_000002.bin", "x_train_000001.bin"):
         write_shard(tmp_path / name, tokens_of(10), BYTES)
-    with pytest.raises(FileNotFoundError, match=r"no \*_val_\*\.bin shard in this folder; make it with"):
+    with pytest.raises(FileNotFoundError, match=r"no \*_val_NUMBER\.bin shard in this folder; make it with"):
         find_shards(tmp_path)
     write_shard(tmp_path / "x_val_000000.bin", tokens_of(10), BYTES)
     train, val = find_shards(tmp_path)
     assert [p.name for p in train] == ["x_train_000001.bin", "x_train_000002.bin"]
     assert [p.name for p in val] == ["x_val_000000.bin"]
+    # a text whose own name says train or val
+    write_shard(tmp_path / "my_train_part_val_000000.bin", tokens_of(10), BYTES)
+    train, val = find_shards(tmp_path)
+    assert len(train) == 2 and [p.name for p in val] == ["my_train_part_val_000000.bin", "x_val_000000.bin"]
+    (tmp_path / "my_train_part_val_000000.bin").unlink()
     (tmp_path / "x_train_000001.bin").unlink()
     (tmp_path / "x_train_000002.bin").unlink()
-    with pytest.raises(FileNotFoundError, match=r"no \*_train_\*\.bin"):
+    with pytest.raises(FileNotFoundError, match=r"no \*_train_NUMBER\.bin"):
         find_shards(tmp_path)
 
 
@@ -252,6 +261,34 @@ def test_loader_skips_a_shard_without_a_window(tmp_path, two_shards) -> None:
     loader = Loader([tiny, two_shards[0], tiny, two_shards[1], tiny], 10, 5, BYTES)
     assert loader.num_sequences == 15
     assert torch.equal(loader.batch(0, 15)[0], Loader(two_shards, 10, 5, BYTES).batch(0, 15)[0])
+
+
+def test_more_shards_than_file_descriptors(tmp_path) -> None:
+    count = 300
+    for number in range(count):
+        write_shard(tmp_path / f"x_train_{number:06d}.bin", tokens_of(11, start=number), BYTES)
+    paths = sorted(tmp_path.glob("*.bin"))
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (200, hard))
+    try:
+        inputs, _ = Loader(paths, 10, 0, BYTES).batch(0, count)
+        (validation, _), *_ = validation_batches(paths, 10, 10 * count, count, BYTES)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert sorted(inputs[:, 0].tolist()) == sorted(validation[:, 0].tolist()) == sorted(n % 257 for n in range(count))
+
+
+def test_fingerprint_tells_data_apart(tmp_path) -> None:
+    path = tmp_path / "a.bin"
+    found = set()
+    for change in (None, 0, 700_000, 1_399_999):
+        tokens = tokens_of(1_400_000)
+        if change is not None:
+            tokens[change] += 1
+        write_shard(path, tokens, GPT2)
+        found.add(shard_fingerprint(path))
+    # the middle of a large shard is not read
+    assert len(found) == 3
 
 
 def test_loader_context_plus_one_tokens_is_enough(tmp_path) -> None:

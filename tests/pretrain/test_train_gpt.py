@@ -1,26 +1,34 @@
 """The trainer as a program: what it prints and leaves, exact resume, and every refusal with its message."""
 
+import fcntl
 import json
 import math
+import os
+import pty
 import re
+import shutil
 import signal
+import struct
 import subprocess
 import sys
+import termios
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 from celo2.pretrain import train_gpt
 from celo2.pretrain.checkpoint import Checkpoints
-from celo2.pretrain.model import GPT
+from celo2.pretrain.model import GPT, model_config
 from celo2.pretrain.prepare_data import prepare_embedded
 from celo2.pretrain.recipes import recipe_for
 from celo2.pretrain.runlog import METRICS, read_metrics
-from celo2.pretrain.train_gpt import main, resolve_micro_batch
+from celo2.pretrain.train_gpt import Interruption, evaluate, main
 
 SCRIPT = Path(train_gpt.__file__)
 SMALL = ["--size", "nano", "--batch-tokens", "512", "--val-tokens", "1024", "--sample-tokens", "8", "--eval-every", "4"]
@@ -42,7 +50,7 @@ def run(arguments: list[str], **options: Any) -> subprocess.CompletedProcess:
 
 def numbers(out: Path) -> list[tuple[object, ...]]:
     """What must not depend on interruptions: every loss, norm and rate, to the last bit."""
-    keys = ("kind", "step", "loss", "loss_z", "bits_per_byte", "grad_norm", "lr", "skipped")
+    keys = ("kind", "step", "loss", "loss_z", "bits_per_byte", "grad_norm", "grad_norm_z", "lr", "skipped")
     return [tuple(r.get(key) for key in keys) for r in read_metrics(out / METRICS) if r["kind"] in ("train", "val")]
 
 
@@ -63,13 +71,21 @@ def tensors(checkpoint: Path) -> dict[str, torch.Tensor]:
     return found
 
 
-def wait_for_step(out: Path, step: int, process: subprocess.Popen) -> None:
+def wait_for(out: Path, process: subprocess.Popen, seen: Callable[[dict[str, Any]], bool]) -> None:
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline and process.poll() is None:
-        if any(record.get("step", 0) >= step for record in read_metrics(out / METRICS)):
+        if any(seen(record) for record in read_metrics(out / METRICS)):
             return
         time.sleep(0.002)
-    pytest.fail(f"the run ended with {process.poll()} before step {step}: {process.communicate()}")
+    pytest.fail(f"the run ended too early, with {process.poll()}: {process.communicate()}")
+
+
+def wait_for_step(out: Path, step: int, process: subprocess.Popen) -> None:
+    wait_for(out, process, lambda record: record["step"] >= step)
+
+
+def wait_for_kind(out: Path, kind: str, process: subprocess.Popen) -> None:
+    wait_for(out, process, lambda record: record["kind"] == kind)
 
 
 # a whole run
@@ -104,7 +120,7 @@ def test_a_run_prints_and_leaves_what_it_promises(tmp_path, data) -> None:
     train = [r for r in records if r["kind"] == "train"]
     # one byte a token, but for the end-of-text tokens
     assert train[0]["bits_per_byte"] == pytest.approx(train[0]["loss"] / math.log(2), rel=0.01)
-    assert train[5]["lr"] == pytest.approx(0.0, abs=1e-12) and train[0]["lr"] == recipe_for("nano", "celo2").lr
+    assert 0 < train[5]["lr"] < 1e-4 and train[0]["lr"] == recipe_for("nano", "celo2").lr
     assert (out / "loss.png").read_bytes().startswith(b"\x89PNG")
     assert f"{records[-1]['loss']:.4f} nats a token" in (out / "report.md").read_text()
     assert Checkpoints(out).latest().step == 6
@@ -120,6 +136,16 @@ def test_a_finished_run_is_shown_again_and_not_trained_again(tmp_path, data) -> 
     assert "resumed at step 3 of 3" in again.stdout and "step 3/3" not in again.stdout
     assert first.stdout.split("sample:")[1] == again.stdout.split("sample:")[1]
     assert numbers(out) == before
+
+
+def test_a_terminal_gets_a_progress_bar(tmp_path, data) -> None:
+    ours, terminal = pty.openpty()
+    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 120, 0, 0))
+    program = [sys.executable, str(SCRIPT), *command(data, tmp_path, "--steps", "3")]
+    done = subprocess.run(program, stdout=subprocess.DEVNULL, stderr=terminal, check=False)
+    os.close(terminal)
+    assert done.returncode == 0 and b"0/3 [00:00<?, ?step/s]" in os.read(ours, 65536)
+    os.close(ours)
 
 
 def test_torchrun_is_the_same_program(tmp_path, data) -> None:
@@ -197,6 +223,19 @@ def test_a_signal_saves_and_stops(tmp_path, data, number: int, status: int) -> N
     assert max(r["step"] for r in read_metrics(tmp_path / "out" / METRICS) if r["kind"] == "train") == step
 
 
+def test_a_signal_during_validation_ends_it(tmp_path, data) -> None:
+    options = ["--steps", "3", "--val-tokens", "100000", "--micro-batch", "1"]
+    arguments = [sys.executable, str(SCRIPT), *command(data, tmp_path, *options)]
+    process = subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    wait_for_kind(tmp_path, "run", process)
+    time.sleep(0.3)
+    process.send_signal(signal.SIGTERM)
+    output, errors = process.communicate(timeout=60)
+    assert process.returncode == 0, errors
+    assert "SIGTERM: before the first step, nothing to save; go on with --resume auto" in output
+    assert [r["kind"] for r in read_metrics(tmp_path / METRICS)] == ["run"]
+
+
 def test_an_incomplete_checkpoint_is_passed_over_and_said(tmp_path, data, capsys) -> None:
     arguments = command(data, tmp_path, "--steps", "6", "--save-every", "2", "--keep", "9", "--resume", "auto")
     assert main(arguments) == 0
@@ -206,30 +245,82 @@ def test_an_incomplete_checkpoint_is_passed_over_and_said(tmp_path, data, capsys
     capsys.readouterr()
     assert main(arguments) == 0
     text = capsys.readouterr().out
-    assert "step-00000006 is not usable (it has no DONE file: its saving was interrupted): going back" in text
+    assert "step-00000006 is not usable (it has no DONE file: it is incomplete): going back" in text
     assert "resumed at step 4 of 6" in text
     assert numbers(tmp_path) == before
     assert not list(tmp_path.glob(".step*"))
-    for path in tmp_path.glob("step-*"):
-        (path / "DONE").unlink()
-    assert main(arguments) == 0
-    assert "from the start" in capsys.readouterr().out
-    assert numbers(tmp_path) == before
+    for path in tmp_path.glob("step-*/DONE"):
+        path.unlink()
+    # nothing is thrown away: four folders, of which one was set aside when its step was saved again
+    folders = sorted(path.name for path in tmp_path.glob("step-*"))
+    assert len(folders) == 4 and sum(name.endswith(".bad") for name in folders) == 1
+    assert main(arguments) == 1
+    assert "has 3 checkpoints and none is usable: step-00000006 is not usable" in capsys.readouterr().err
+    assert numbers(tmp_path) == before and sorted(path.name for path in tmp_path.glob("step-*")) == folders
 
 
 def test_a_checkpoint_of_another_run_is_refused(tmp_path, data, capsys) -> None:
     assert main(command(data, tmp_path, "--steps", "2")) == 0
     before = (tmp_path / METRICS).read_bytes()
+    changed = tmp_path / "changed"
+    changed.mkdir()
+    for path in data.glob("*.bin"):
+        # other text of the same length
+        (changed / path.name).write_bytes(path.read_bytes()[:5000] + b"a\0" * ((path.stat().st_size - 5000) // 2))
     for options, message in (
         (["--opt", "adamw"], "optimizer is 'celo2' there and 'adamw' here"),
-        (["--arch", "modern"], "model is {'arch': 'gpt2'"),
+        (["--arch", "modern"], "model.arch is 'gpt2' there and 'modern' here"),
         (["--seed", "7"], "seed is 1337 there and 7 here"),
         (["--weights", "adam"], "theta is"),
+        (["--lr", "0.5"], ": recipe.lr is 0.001 there and 0.5 here; give"),
+        (["--val-tokens", "2048"], ": recipe.val_tokens is 1024 there and 2048 here; give"),
+        (["--dtype", "bfloat16"], "dtype is 'float32' there and 'bfloat16' here"),
+        (["--data", str(changed)], "shards.wikipedia_train_000001.bin is"),
     ):
         assert main(command(data, tmp_path, "--steps", "2", "--resume", "auto", *options)) == 1
         error = capsys.readouterr().err
         assert "is a checkpoint of another run: " in error and message in error and "another --out-dir" in error
     assert (tmp_path / METRICS).read_bytes() == before
+
+
+def test_the_micro_batch_may_change(tmp_path, data, capsys) -> None:
+    options = ["--save-every", "2", "--keep", "5", "--resume", "auto"]
+    assert main(command(data, tmp_path, "--steps", "4", *options)) == 0
+    before = numbers(tmp_path)
+    shutil.rmtree(tmp_path / "step-00000004")
+    capsys.readouterr()
+    assert main(command(data, tmp_path, "--steps", "4", "--micro-batch", "1", *options)) == 0
+    assert "micro_batch is 2 there and 1 here: the run goes on, no longer to the bit" in capsys.readouterr().out
+    assert [entry[2] for entry in numbers(tmp_path)] == pytest.approx([entry[2] for entry in before], rel=1e-4)
+
+
+def test_a_run_without_checkpoints_keeps_its_old_log(tmp_path, data) -> None:
+    arguments = command(data, tmp_path, "--steps", "2", "--resume", "auto")
+    assert main(arguments) == 0
+    before = (tmp_path / METRICS).read_bytes()
+    shutil.rmtree(tmp_path / "step-00000002")
+    assert main(arguments) == 0
+    assert (tmp_path / f"{METRICS}.old").read_bytes() == before
+
+
+def test_the_last_validation_is_of_the_last_step(tmp_path, data, monkeypatch) -> None:
+    arguments = command(data, tmp_path, "--steps", "5", "--eval-every", "100", "--max-skips", "3")
+    poison(monkeypatch, {2, 3, 4})
+    assert main(arguments) == 1
+    monkeypatch.undo()
+    assert main([*arguments, "--resume", "auto"]) == 0
+    assert [(r["kind"], r["step"]) for r in read_metrics(tmp_path / METRICS)][-2:] == [("val", 5), ("final", 5)]
+
+
+@pytest.mark.parametrize("opt", ["celo2", "adamw", "muon"])
+def test_a_run_that_skipped_every_step_can_go_on(tmp_path, data, monkeypatch, opt: str) -> None:
+    poison(monkeypatch, set(range(99)))
+    arguments = command(data, tmp_path, "--opt", opt, "--steps", "6", "--max-skips", "3")
+    assert main(arguments) == 1
+    monkeypatch.undo()
+    assert main([*arguments, "--resume", "auto"]) == 0
+    skipped = [r["skipped"] for r in read_metrics(tmp_path / METRICS) if r["kind"] == "train"]
+    assert skipped == [True] * 3 + [False] * 3
 
 
 def test_an_older_run_is_not_overwritten(tmp_path, data, capsys) -> None:
@@ -254,10 +345,34 @@ def test_a_full_disk_costs_a_checkpoint_and_not_the_run(tmp_path, data) -> None:
     )
     assert done.returncode == 1
     assert "warning: " in done.stdout and "step-00000002: OSError: [Errno 27] File too large" in done.stdout
+    assert not list(tmp_path.glob(".step*"))
     assert "step 4/4 | loss" in done.stdout
     assert "error: " in done.stderr and "step-00000004" in done.stderr and "free space" in done.stderr
     assert not list(tmp_path.glob("*step-*"))
     assert run([*arguments, "--resume", "auto"]).returncode == 0
+
+
+# validation
+
+
+def test_validation_is_weighted_by_tokens_and_bytes() -> None:
+    model = GPT(model_config("nano"))
+    model.init_weights(0)
+    tokens_BT = torch.randint(256, (5, 33), generator=torch.Generator().manual_seed(0))
+    inputs_BT, targets_BT = tokens_BT[:, :-1], tokens_BT[:, 1:]
+    token_bytes = np.arange(257) % 5
+    # two batches of other sizes
+    batches = [(inputs_BT[:4], targets_BT[:4]), (inputs_BT[4:], targets_BT[4:])]
+    interruption = Interruption()
+    found = evaluate(model, batches, token_bytes, torch.device("cpu"), "float32", interruption)
+    nats = torch.nn.functional.cross_entropy(
+        model(inputs_BT).flatten(0, 1), targets_BT.flatten(), reduction="sum"
+    ).item()
+    text_bytes = int(token_bytes[targets_BT.numpy()].sum())
+    assert found == pytest.approx((nats / 160, nats / math.log(2) / text_bytes), rel=1e-5)
+    assert model.training
+    interruption.signal = signal.SIGTERM
+    assert evaluate(model, batches, token_bytes, torch.device("cpu"), "float32", interruption) is None
 
 
 # values that are not finite
@@ -307,6 +422,10 @@ def test_too_many_in_a_row_end_the_run_with_a_checkpoint(tmp_path, data, monkeyp
         (["--size", "huge"], "unknown size 'huge': choose one of nano, 30m, small, medium, large, gpt2-xl, xl"),
         (["--opt", "sgd"], "unknown optimizer 'sgd': choose one of celo2, celo2-base, adamw, muon"),
         (["--recipe", "mine"], "unknown recipe 'mine': choose one of nano-adamw"),
+        (["--recipe", "small-muon"], "recipe 'small-muon' is for --opt muon, not celo2"),
+        (["--batch-tokens", "4194304"], "lower the batch, or give --steps"),
+        (["--max-grad-norm", "-1"], "or None for no clip (--max-grad-norm 0)"),
+        (["--device", "meta"], "--device meta: not usable here (a meta device does not train); use auto, cpu, cuda"),
         (["--lr", "-1"], "lr=-1.0 must be finite and > 0"),
         (["--lr", "nan"], "lr=nan must be finite and > 0"),
         (["--weight-decay", "-0.1"], "weight_decay=-0.1 must be finite and >= 0"),
@@ -329,7 +448,7 @@ def test_mistakes_are_one_line_and_leave_nothing(tmp_path, data, capsys, options
     assert main(command(data, tmp_path / "out", *options)) == 1
     captured = capsys.readouterr()
     assert captured.err.startswith("error: ") and message in captured.err and captured.err.count("\n") == 1
-    assert not (tmp_path / "out" / METRICS).exists()
+    assert not (tmp_path / "out").exists()
 
 
 def test_several_processes_are_refused(tmp_path, data, capsys, monkeypatch) -> None:
@@ -340,7 +459,7 @@ def test_several_processes_are_refused(tmp_path, data, capsys, monkeypatch) -> N
 
 def test_missing_and_damaged_data(tmp_path, data, capsys) -> None:
     assert main(command(tmp_path / "none", tmp_path / "out")) == 1
-    assert "no such data folder; make it with `python pretrain/prepare_data.py" in capsys.readouterr().err
+    assert "no such data folder; make it with `python -m celo2.pretrain.prepare_data" in capsys.readouterr().err
     broken = tmp_path / "broken"
     broken.mkdir()
     for path in data.glob("*.bin"):
@@ -354,24 +473,6 @@ def test_bad_numbers_of_the_command_line(capsys) -> None:
         with pytest.raises(SystemExit):
             main([option, "0"])
         assert f"{option} 0: must be at least 1" in capsys.readouterr().err
-
-
-# arithmetic
-
-
-@pytest.mark.parametrize(
-    ("requested", "batch", "context", "expected"),
-    [
-        (None, 4096, 256, (16, 1)),
-        (None, 524_288, 1024, (16, 32)),
-        (None, 1_048_576, 2048, (8, 64)),
-        (None, 24 * 1024, 1024, (12, 2)),
-        (None, 7 * 32_768, 32_768, (1, 7)),
-        (4, 524_288, 1024, (4, 128)),
-    ],
-)
-def test_micro_batch(requested: int | None, batch: int, context: int, expected: tuple[int, int]) -> None:
-    assert resolve_micro_batch(requested, batch, context) == expected
 
 
 def test_dry_run_of_gpt3_xl_prints_everything_and_leaves_nothing(tmp_path, capsys, monkeypatch) -> None:
