@@ -153,13 +153,13 @@ class FusedCelo2(Optimizer):
         return theta
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group after checking its options and parameters, and create its state.
+        """Add a copy of a group after checking its options and parameters, and create its state.
 
         When the other groups have names and this one has none, its parameters are named by position.
         """
         if not isinstance(param_group, dict):
             raise TypeError(f"a parameter group must be a dict, got {type(param_group).__name__}")
-        group = param_group
+        group = dict(param_group)
         known = {*self.defaults, *_FOREIGN_KEYS}
         for key in group:
             if key not in known:
@@ -194,9 +194,6 @@ class FusedCelo2(Optimizer):
                 rule = group_rule(added, name, parameter, theta.variant)
                 if rule == "celo2":
                     view.check(parameter.shape, name)
-                elif view != MatrixView():
-                    warnings.warn(f"the matrix view of {name} is not used: AdamW steps it whole", stacklevel=3)
-                    view = MatrixView()
                 try:
                     states[parameter] = create_state(parameter, rule, view)
                 except ValueError as error:
@@ -204,6 +201,8 @@ class FusedCelo2(Optimizer):
         except BaseException:
             self.param_groups.pop()
             raise
+        if view != MatrixView() and all("exp_avg" in state for state in states.values()):
+            warnings.warn(f"the matrix view of {name} is not used: AdamW steps it whole", stacklevel=3)
         self.state.update(states)
         self._positions = {}
 

@@ -45,6 +45,7 @@ def test_optimizer_reproduces_golden_updates_and_state(file, variant, golden):
             update = before[name] - parameter.detach()
             worst = max(worst, float((update - torch.tensor(data[f"{variant}/update/{name}"][step])).abs().max()))
             parameter.data.copy_(torch.tensor(data[f"{variant}/param/{name}"][step]))
+    print(f"largest difference of an update: {worst:.1e}")
     assert worst <= TOLERANCE[variant]
     for name, parameter in params:
         state = optimizer.state[parameter]
@@ -102,6 +103,9 @@ def test_deployed_optimizer_reproduces_golden_parameters(golden):
         for name, parameter in params:
             parameter.grad = torch.tensor(data[f"grad/{name}"][step])
         optimizer.step()
-    for name, parameter in params:
-        difference = np.abs(parameter.detach().numpy() - data[f"deployed/param/{name}"][-1]).max()
-        assert difference <= 1e-6, (name, difference)
+    differences = {
+        name: float(np.abs(parameter.detach().numpy() - data[f"deployed/param/{name}"][-1]).max())
+        for name, parameter in params
+    }
+    print(f"largest difference of a parameter at step {len(data['lr'])}: {max(differences.values()):.1e}")
+    assert max(differences.values()) <= 1e-6, differences

@@ -362,6 +362,23 @@ def test_bfloat16_keeps_updates_far_below_its_resolution():
     assert abs(float(p.detach().double().mean()) - (1 - 50e-4)) < 5e-4
 
 
+def test_bfloat16_parameters_and_steps_round_independently():
+    parameters = [nn.Parameter(torch.ones(64, 64, dtype=torch.bfloat16)) for _ in range(3)]
+    vector = nn.Parameter(torch.ones(4096, dtype=torch.bfloat16))
+    groups = [{"params": parameters}, {"params": [vector], "rule": "celo2"}]
+    optimizer = FusedCelo2(groups, lr=1e-3, weights="adam", orthogonalize=False)
+    seen = []
+    for _ in range(2):
+        for p in (*parameters, vector):
+            p.data.fill_(1.0)
+            p.grad = torch.ones_like(p)
+        optimizer.step()
+        seen += [p.detach().flatten().clone() for p in (*parameters, vector)]
+    # each is a mixture of the two neighbours of its value, and no two mixtures are alike
+    assert all(len(values.unique()) == 2 for values in seen)
+    assert all(not torch.equal(one, two) for i, one in enumerate(seen) for two in seen[:i])
+
+
 # clipping, scaling, and gradients that are not finite
 
 

@@ -260,6 +260,30 @@ def test_a_view_that_is_not_used_warns():
         param_groups(_model(), views={"embed.weight": MatrixView(heads=7)})
 
 
+def test_a_view_passes_over_the_vectors_of_its_group(random_theta):
+    layers = [nn.Linear(4, 6) for _ in range(2)]
+    layers[1].load_state_dict(layers[0].state_dict())
+    together = [layers[0].bias, layers[0].weight]
+    optimizers = [
+        FusedCelo2([{"params": together, "heads": 3}], weights=random_theta()),
+        FusedCelo2([{"params": [layers[1].weight], "heads": 3}, {"params": [layers[1].bias]}], weights=random_theta()),
+    ]
+    for layer, optimizer in zip(layers, optimizers, strict=True):
+        _step(layer, optimizer)
+    assert torch.equal(layers[0].weight, layers[1].weight) and torch.equal(layers[0].bias, layers[1].bias)
+
+
+def test_groups_can_be_used_again_with_other_weights():
+    from celo2 import param_groups
+
+    model = _model()
+    groups = param_groups(model)
+    for weights in ("momentum", "adam"):
+        optimizer = FusedCelo2(groups, weights=weights)
+        assert {group["weights"].split("@")[0] for group in optimizer.param_groups} == {weights}
+        _step(model, optimizer)
+
+
 def test_skipped_steps_reach_a_late_group():
     model, late = _model(), nn.Linear(4, 4)
     optimizer = FusedCelo2(model, weights="momentum")
