@@ -135,9 +135,11 @@ def resolve_recipe(arguments: argparse.Namespace) -> Recipe:
 class Interruption:
     """SIGTERM, SIGUSR1 and SIGINT, noted and acted on between micro-batches: save, then stop."""
 
+    SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+
     def __init__(self) -> None:
         self.signal: int | None = None
-        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+        for number in self.SIGNALS:
             signal.signal(number, self._note)
 
     def received(self) -> bool:
@@ -341,7 +343,8 @@ def train(arguments: argparse.Namespace) -> int:
             log.write("val", step=step, loss=found[0], bits_per_byte=found[1])
             tqdm.write(f"step {step}/{total} | validation loss {found[0]:.4f} | {found[1]:.3f} bpb")
 
-    if step == 0:
+    if step % arguments.eval_every == 0 and log.last("val", "step")[-1:] != [step]:
+        # at the start, and where a signal ended the validation of this step
         validate()
     while step < total and not interruption.received():
         # one optimizer step: the mean over the whole batch, accumulated from micro-batches
@@ -474,6 +477,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):
         # the sample may hold what the terminal's encoding does not
         sys.stdout.reconfigure(errors="replace")
+    handlers = {number: signal.getsignal(number) for number in Interruption.SIGNALS}
     try:
         return train(arguments)
     except KeyboardInterrupt:
@@ -485,6 +489,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError, ImportError, FloatingPointError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
 
 if __name__ == "__main__":

@@ -17,3 +17,10 @@ def test_examples_run(capsys) -> None:
     assert "adamw  0.02" in table["embedding.weight"] and "adamw  0.02" in table["lm_head.weight"]
     optimizer = namespace["optimizer"]
     assert "12 x [16, 64]" in optimizer.table() and "4 x [64, 16]" in optimizer.table()
+
+
+def test_the_files_it_names_exist() -> None:
+    text = README.read_text(encoding="utf-8")
+    paths = re.findall(r"`((?:celo2|pretrain|docs|tests|bench)/[\w./-]+)`", text)
+    assert len(paths) > 8
+    assert [path for path in paths if not (README.parent / path).exists()] == []

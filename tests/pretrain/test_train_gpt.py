@@ -355,7 +355,8 @@ def test_a_full_disk_costs_a_checkpoint_and_not_the_run(tmp_path, data) -> None:
 # validation
 
 
-def test_validation_is_weighted_by_tokens_and_bytes() -> None:
+def test_validation_is_weighted_by_tokens_and_bytes(monkeypatch) -> None:
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
     model = GPT(model_config("nano"))
     model.init_weights(0)
     tokens_BT = torch.randint(256, (5, 33), generator=torch.Generator().manual_seed(0))
