@@ -18,7 +18,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 setup: $(INSTALLED) ## install into .venv; the other targets do it when it is missing
 
 train: $(INSTALLED) ## train the nano GPT with Celo2 on the embedded text; resumes an interrupted run (ARGS="...")
-	$(BIN)/python pretrain/train_gpt.py --size nano --opt celo2 --resume auto $(ARGS)
+	$(BIN)/python pretrain/train_gpt.py --size nano --opt celo2 --resume auto --log-every 10 $(ARGS)
 
 test: $(INSTALLED) ## run the tests (ARGS="-k golden")
 	$(BIN)/python -m pytest -q $(ARGS)
