@@ -10,7 +10,6 @@ import hashlib
 import json
 import os
 import re
-import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,6 +23,7 @@ from safetensors.numpy import load as load_safetensors
 from safetensors.numpy import save as save_safetensors
 
 from celo2 import flax_state
+from celo2.files import write_atomic
 
 # columns of each of the 14 feature groups, in the order of the rule
 GROUP_COLUMNS = (1, 1, 1, 3, 1, 3, 1, 3, 1, 3, 3, 3, 3, 3)
@@ -150,7 +150,7 @@ class Theta:
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write to `path`, atomically: `*.state` in the authors' format (no card), anything else as safetensors.
 
-        Raises OSError, with any older file left as it was, when the disk refuses.
+        Raises OSError naming the path, with any older file left as it was, when the disk refuses.
         """
         path = Path(path)
         if path.suffix == ".state":
@@ -158,15 +158,7 @@ class Theta:
         else:
             card = dict(self.card) | {"format": "celo2-theta-v1", "sha256": self.sha256}
             data = save_safetensors(dict(self.arrays), metadata=card)
-        temporary = path.parent / f".{path.name}.{secrets.token_hex(4)}.tmp"
-        try:
-            with open(temporary, "xb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        write_atomic(path, [data])
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Theta:

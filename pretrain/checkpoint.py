@@ -22,9 +22,9 @@ from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, se
 from torch.distributed.checkpoint.state_dict_loader import load as load_distributed
 from torch.distributed.checkpoint.state_dict_saver import save as save_distributed
 
+from celo2.files import write_atomic
 from celo2.pretrain.model import GPT
 from celo2.pretrain.optimizers import Optimizers
-from celo2.pretrain.shards import write_atomic
 
 DONE = "DONE"
 _NAME = re.compile(r"step-(\d{8})")

@@ -26,7 +26,8 @@ from typing import Any, Protocol, TextIO
 import numpy as np
 from tqdm import tqdm
 
-from celo2.pretrain.shards import MAX_SHARD_TOKENS, PathLike, open_shard, write_atomic, write_shard
+from celo2.files import PathLike, write_atomic
+from celo2.pretrain.shards import MAX_SHARD_TOKENS, open_shard, write_shard
 from celo2.pretrain.tokenizer import Tokenizer, get_tokenizer
 
 EMBEDDED_TEXT = Path(__file__).resolve().parent / "assets" / "wikipedia.txt.xz"

@@ -12,7 +12,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal, TextIO
 
-from celo2.pretrain.shards import write_atomic
+from celo2.files import write_atomic
 
 METRICS = "metrics.jsonl"
 CURVE = "loss.png"

@@ -8,14 +8,14 @@ then the tokens as little-endian uint16. This is the format of llm.c's GPT-2 dum
 import functools
 import os
 import re
-import secrets
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 
+from celo2.files import PathLike, write_atomic
 from celo2.pretrain.tokenizer import vocabulary
 from celo2.stochastic_rounding import mix64
 
@@ -29,32 +29,6 @@ MAPPED_SHARDS = 128
 _PREPARE = "python -m celo2.pretrain.prepare_data"
 _MASK64 = (1 << 64) - 1
 _ROUNDS = 8
-
-PathLike = str | os.PathLike[str]
-
-
-def write_atomic(path: PathLike, chunks: Iterable[bytes | memoryview]) -> None:
-    """Write the chunks to `path` through a temporary file beside it: the file is whole, or as it was.
-
-    Raises OSError naming the path, with the temporary file removed, when the disk is full or not writable.
-    """
-    path = Path(path)
-    temporary = path.parent / f".{path.name}.{secrets.token_hex(4)}.tmp"
-    try:
-        with open(temporary, "wb") as file:
-            file.writelines(chunks)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        reason = error.strerror or str(error)
-        raise OSError(
-            error.errno,
-            f"cannot write {path}: {reason}; free space or choose another folder, then run the same command "
-            "again (what stood under this name is unchanged)",
-        ) from error
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def write_shard(path: PathLike, tokens: np.ndarray, vocab_id: int) -> None:
