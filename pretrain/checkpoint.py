@@ -113,7 +113,7 @@ class Checkpoints:
                 _quietly(load_distributed, tensors, path)
                 set_optimizer_state_dict(model, optimizers.members, optim_state_dict=tensors["optimizer"])
             except (RuntimeError, ValueError, OSError, CheckpointException) as error:
-                raise OSError(f"{path} is whole but cannot be read: {_describe(error)}; nothing was changed") from error
+                raise OSError(f"{path} is whole but cannot be read: {_describe(error)}; run the same again") from error
             torch.set_rng_state(tensors["rng"])
             notes += [f"{text}: the run goes on, no longer to the bit" for text in different.values()]
             return state, notes
