@@ -41,11 +41,11 @@ STATISTICS_BLOCK = 2 * BLOCK
 
 # the 18 per-element columns in the order used here, as rows of the 30-row first layer in the paper's order:
 # g m0 m1 m2 | the same four times q | g rf_k cf_k | m_k rf_k cf_k | clip(g) p v q
-_ELEMENT_ROWS = (0, 3, 4, 5, 14, 7, 8, 9, 11, 12, 13, 27, 28, 29, 1, 2, 6, 10)
+ELEMENT_ROWS = (0, 3, 4, 5, 14, 7, 8, 9, 11, 12, 13, 27, 28, 29, 1, 2, 6, 10)
 # R_k and rsqrt(R_k + eps) of the shorter axis, C_k and rsqrt(C_k + eps) of the longer one
-_SHORT_ROWS = (15, 16, 17, 21, 22, 23)
-_LONG_ROWS = (18, 19, 20, 24, 25, 26)
-_ELEMENT_COLUMNS = len(_ELEMENT_ROWS)
+SHORT_ROWS = (15, 16, 17, 21, 22, 23)
+LONG_ROWS = (18, 19, 20, 24, 25, 26)
+ELEMENT_COLUMNS = len(ELEMENT_ROWS)
 
 Block = tuple[slice, slice, slice]  # matrices, rows, columns
 
@@ -98,9 +98,9 @@ class FoldedTheta:
         arrays = theta.tensors(dtype, device)
         first = torch.cat([arrays[f"w0__{group}"] for group in range(14)])
         return cls(
-            element=first[list(_ELEMENT_ROWS)],
-            short=first[list(_SHORT_ROWS)],
-            long=first[list(_LONG_ROWS)],
+            element=first[list(ELEMENT_ROWS)],
+            short=first[list(SHORT_ROWS)],
+            long=first[list(LONG_ROWS)],
             bias0=arrays["b0"],
             hidden=arrays["w1"].T.contiguous(),
             bias1=arrays["b1"][:, None],
@@ -213,7 +213,7 @@ class MatrixStep:
         """Fill the 18 planes [18, b, r, c] of one block with the columns of the new accumulators, not normalised."""
         b, r, c = where
         source = self.matrices
-        x = self.workspace.take("x", _ELEMENT_COLUMNS, *source.g[b, r, c].shape)
+        x = self.workspace.take("x", ELEMENT_COLUMNS, *source.g[b, r, c].shape)
         momenta, v, q = x[1:4], x[16], x[17]
         g = _scaled_gradient(source.g[b, r, c], self.scale, self.clip, out=x[0])
         for k, decay in enumerate(MOMENTUM_DECAYS):
@@ -238,7 +238,7 @@ class MatrixStep:
         source = self.matrices
         batch, m, n = source.p.shape
         row_square, column_square = (scale.square().transpose(0, 1) for scale in (self.row_scale, self.column_scale))
-        total = torch.zeros(_ELEMENT_COLUMNS, batch, dtype=self.workspace.dtype, device=self.workspace.device)
+        total = torch.zeros(ELEMENT_COLUMNS, batch, dtype=self.workspace.dtype, device=self.workspace.device)
         for b, r, c in iterate_blocks(source.p.shape, self.statistics_block):
             # [12, b, r, c]: the squares of g m0 m1 m2, of the same four times q, and of clip(g) p v q
             x = self.workspace.take("x", 12, *source.p[b, r, c].shape)
@@ -290,7 +290,7 @@ class MatrixStep:
                 first = theta.element.T
             hidden = take("hidden0", h, size)
             torch.add(row_term[:, b, r, None], column_term[:, b, None, c], out=hidden.view(h, *shape))
-            hidden.addmm_(first, x.view(_ELEMENT_COLUMNS, size)).relu_()
+            hidden.addmm_(first, x.view(ELEMENT_COLUMNS, size)).relu_()
             # a separate bias add: addmm would first broadcast the bias into the output
             hidden = torch.mm(theta.hidden, hidden, out=take("hidden1", k, size)).add_(theta.bias1).relu_()
             output = torch.mm(theta.output, hidden, out=take("output", 1, size))

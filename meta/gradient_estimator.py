@@ -1,0 +1,124 @@
+"""Antithetic persistent evolution strategies (PES): the gradient of the meta-loss with respect to theta.
+
+Source: Vicol, Metz and Sohl-Dickstein 2021 (arXiv 2112.13835), with Celo2's bookkeeping (recipe, section 6).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from celo2.meta.randomness import Purpose, generator
+from celo2.meta.recipes import Recipe
+from celo2.meta.truncated_step import Arrays, TruncatedStep, Unroll
+
+Reduce = Callable[[NDArray[np.float64]], NDArray[np.float64]]
+# root mean square that the imitation's differences are brought to, task by task
+IMITATION_RMS = 0.01
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Sums over this rank's particles: divide by the particles of the whole run."""
+
+    gradient: NDArray[np.float64]
+    loss: float
+    imitation: float
+    horizon: float
+    non_finite: int
+
+
+def pes_gradients(
+    deltas: NDArray[np.float64],
+    mask: NDArray[np.bool_],
+    done: NDArray[np.bool_],
+    accumulator: NDArray[np.float64],
+    perturbation: NDArray[np.float64],
+    std: float,
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Return each particle's gradient [n, d] and its next accumulator [n, d].
+
+    `deltas` [K, n] are loss+ - loss-, `mask` marks the slots that took a step, `done` the last slot of a trajectory.
+    From that slot on a difference belongs to the present perturbation alone; before it, to the sum of all perturbations
+    of the trajectory.
+    """
+    past_end = np.logical_or.accumulate(done, axis=0)
+    accumulator = accumulator + perturbation
+    weights = deltas * mask / mask.sum(0)
+    before, after = (weights * ~past_end).sum(0)[:, None], (weights * past_end).sum(0)[:, None]
+    gradients = (before * accumulator + after * perturbation) / (2 * std**2)
+    return gradients, np.where(past_end[-1][:, None], perturbation, accumulator)
+
+
+class PES:
+    """The GradientEstimator of a run: perturbs theta for each particle, unrolls a window, accumulates perturbations."""
+
+    def __init__(
+        self, recipe: Recipe, truncated_step: TruncatedStep, dimension: int, reduce: Reduce | None = None
+    ) -> None:
+        self.recipe, self.truncated_step = recipe, truncated_step
+        self.accumulator = np.zeros((len(truncated_step.particles), dimension))
+        # sums over ranks; only the imitation needs it, whose scale is a task's
+        self._reduce = reduce or (lambda x: x)
+
+    def _perturbations(self, outer_step: int) -> NDArray[np.float64]:
+        seed, dimension = self.truncated_step.family.seed, self.accumulator.shape[1]
+        draws = [
+            generator(seed, Purpose.PERTURBATION, particle, outer_step).standard_normal(dimension)
+            for particle in self.truncated_step.particles
+        ]
+        # rounded to float32, so that what multiplies the difference is what moved theta
+        return (self.recipe.std * np.stack(draws)).astype(np.float32).astype(np.float64)
+
+    def estimate(self, theta: NDArray[np.float32], outer_step: int) -> Estimate:
+        """Advance every trajectory by one window with theta +- its perturbation; return the sums of this rank."""
+        xi = self._perturbations(outer_step)
+        signed = np.concatenate([theta + xi, theta - xi]).astype(np.float32)
+        unroll = self.truncated_step.unroll(torch.from_numpy(signed), outer_step)
+        deltas = self._deltas(unroll, outer_step)
+        plan = unroll.plan
+        gradients, self.accumulator = pes_gradients(deltas, plan.mask, plan.done, self.accumulator, xi, self.recipe.std)
+        steps = plan.mask.sum(0)
+        imitation = 0.0
+        if unroll.imitation is not None:
+            imitation = float((unroll.imitation.mean(1).sum(0) / steps).sum())
+        return Estimate(
+            gradient=np.nan_to_num(gradients.sum(0), nan=0.0, posinf=0.0, neginf=0.0),
+            loss=float((unroll.losses.mean(1).sum(0) / steps).sum()),
+            imitation=imitation,
+            horizon=float(self.truncated_step.iteration.sum()),
+            non_finite=unroll.non_finite,
+        )
+
+    def _deltas(self, unroll: Unroll, outer_step: int) -> NDArray[np.float64]:
+        """Return loss+ - loss- [K, n], blended with the imitation's where the recipe has an expert."""
+        task = unroll.losses[:, 0] - unroll.losses[:, 1]
+        if unroll.imitation is None:
+            return task
+        weight = self.recipe.imitation_weight(outer_step)
+        direction = unroll.imitation[:, 0] - unroll.imitation[:, 1]
+        family = self.truncated_step.family
+        owner = np.array([p // family.particles for p in self.truncated_step.particles])
+        sums = np.zeros((2, len(family.tasks)))
+        np.add.at(sums[0], owner, (direction**2).sum(0))
+        np.add.at(sums[1], owner, unroll.plan.mask.sum(0))
+        sums = self._reduce(sums)
+        rms = np.sqrt(sums[0] / np.maximum(sums[1], 1) + 1e-24)
+        return weight * IMITATION_RMS * direction / rms[owner] + (1 - weight) * task
+
+    def state_dict(self) -> Arrays:
+        """Return the accumulators, [1, n, 347]."""
+        return {"pes/accumulator": self.accumulator[None]}
+
+    def load_state_dict(self, arrays: Arrays) -> None:
+        """Continue from the arrays of `state_dict`; raises ValueError for another shape."""
+        found = arrays.get("pes/accumulator")
+        if found is None or found.shape[1:] != self.accumulator.shape:
+            raise ValueError(
+                f"PES accumulators: expected [1, {self.accumulator.shape}], found {getattr(found, 'shape', None)}"
+            )
+        self.accumulator = np.array(found[0])

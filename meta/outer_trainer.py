@@ -1,0 +1,254 @@
+"""The outer loop: PES gradients, averaged over ranks, move theta by AdamW; checkpoints that resume to the bit.
+
+The particles of a run are split over ranks in contiguous blocks and every rank moves the same theta. A checkpoint holds
+the trajectories of all ranks, so a run continues on another number of ranks.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors
+import torch
+import torch.distributed as dist
+from numpy.typing import NDArray
+from safetensors.numpy import load as load_safetensors
+from safetensors.numpy import save as save_safetensors
+
+from celo2.files import write_atomic
+from celo2.meta.gradient_estimator import PES
+from celo2.meta.images import ImageSet
+from celo2.meta.learned_rule import COLUMNS, flatten, unflatten
+from celo2.meta.randomness import Purpose, generator
+from celo2.meta.recipes import Recipe
+from celo2.meta.tasks import TaskFamily, truncated_normal
+from celo2.meta.truncated_step import Arrays, TruncatedStep
+from celo2.theta import GROUP_COLUMNS, OUTPUTS, Theta
+
+FORMAT = "celo2-meta-checkpoint-v1"
+KEEP = 2
+# what one outer step leaves in the curve
+CURVE = ("meta_loss", "imitation", "gradient_norm", "lr", "horizon", "non_finite")
+
+
+def initial_theta(seed: int, hidden: int = 8) -> Theta:
+    """Draw theta as the paper does: truncated normals over sqrt(30) and sqrt(8), biases zero."""
+    rng = generator(seed, Purpose.THETA)
+    arrays: dict[str, NDArray[np.float64]] = {
+        f"w0__{group}": truncated_normal(rng, (columns, hidden)) / math.sqrt(COLUMNS)
+        for group, columns in enumerate(GROUP_COLUMNS)
+    }
+    arrays |= {"b0": np.zeros(hidden), "b1": np.zeros(hidden), "b2": np.zeros(OUTPUTS)}
+    arrays["w1"] = truncated_normal(rng, (hidden, hidden)) / math.sqrt(hidden)
+    arrays["w2"] = truncated_normal(rng, (hidden, OUTPUTS)) / math.sqrt(hidden)
+    return Theta.from_arrays(arrays)
+
+
+class OuterTrainer:
+    """A meta-training run: `step()` takes one outer step, `save` and `resume` make it durable.
+
+    With `torch.distributed` initialised, this rank takes its part of the particles; their number must be a multiple of
+    the world size. Raises ValueError for a family that does not divide, or a resume that does not fit.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        image_sets: Sequence[ImageSet],
+        *,
+        seed: int = 0,
+        device: torch.device | None = None,
+        compiled: bool = True,
+    ) -> None:
+        self.recipe, self.seed = recipe, seed
+        self.device = device or torch.device("cpu")
+        self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        family = TaskFamily(image_sets, seed=seed, particles=recipe.particles, scale_range=recipe.scale_range)
+        self.total = family.total_particles
+        if self.total % self.world:
+            raise ValueError(
+                f"{self.total} particles do not split over {self.world} ranks: use a divisor of {self.total}"
+            )
+        share = self.total // self.world
+        mine = range(self.rank * share, (self.rank + 1) * share)
+        self.family = family
+        self.truncated_step = TruncatedStep(recipe, family, mine, device=self.device, compiled=compiled)
+        start = torch.from_numpy(flatten(initial_theta(seed)))
+        self._parameter = torch.nn.Parameter(start)
+        self._adamw = torch.optim.AdamW(
+            [self._parameter],
+            lr=recipe.outer_lr,
+            betas=(0.9, 0.999),
+            eps=1e-8,
+            weight_decay=recipe.outer_weight_decay,
+            foreach=False,
+        )
+        self.estimator = PES(recipe, self.truncated_step, start.numel(), self._sum_over_ranks)
+        self.outer_step = 0
+        self.curve = np.zeros((0, len(CURVE)))
+
+    @property
+    def theta(self) -> Theta:
+        return unflatten(self._parameter.detach().numpy().copy())
+
+    @property
+    def inner_steps_per_outer(self) -> int:
+        """Inner steps of one outer step over all ranks, both signs."""
+        return 2 * self.total * self.recipe.window
+
+    def _sum_over_ranks(self, values: NDArray[np.float64]) -> NDArray[np.float64]:
+        if self.world == 1:
+            return values
+        tensor = torch.from_numpy(values.copy()).to(self.device)
+        dist.all_reduce(tensor)
+        return tensor.cpu().numpy()
+
+    def gradient(self) -> tuple[NDArray[np.float64], dict[str, float]]:
+        """Unroll one window and return the gradient [347] averaged over all particles, with the figures of the curve."""
+        estimate = self.estimator.estimate(self._parameter.detach().numpy(), self.outer_step)
+        figures = [estimate.loss, estimate.imitation, estimate.horizon, float(estimate.non_finite)]
+        sums = self._sum_over_ranks(np.concatenate([estimate.gradient, figures]))
+        size = estimate.gradient.size
+        mean = sums / self.total
+        loss, imitation, horizon, _ = mean[size:]
+        return mean[:size], {
+            "meta_loss": loss,
+            "imitation": imitation,
+            "gradient_norm": float(np.linalg.norm(mean[:size])),
+            "lr": self.recipe.lr(self.outer_step),
+            "horizon": horizon,
+            "non_finite": sums[-1],
+        }
+
+    def step(self) -> dict[str, float]:
+        """Take one outer step; return meta_loss (mean of both signs), gradient_norm, lr, horizon and non_finite."""
+        gradient, figures = self.gradient()
+        if self.recipe.outer_clip_norm is not None:
+            gradient = gradient * min(1.0, self.recipe.outer_clip_norm / max(figures["gradient_norm"], 1e-30))
+        self._parameter.grad = torch.from_numpy(gradient.astype(np.float32))
+        self._adamw.param_groups[0]["lr"] = figures["lr"]
+        self._adamw.step()
+        self.outer_step += 1
+        self.curve = np.concatenate([self.curve, [[figures[name] for name in CURVE]]])
+        return figures
+
+    # checkpoints
+
+    def identity(self) -> dict[str, Any]:
+        """What a checkpoint must agree with: recipe, seed and data."""
+        return {"recipe": self.recipe.identity, "seed": self.seed, "data": self.family.fingerprint}
+
+    def _gather(self, arrays: Arrays) -> Arrays:
+        """Concatenate the arrays of all ranks along the particles, axis 1, on rank 0."""
+        if self.world == 1:
+            return arrays
+        parts: list[Any] | None = [None] * self.world if self.rank == 0 else None
+        dist.gather_object(arrays, parts)
+        if parts is None:
+            return {}
+        return {name: np.concatenate([part[name] for part in parts], axis=1) for name in arrays}
+
+    def save(self, out_dir: Path) -> Path:
+        """Write the checkpoint of this outer step and its theta into `out_dir`, atomically; keep the last two checkpoints.
+
+        Every rank must call it. Raises OSError, with older checkpoints intact, when the disk refuses.
+        """
+        path = out_dir / f"checkpoint-{self.outer_step:07d}.safetensors"
+        arrays = self._gather(self.truncated_step.state_dict() | self.estimator.state_dict())
+        if self.rank == 0:
+            arrays |= {"theta": self._parameter.detach().numpy(), "curve": self.curve}
+            for name, value in self._adamw.state[self._parameter].items():
+                arrays[f"adamw/{name}"] = value.numpy()
+            contiguous = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
+            card = {
+                "format": FORMAT,
+                "outer_step": str(self.outer_step),
+                "identity": json.dumps(self.identity()),
+                "sha256": _digest(contiguous),
+            }
+            write_atomic(path, [save_safetensors(contiguous, metadata=card)])
+            self.theta.save(out_dir / f"theta-{self.outer_step:07d}.safetensors")
+            for old in sorted(out_dir.glob("checkpoint-*.safetensors"))[:-KEEP]:
+                old.unlink()
+        return path
+
+    def load(self, path: Path) -> None:
+        """Continue from a checkpoint. Raises ValueError when it is damaged or belongs to another run."""
+        arrays, card = _read(path)
+        theirs, mine = json.loads(card["identity"]), json.loads(json.dumps(self.identity()))
+        if theirs != mine:
+            differing = sorted(
+                {key for key in mine if key != "recipe" and theirs.get(key) != mine[key]}
+                | {key for key in mine["recipe"] if theirs.get("recipe", {}).get(key) != mine["recipe"][key]}
+            )
+            raise ValueError(
+                f"{path} belongs to another run: {', '.join(differing) or 'recipe'} differ; use another --out-dir, or "
+                "the same recipe, data, seed and number of steps"
+            )
+        share = self.truncated_step.particles
+        particles = {
+            name: array[:, share.start : share.stop]
+            for name, array in arrays.items()
+            if name.startswith(("state/", "snapshot/", "host/", "pes/"))
+        }
+        self.truncated_step.load_state_dict(particles)
+        self.estimator.load_state_dict(particles)
+        self._parameter.data.copy_(torch.from_numpy(arrays["theta"]))
+        moments = {name: torch.from_numpy(arrays[f"adamw/{name}"]) for name in ("step", "exp_avg", "exp_avg_sq")}
+        self._adamw.state[self._parameter] = moments
+        self.curve = arrays["curve"]
+        self.outer_step = int(card["outer_step"])
+
+    def resume(self, out_dir: Path) -> Path | None:
+        """Continue from the newest readable checkpoint of `out_dir`; None when there is none.
+
+        A damaged one is skipped with a warning. Raises ValueError when all are damaged, or the newest readable one
+        belongs to another run.
+        """
+        paths = sorted(out_dir.glob("checkpoint-*.safetensors"), reverse=True)
+        damaged = []
+        for path in paths:
+            try:
+                _read(path)
+            except ValueError as error:
+                warnings.warn(f"skipped: {error}", stacklevel=2)
+                damaged.append(path)
+                continue
+            self.load(path)
+            return path
+        if damaged:
+            raise ValueError(
+                f"no checkpoint in {out_dir} is readable ({len(damaged)} damaged): remove them to start over"
+            )
+        return None
+
+
+def _digest(arrays: Arrays) -> str:
+    digest = hashlib.sha256()
+    for name in sorted(arrays):
+        digest.update(f"{name}{arrays[name].shape}{arrays[name].dtype}".encode())
+        digest.update(arrays[name].tobytes())
+    return digest.hexdigest()
+
+
+def _read(path: os.PathLike[str]) -> tuple[Arrays, dict[str, str]]:
+    data = Path(path).read_bytes()
+    try:
+        arrays = load_safetensors(data)
+        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+        card = header["__metadata__"]
+        if card["format"] != FORMAT:
+            raise ValueError(f"format {card['format']!r}, expected {FORMAT!r}")
+        if card["sha256"] != _digest(arrays):
+            raise ValueError("its contents do not match its hash")
+    except (ValueError, KeyError, safetensors.SafetensorError) as error:
+        raise ValueError(f"{path} is not a readable checkpoint: {error}") from error
+    return arrays, card

@@ -1,0 +1,138 @@
+"""Meta-training recipes: the two of the paper, and the short ones that trained the bundled weights."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass, replace
+
+from celo2.theta import VARIANTS
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Every constant of a run; the defaults are Celo2's (recipe sections 1-7). Two runs with equal fields, data and seed agree."""
+
+    name: str
+    variant: str
+    """`celo2`: Newton-Schulz on the matrices, Adam on the biases; `celo2-base`: the rule on everything, no Newton-Schulz."""
+    outer_steps: int = 100_001
+    outer_lr: float = 5e-5
+    """Peak rate of the outer AdamW (betas 0.9 and 0.999, eps 1e-8)."""
+    outer_final_lr: float | None = None
+    """Where a cosine ends, at the last step; None keeps the rate constant."""
+    outer_warmup: int = 0
+    """Steps of linear warm-up of the outer rate."""
+    outer_weight_decay: float = 1e-4
+    outer_clip_norm: float | None = None
+    """Global norm that the outer gradient is clipped to."""
+    particles: int = 8
+    """Antithetic pairs a task."""
+    window: int = 50
+    """Inner steps of each trajectory in one outer step (the truncation)."""
+    std: float = 0.01
+    """Standard deviation of the perturbation of theta."""
+    scale_range: tuple[float, float] = (1e-3, 1e3)
+    """Range of the log-uniform reparametrisation scale."""
+    length_range: tuple[int, int] = (100, 2000)
+    length_distribution: str = "log-uniform"
+    """How a trajectory's length is drawn from [low, high): `log-uniform` or `uniform`."""
+    initial_iterations: int = 2000
+    """The counters of the first trajectories start in [0, this), so that their ends are staggered."""
+    inner_lr: float = 1e-3
+    adam_lr_mult: float = 20.0
+    bias_correction: bool = False
+    """Whether Adam on the biases corrects its averages."""
+    inner_clip_norm: float | None = None
+    """Norm over all tensors that the inner gradient is clipped to; a non-finite gradient then counts as zero."""
+    resume_probability: float = 0.0
+    """Chance that a new trajectory continues a stored snapshot of its particle instead of starting afresh."""
+    max_iterations: int = 40_000
+    """A snapshot older than this is not stored: the cap of a chain of resumed trajectories."""
+    expert: str | None = None
+    """`muon` or `adam`: an expert whose direction theta imitates, and whose steps lead the trajectories at first."""
+    direction_weight: float = 0.0
+    """Weight of the imitation of the expert's direction in the meta-loss while the expert leads."""
+    direction_floor: float = 0.0
+    """Part of `direction_weight` that stays after the expert has left."""
+    expert_until: tuple[float, float] = (0.05, 0.5)
+    """Parts of the run at which the expert begins to give way and at which it is gone."""
+
+    def __post_init__(self) -> None:
+        def require(condition: bool, what: str) -> None:
+            if not condition:
+                raise ValueError(f"recipe {self.name!r}: {what}")
+
+        require(self.variant in VARIANTS, f"variant={self.variant!r}, allowed: {', '.join(VARIANTS)}")
+        require(
+            self.length_distribution in ("log-uniform", "uniform"),
+            f"length_distribution={self.length_distribution!r}, allowed: log-uniform, uniform",
+        )
+        require(self.expert in (None, "muon", "adam"), f"expert={self.expert!r}, allowed: None, muon, adam")
+        require(self.outer_steps > 0, f"outer_steps={self.outer_steps}: expected at least 1")
+        low, high = self.length_range
+        require(self.window < low < high, f"length_range={self.length_range}: expected window < low < high")
+        require(0 <= self.resume_probability < 1, f"resume_probability={self.resume_probability}: expected [0, 1)")
+        require(self.particles > 0 and self.std > 0, f"particles={self.particles} and std={self.std} must be positive")
+
+    def lr(self, step: int) -> float:
+        """Return the outer learning rate of step `step` (from 0)."""
+        warm = min(1.0, (step + 1) / self.outer_warmup) if self.outer_warmup else 1.0
+        if self.outer_final_lr is None:
+            return self.outer_lr * warm
+        span = max(1, self.outer_steps - 1 - self.outer_warmup)
+        progress = min(1.0, max(0, step - self.outer_warmup) / span)
+        cosine = 0.5 * (1 + math.cos(math.pi * progress))
+        return (self.outer_final_lr + (self.outer_lr - self.outer_final_lr) * cosine) * warm
+
+    def expert_weight(self, step: int) -> float:
+        """Return how much of the inner step the expert takes at outer step `step`: 1 at first, 0 later."""
+        if self.expert is None:
+            return 0.0
+        start, end = (part * self.outer_steps for part in self.expert_until)
+        return min(1.0, max(0.0, (end - step) / max(1.0, end - start)))
+
+    def imitation_weight(self, step: int) -> float:
+        """Return the weight of the imitation loss at outer step `step`; the task loss has the rest."""
+        if self.expert is None:
+            return 0.0
+        return self.direction_weight * max(self.expert_weight(step), self.direction_floor)
+
+    @property
+    def identity(self) -> dict[str, object]:
+        """What must agree for a checkpoint to continue; the number of steps counts only where the schedule uses it."""
+        fields: dict[str, object] = asdict(self)
+        if self.outer_final_lr is None and self.expert is None:
+            del fields["outer_steps"]
+        return {key: list(value) if isinstance(value, tuple) else value for key, value in fields.items()}
+
+    def with_outer_steps(self, outer_steps: int) -> Recipe:
+        """Return the recipe for another number of outer steps: its schedule stretches with it."""
+        return replace(self, outer_steps=outer_steps, outer_warmup=min(self.outer_warmup, outer_steps // 10))
+
+
+CELO2 = Recipe(name="celo2", variant="celo2")
+CELO2_BASE = Recipe(name="celo2-base", variant="celo2-base", outer_lr=1e-4)
+SHORT = {
+    "outer_steps": 5000,
+    "outer_lr": 3e-3,
+    "outer_final_lr": 1e-5,
+    "outer_warmup": 100,
+    "outer_clip_norm": 1.0,
+    "inner_clip_norm": 1.0,
+}
+RECIPES = {
+    recipe.name: recipe
+    for recipe in (
+        CELO2,
+        CELO2_BASE,
+        replace(CELO2, name="celo2-short", **SHORT),  # type: ignore[arg-type]
+        replace(CELO2_BASE, name="celo2-base-short", **SHORT),  # type: ignore[arg-type]
+    )
+}
+
+
+def get_recipe(name: str) -> Recipe:
+    """Return the recipe of that name; raises ValueError that lists the known ones."""
+    if name not in RECIPES:
+        raise ValueError(f"recipe {name!r}: allowed: {', '.join(RECIPES)}")
+    return RECIPES[name]

@@ -1,0 +1,262 @@
+"""Meta-train theta: the command line of the outer loop.
+
+    python -m celo2.meta.train --recipe celo2-short --resume auto
+    torchrun --standalone --nproc-per-node 2 -m celo2.meta.train --recipe celo2
+
+Leaves in `--out-dir`: the last two checkpoints, one theta a checkpoint, `curve.jsonl` and `curve.png`, and at the end
+`theta.safetensors` with its card.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+from celo2.files import write_atomic
+from celo2.meta.images import load_image_sets
+from celo2.meta.outer_trainer import CURVE, OuterTrainer
+from celo2.meta.recipes import RECIPES, get_recipe
+from celo2.pretrain.device import device_name, select_device
+from celo2.pretrain.runlog import duration, versions
+from celo2.theta import Theta
+
+THETA = "theta.safetensors"
+# outer steps that the meta-loss of a progress line is averaged over; one window is noise of its scales and ages
+SMOOTHING = 50
+
+
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Meta-train Celo2's theta on small image tasks.")
+    parser.add_argument("--recipe", default="celo2", metavar="NAME", help=f"{' | '.join(RECIPES)} (default: celo2)")
+    parser.add_argument("--outer-steps", type=int, metavar="N", help="outer steps; the schedule stretches with them")
+    parser.add_argument("--seed", type=int, default=0, help="theta's start, data order, perturbations (default: 0)")
+    parser.add_argument(
+        "--data", default="embedded", metavar="SOURCE", help="embedded | official | an .npz (default: embedded)"
+    )
+    parser.add_argument("--out-dir", type=Path, metavar="DIR", help="folder of this run (default: runs/meta/RECIPE)")
+    parser.add_argument(
+        "--resume", choices=("auto", "never"), default="never", help="auto: go on where --out-dir stands"
+    )
+    parser.add_argument("--save-every", type=int, default=250, metavar="N", help="outer steps (default: 250)")
+    parser.add_argument("--log-every", type=int, default=25, metavar="N", help="outer steps (default: 25)")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 (default: auto)")
+    parser.add_argument("--threads", type=int, metavar="N", help="CPU threads of a rank (default: PyTorch's choice)")
+    parser.add_argument("--no-compile", action="store_true", help="run eagerly, several times slower")
+    arguments = parser.parse_args(argv)
+    for name in ("outer_steps", "save_every", "log_every", "threads"):
+        value = getattr(arguments, name)
+        if value is not None and value < 1:
+            parser.error(f"--{name.replace('_', '-')} {value}: must be at least 1")
+    return arguments
+
+
+def draw_curve(curve: NDArray[np.float64], path: Path, title: str) -> None:
+    """Draw the meta-loss, the imitation loss where there is one, the horizon and the gradient norm over the outer steps."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    columns = dict(zip(CURVE, curve.T, strict=True))
+    shown = ["meta_loss", "horizon", "gradient_norm"]
+    if columns["imitation"].any():
+        shown.insert(1, "imitation")
+    figure = Figure(figsize=(8, 2.2 * len(shown)), layout="constrained")
+    FigureCanvasAgg(figure)
+    for axis, name in zip(figure.subplots(len(shown), 1, sharex=True), shown, strict=True):
+        values = columns[name]
+        width = min(SMOOTHING, len(values))
+        smooth = np.convolve(values, np.ones(width) / width, mode="valid")
+        axis.plot(np.arange(1, len(values) + 1), values, color="0.8", linewidth=0.6)
+        axis.plot(np.arange(width, len(values) + 1), smooth, linewidth=1.4)
+        axis.set_ylabel(name.replace("_", " "))
+        if name == "gradient_norm":
+            axis.set_yscale("log")
+        axis.grid(alpha=0.3)
+    figure.axes[0].set_title(title)
+    figure.axes[-1].set_xlabel("outer step")
+    figure.savefig(path, dpi=110)
+
+
+def write_curve(trainer: OuterTrainer, out_dir: Path) -> None:
+    """Write the curve as lines of JSON and as a picture; both are made anew, so a resumed run repeats no line."""
+    lines = [
+        json.dumps({"outer_step": step, **dict(zip(CURVE, map(float, row), strict=True))}) + "\n"
+        for step, row in enumerate(trainer.curve, start=1)
+    ]
+    write_atomic(out_dir / "curve.jsonl", [line.encode() for line in lines])
+    draw_curve(trainer.curve, out_dir / "curve.png", f"{trainer.recipe.name}, seed {trainer.seed}")
+
+
+def card(trainer: OuterTrainer, data: str, seconds: float) -> dict[str, str]:
+    """Return what a theta's file says of its making."""
+    recipe, software = trainer.recipe, versions()
+    return {
+        "name": recipe.variant,
+        "variant": recipe.variant,
+        "orthogonalize": "true" if recipe.variant == "celo2" else "false",
+        "recipe": recipe.name,
+        "recipe_fields": json.dumps(recipe.identity),
+        "data": data,
+        "data_sha256": trainer.family.fingerprint,
+        "seed": str(trainer.seed),
+        "outer_steps": str(trainer.outer_step),
+        "inner_steps": str(trainer.outer_step * trainer.inner_steps_per_outer),
+        "ranks": str(trainer.world),
+        "seconds": f"{seconds:.0f}",
+        "machine": device_name(trainer.device),
+        "torch": software["torch"],
+        "git": software["git"],
+        "meta_loss": f"{trainer.curve[-SMOOTHING:, 0].mean():.4f}",
+    }
+
+
+class Interruption:
+    """SIGTERM and SIGINT, noted and acted on between outer steps: save, then stop."""
+
+    def __init__(self) -> None:
+        self.signal = 0
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._note)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.signal = number
+
+
+def train(arguments: argparse.Namespace) -> int:
+    recipe = get_recipe(arguments.recipe)
+    if arguments.outer_steps is not None:
+        recipe = recipe.with_outer_steps(arguments.outer_steps)
+    device = select_device(arguments.device)
+    if arguments.threads is not None:
+        torch.set_num_threads(arguments.threads)
+    # as XLA does on the authors' machines: momenta of dead units decay to denormals, which are slow to compute with
+    torch.set_flush_denormal(True)
+    trainer = OuterTrainer(
+        recipe,
+        load_image_sets(arguments.data),
+        seed=arguments.seed,
+        device=device,
+        compiled=not arguments.no_compile,
+    )
+    main = trainer.rank == 0
+    out_dir: Path = arguments.out_dir or Path("runs/meta") / recipe.name
+    out_dir.mkdir(parents=True, exist_ok=True)
+    clock = out_dir / "seconds.json"
+    seconds_before = 0.0
+    if arguments.resume == "auto":
+        path = trainer.resume(out_dir)
+        if path is not None and clock.is_file():
+            seconds_before = float(json.loads(clock.read_text()).get(str(trainer.outer_step), 0.0))
+    elif main and any(out_dir.glob("checkpoint-*")):
+        raise ValueError(f"{out_dir} holds a run: continue it with --resume auto, or choose another --out-dir")
+    total = recipe.outer_steps
+    if main:
+        print(
+            f"recipe {recipe.name} | {trainer.total} pairs of {len(trainer.family.tasks)} tasks: "
+            f"{', '.join(task.name for task in trainer.family.tasks)}"
+        )
+        print(
+            f"outer steps {trainer.outer_step}/{total} | {trainer.inner_steps_per_outer:,} inner steps each | "
+            f"{trainer.world} rank(s) | {device_name(device)}"
+        )
+    interruption = Interruption()
+    started = time.perf_counter()
+    measured: tuple[int, float] | None = None
+    # disable=None: no bar unless standard error is a terminal
+    with tqdm(total=total, initial=trainer.outer_step, unit="outer", disable=None if main else True) as bar:
+        while trainer.outer_step < total and not _agree(interruption.signal != 0, trainer):
+            figures = trainer.step()
+            bar.update()
+            if measured is None:
+                # the first step compiles
+                measured = (trainer.outer_step, time.perf_counter())
+            step = trainer.outer_step
+            if main and (step % arguments.log_every == 0 or step == total):
+                bar.write(progress_line(trainer, figures, measured), file=sys.stdout)
+                sys.stdout.flush()
+            if step % arguments.save_every == 0 or step == total:
+                checkpoint(trainer, out_dir, clock, seconds_before + time.perf_counter() - started)
+    if trainer.outer_step < total:
+        checkpoint(trainer, out_dir, clock, seconds_before + time.perf_counter() - started)
+        if main:
+            print(f"stopped at outer step {trainer.outer_step}: the same command with --resume auto goes on")
+        return 128 + interruption.signal if interruption.signal else 0
+    if main:
+        seconds = seconds_before + time.perf_counter() - started
+        theta = Theta.from_arrays(trainer.theta.arrays, card(trainer, arguments.data, seconds))
+        theta.save(out_dir / THETA)
+        print(f"{theta!r} after {duration(seconds)} -> {out_dir / THETA}")
+    return 0
+
+
+def _agree(stop: bool, trainer: OuterTrainer) -> bool:
+    """Return whether any rank wants to stop: a signal may reach one before another."""
+    if trainer.world == 1:
+        return stop
+    flag = torch.tensor(float(stop), device=trainer.device)
+    dist.all_reduce(flag)
+    return bool(flag)
+
+
+def checkpoint(trainer: OuterTrainer, out_dir: Path, clock: Path, seconds: float) -> None:
+    """Save on all ranks; rank 0 also writes the curve and the wall time at this step."""
+    trainer.save(out_dir)
+    if trainer.rank == 0:
+        times: dict[str, Any] = json.loads(clock.read_text()) if clock.is_file() else {}
+        times[str(trainer.outer_step)] = round(seconds, 1)
+        write_atomic(clock, [json.dumps(times).encode()])
+        write_curve(trainer, out_dir)
+
+
+def progress_line(trainer: OuterTrainer, figures: dict[str, float], measured: tuple[int, float]) -> str:
+    """One line: outer step, smoothed meta-loss, imitation loss, gradient norm, horizon, inner steps a second, time left."""
+    step, total = trainer.outer_step, trainer.recipe.outer_steps
+    recent = dict(zip(CURVE, trainer.curve[-SMOOTHING:].mean(0), strict=True))
+    parts = [f"outer {step}/{total}", f"meta-loss {recent['meta_loss']:.4f}"]
+    if trainer.recipe.expert is not None:
+        parts.append(f"imitation {recent['imitation']:.4f}")
+    parts += [f"gradient norm {figures['gradient_norm']:.3g}", f"lr {figures['lr']:.2e}"]
+    parts.append(f"horizon {figures['horizon']:.0f}")
+    if figures["non_finite"]:
+        parts.append(f"{figures['non_finite']:.0f} losses not finite")
+    first, since = measured
+    if step > first:
+        rate = (step - first) / (time.perf_counter() - since)
+        parts += [
+            f"{rate * trainer.inner_steps_per_outer:,.0f} inner steps/s",
+            f"eta {duration((total - step) / rate)}",
+        ]
+    return " | ".join(parts)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns the exit status: 0, 2 for a user's mistake, 128 + the signal that stopped it."""
+    arguments = parse_arguments(argv)
+    distributed = "WORLD_SIZE" in os.environ
+    if distributed:
+        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    try:
+        return train(arguments)
+    except (ValueError, OSError, ImportError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    finally:
+        if distributed:
+            dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,236 @@
+"""The inner loop: all trajectories of this rank, advanced one window of slots at a time.
+
+When a trajectory ends is known beforehand (its counter and length do not depend on a loss), so a window is planned on the
+host: at which slot each particle starts anew, and from which state. A slot is one inner step of every trajectory; a
+particle that ended in the previous slot spends its slot on the restart and takes no step.
+
+Arrays that belong to a particle have the axes [slots, signs, particles] or [signs, particles]; problems are the two axes
+flattened, the + signs first.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from celo2.meta.inner_optimizer import InnerOptimizer
+from celo2.meta.learned_rule import ThetaBatch
+from celo2.meta.randomness import Purpose, generator
+from celo2.meta.recipes import Recipe
+from celo2.meta.tasks import LOSS_CLIP, TaskFamily, normalised_loss
+
+Arrays = dict[str, NDArray[np.generic]]
+# decay of the average loss whose rise marks a trajectory as worth resuming
+DRAWUP_DECAY = 0.9
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What happens in a window: masks [K, n], and where and from what each particle restarts."""
+
+    mask: NDArray[np.bool_]
+    """False on the slots that are spent on a restart."""
+    done: NDArray[np.bool_]
+    """True on the last training slot of a trajectory."""
+    restarts: dict[int, list[int]]
+    """Slot to the particles (of this rank) that restart in it."""
+    resumed: NDArray[np.bool_]
+    """[n], whether a restart continues the particle's snapshot."""
+
+
+@dataclass(frozen=True)
+class Unroll:
+    """What a window gave: normalised losses [K, 2, n], imitation losses or None, the plan, non-finite losses seen."""
+
+    losses: NDArray[np.float64]
+    imitation: NDArray[np.float64] | None
+    plan: Plan
+    non_finite: int
+
+
+class TruncatedStep:
+    """Trajectories of the particles in `particles` (numbers of the whole run), two signs each.
+
+    `unroll` advances them by one window under one theta a problem; they persist from window to window. Everything
+    random is a function of (seed, particle, outer step).
+    """
+
+    def __init__(
+        self, recipe: Recipe, family: TaskFamily, particles: range, *, device: torch.device, compiled: bool = True
+    ) -> None:
+        self.recipe, self.family, self.particles, self.device = recipe, family, particles, device
+        self.optimizer = InnerOptimizer(recipe, compiled=compiled)
+        if device.type == "cpu":
+            # the C library then keeps freed temporaries instead of returning and faulting in every page again
+            torch.empty(1 << 22)
+        self.images, self.labels = family.image_bank(device)
+        n = len(particles)
+        self.state = self.optimizer.zeros(2 * n, device)
+        self.iteration = np.array(
+            [
+                generator(family.seed, Purpose.INITIAL_ITERATION, p).integers(recipe.initial_iterations)
+                for p in particles
+            ]
+        )
+        self.length = np.array([self._draw_length(Purpose.INITIAL_LENGTH, p, 0) for p in particles])
+        self.done = np.zeros(n, bool)
+        for i, particle in enumerate(particles):
+            # occasion 0 is the start of the run, u + 1 a restart in outer step u
+            self._start(i, *family.sample(particle, 0))
+        # one snapshot a particle to resume from, and the running draw-up of the current trajectory
+        self.snapshot = {name: x.clone() for name, x in self.state.items()} if recipe.resume_probability else {}
+        self.snapshot_iteration = np.full(n, -1)
+        self.average = np.full((2, n), np.nan)
+        self.lowest = np.full((2, n), np.inf)
+        self.drawup = np.zeros(n)
+
+    def _draw_length(self, purpose: Purpose, particle: int, outer_step: int) -> int:
+        rng = generator(self.family.seed, purpose, particle, outer_step)
+        low, high = self.recipe.length_range
+        if self.recipe.length_distribution == "uniform":
+            return int(rng.uniform(low, high))
+        return int(math.exp(rng.uniform(math.log(low), math.log(high))))
+
+    def _rows(self, i: int) -> list[int]:
+        return [i, len(self.particles) + i]
+
+    def _start(self, i: int, scale: float, weights: dict[str, NDArray[np.float32]]) -> None:
+        rows = self._rows(i)
+        for name, x in self.state.items():
+            x[rows] = torch.from_numpy(weights[name]).to(self.device) if name in weights else 0.0
+        self.state["scale"][rows] = scale
+
+    def _resume(self, i: int) -> None:
+        # both signs continue the + trajectory: they start equal, as PES's accumulator at a restart supposes
+        for name, x in self.state.items():
+            x[self._rows(i)] = self.snapshot[name][i]
+
+    def plan(self, outer_step: int) -> Plan:
+        """Advance counters, lengths and ends over the window of `outer_step`, and say what happens in it."""
+        slots, n = self.recipe.window, len(self.particles)
+        mask, done = np.ones((slots, n), bool), np.zeros((slots, n), bool)
+        restarts: dict[int, list[int]] = {}
+        resumed = np.zeros(n, bool)
+        for t in range(slots):
+            ended = np.flatnonzero(self.done)
+            self.iteration[~self.done] += 1
+            for i in ended:
+                restarts.setdefault(t, []).append(int(i))
+                mask[t, i] = False
+                rng = generator(self.family.seed, Purpose.RESUME, self.particles[i], outer_step)
+                resumed[i] = self.snapshot_iteration[i] >= 0 and rng.uniform() < self.recipe.resume_probability
+                self.iteration[i] = self.snapshot_iteration[i] if resumed[i] else 0
+                self.length[i] += self.iteration[i]
+            self.done = (self.iteration >= self.length) & mask[t]
+            done[t] = self.done
+            for i in np.flatnonzero(self.done):
+                self.length[i] = self._draw_length(Purpose.LENGTH, self.particles[i], outer_step)
+        return Plan(mask, done, restarts, resumed)
+
+    def unroll(self, theta: Tensor, outer_step: int) -> Unroll:
+        """Advance every trajectory by one window under `theta` [2 n, 347], the + perturbations first."""
+        recipe, n = self.recipe, len(self.particles)
+        before = {name: x.clone() for name, x in self.state.items()} if self.snapshot else {}
+        before_iteration, before_average = self.iteration.copy(), self.average.copy()
+        weights = ThetaBatch.from_vectors(theta.to(self.device))
+        indices = self.family.batches(outer_step * recipe.window, recipe.window, self.particles)
+        index_KNB = torch.from_numpy(indices).to(self.device)
+        expert_weight = recipe.expert_weight(outer_step)
+        plan = self.plan(outer_step)
+        losses, imitations = [], []
+        for t in range(recipe.window):
+            picked = index_KNB[t].flatten()
+            images = self.images.index_select(0, picked).view(n, -1, self.images.shape[1])
+            labels = self.labels.index_select(0, picked).view(n, -1)
+            loss, imitation = self.optimizer.step(self.state, images, labels, weights, expert_weight)
+            losses.append(loss)
+            if imitation is not None:
+                imitations.append(imitation)
+            for i in plan.restarts.get(t, []):
+                if plan.resumed[i]:
+                    self._resume(i)
+                else:
+                    self._start(i, *self.family.sample(self.particles[i], outer_step + 1))
+        raw = torch.stack(losses).view(recipe.window, 2, n).double().cpu().numpy()
+        mask = plan.mask[:, None]
+        normalised = np.where(mask, normalised_loss(raw), 0.0)
+        result = Unroll(
+            losses=normalised,
+            imitation=self._imitation(imitations, mask) if imitations else None,
+            plan=plan,
+            non_finite=int((~np.isfinite(raw) & mask).sum()),
+        )
+        if self.snapshot:
+            self._store(before, before_iteration, before_average, result)
+        return result
+
+    def _imitation(self, imitations: list[Tensor], mask: NDArray[np.bool_]) -> NDArray[np.float64]:
+        values = torch.stack(imitations).view(self.recipe.window, 2, -1).double().cpu().numpy()
+        return np.where(mask, np.nan_to_num(values, nan=2.0, posinf=2.0, neginf=0.0), 0.0)
+
+    def _store(
+        self,
+        before: dict[str, Tensor],
+        before_iteration: NDArray[np.int64],
+        before_average: NDArray[np.float64],
+        unroll: Unroll,
+    ) -> None:
+        """Keep the start of the window as a particle's snapshot when the loss rose to a new record in it, or it ended.
+
+        The record is the largest draw-up of the averaged loss over its own running minimum. Never kept: a state whose
+        loss was not finite or at the clip, or one older than the cap.
+        """
+        slots, _, n = unroll.losses.shape
+        record = self.drawup.copy()
+        restarted = np.full(n, slots)
+        for t in range(slots):
+            for i in unroll.plan.restarts.get(t, []):
+                restarted[i] = t
+                self.average[:, i], self.lowest[:, i], record[i] = np.nan, np.inf, 0.0
+                self.drawup[i] = 0.0
+            valid = unroll.plan.mask[t]
+            loss = unroll.losses[t]
+            average = np.where(np.isnan(self.average), loss, DRAWUP_DECAY * self.average + (1 - DRAWUP_DECAY) * loss)
+            self.average = np.where(valid, average, self.average)
+            self.lowest = np.where(valid, np.minimum(self.lowest, self.average), self.lowest)
+            record = np.where(valid, np.maximum(record, (self.average - self.lowest).mean(0)), record)
+        rose = (record > self.drawup) & (restarted == slots)
+        healthy = np.nan_to_num(before_average, nan=0.0).max(0) < 0.9 * LOSS_CLIP
+        finite = torch.stack([torch.isfinite(x).view(2 * n, -1).all(1) for x in before.values()]).all(0)
+        healthy &= finite.view(2, n).all(0).cpu().numpy() & (before_iteration < self.recipe.max_iterations)
+        # in the window of a restart the start belongs to the trajectory that has ended
+        keep = np.flatnonzero((rose | unroll.plan.done.any(0)) & healthy & (restarted > 0))
+        for name, x in self.snapshot.items():
+            x[keep] = before[name][keep]
+            x[keep + n] = before[name][keep + n]
+        self.snapshot_iteration[keep] = before_iteration[keep]
+        self.drawup = record
+
+    def state_dict(self) -> Arrays:
+        """Return everything that a window depends on, as arrays with the particle axis last or second ([2, n, ...])."""
+        n = len(self.particles)
+        arrays: Arrays = {f"state/{k}": x.view(2, n, *x.shape[1:]).cpu().numpy() for k, x in self.state.items()}
+        for name, x in self.snapshot.items():
+            arrays[f"snapshot/{name}"] = x.view(2, n, *x.shape[1:]).cpu().numpy()
+        for name in ("iteration", "length", "snapshot_iteration"):
+            arrays[f"host/{name}"] = getattr(self, name)[None]
+        arrays |= {"host/done": self.done[None], "host/drawup": self.drawup[None]}
+        return arrays | {"host/average": self.average, "host/lowest": self.lowest}
+
+    def load_state_dict(self, arrays: Arrays) -> None:
+        """Continue from the arrays of `state_dict`; raises ValueError for a missing name or another shape."""
+        for name, mine in self.state_dict().items():
+            if name not in arrays or arrays[name].shape != mine.shape:
+                found = arrays[name].shape if name in arrays else "nothing"
+                raise ValueError(f"inner state {name!r}: expected shape {mine.shape}, found {found}")
+        for kind, tensors in (("state", self.state), ("snapshot", self.snapshot)):
+            for name, x in tensors.items():
+                x.copy_(torch.from_numpy(np.ascontiguousarray(arrays[f"{kind}/{name}"])).view(x.shape))
+        for name in ("iteration", "length", "snapshot_iteration", "done", "drawup"):
+            setattr(self, name, np.array(arrays[f"host/{name}"][0]))
+        self.average, self.lowest = np.array(arrays["host/average"]), np.array(arrays["host/lowest"])
