@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help setup train test lint bench data clean
+.PHONY: help setup train meta evaluate test lint bench data clean
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
@@ -8,7 +8,7 @@ TYPECHECK := build/typecheck
 ARGS ?=
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-8s%s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-9s%s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -19,6 +19,12 @@ setup: $(INSTALLED) ## install into .venv; the other targets do it when it is mi
 
 train: $(INSTALLED) ## train the nano GPT with Celo2 on the embedded text; resumes an interrupted run (ARGS="...")
 	$(BIN)/python pretrain/train_gpt.py --size nano --opt celo2 --resume auto --log-every 10 $(ARGS)
+
+meta: $(INSTALLED) ## meta-train a theta for 400 outer steps on the embedded images; resumes (ARGS="--recipe celo2")
+	$(BIN)/python -m celo2.meta.train --recipe celo2-short --outer-steps 400 --out-dir runs/meta/demo --resume auto $(ARGS)
+
+evaluate: $(INSTALLED) ## test the bundled thetas beside tuned baselines, some hours; writes docs/results.md
+	$(BIN)/python -m celo2.meta.evaluate $(ARGS)
 
 test: $(INSTALLED) ## run the tests (ARGS="-k golden")
 	$(BIN)/python -m pytest -q $(ARGS)
@@ -31,7 +37,7 @@ lint: $(INSTALLED) ## ruff and mypy
 	@ln -s $(CURDIR)/celo2/* $(CURDIR)/kernels $(CURDIR)/meta $(CURDIR)/pretrain $(TYPECHECK)/celo2/
 	cd $(TYPECHECK) && $(CURDIR)/$(BIN)/mypy --config-file $(CURDIR)/pyproject.toml -p celo2
 
-bench: $(INSTALLED) ## time the optimizer step against fused AdamW
+bench: $(INSTALLED) ## time the optimizer step and the inner steps of meta-training
 	$(BIN)/python -m pytest bench/ -q $(ARGS)
 
 data: $(INSTALLED) ## token shards of the embedded text, for nano (bytes) and the other sizes (GPT-2 BPE)

@@ -35,6 +35,6 @@ def report(pytestconfig: pytest.Config) -> list[str]:
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
     lines = config.stash.get(_REPORT, [])
     if lines:
-        terminalreporter.section("step time")
+        terminalreporter.section("benchmarks")
         for line in [_machine(), *lines]:
             terminalreporter.write_line(line)

@@ -70,7 +70,7 @@ class FusedCelo2(Optimizer):
 
     Args:
         lr: learning rate on Adam's scale, at least 0; a float or a 0-d tensor.
-        weights: a name (`"momentum"`, `"adam"`), a path, a hub id or a `Theta`; see `celo2.load_weights`.
+        weights: a name (`"celo2"`, `"celo2-base"`, a closed form), a path, a hub id or a `Theta`: `celo2.load_weights`.
         weight_decay: decoupled, `p <- p - lr * weight_decay * p`.
         orthogonalize: Newton-Schulz on the direction of each matrix; None takes what the weights were trained with.
         adam_lr_mult: the AdamW side's learning rate is `adam_lr_mult * lr`.

@@ -71,13 +71,8 @@ def _mlp(theta: Mapping[str, Tensor], features: Tensor) -> Tensor:
     return (hidden @ theta["w2"] + theta["b2"])[..., 0]
 
 
-def matrix_update(
-    theta: Mapping[str, Tensor], p: Tensor, g: Tensor, state: MatrixState, *, orthogonalize: bool, ns_steps: int = 5
-) -> tuple[Tensor, MatrixState]:
-    """Return the update direction u [..., m, n] of RMS 1 and the new accumulators; inputs are left untouched.
-
-    `theta` maps the 19 names to tensors of p's dtype. Apply as `p - lr * (u + weight_decay * p)`.
-    """
+def matrix_columns(p: Tensor, g: Tensor, state: MatrixState) -> tuple[Tensor, MatrixState]:
+    """Return the 30 feature columns [..., m, n, 30], not normalised, and the new accumulators."""
     m, n = p.shape[-2:]
     g = g.clamp(-GRADIENT_CLIP, GRADIENT_CLIP)
     momentum = _ema(state.momentum, g[..., None], MOMENTUM_DECAYS)
@@ -116,6 +111,17 @@ def matrix_update(
         ],
         dim=-1,
     )
+    return columns, new_state
+
+
+def matrix_update(
+    theta: Mapping[str, Tensor], p: Tensor, g: Tensor, state: MatrixState, *, orthogonalize: bool, ns_steps: int = 5
+) -> tuple[Tensor, MatrixState]:
+    """Return the update direction u [..., m, n] of RMS 1 and the new accumulators; inputs are left untouched.
+
+    `theta` maps the 19 names to tensors of p's dtype. Apply as `p - lr * (u + weight_decay * p)`.
+    """
+    columns, new_state = matrix_columns(p, g, state)
     direction = _mlp(theta, _normalise(columns, (-3, -2)))
     if orthogonalize:
         direction = newton_schulz(direction, ns_steps)

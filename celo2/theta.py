@@ -31,7 +31,9 @@ OUTPUTS = 3
 NAMES = (*(f"w0__{group}" for group in range(14)), "b0", "w1", "b1", "w2", "b2")
 VARIANTS = ("celo2", "celo2-base")
 CLOSED_FORMS = ("momentum", "adam")
-TRAINED = ("celo2", "celo2-base")
+# names of the bundled files, and of the variants they hold
+TRAINED = VARIANTS
+BUNDLED = Path(__file__).parent / "weights"
 
 
 def _expected_shapes(hidden: int, hidden2: int) -> dict[str, tuple[int, ...]]:
@@ -237,8 +239,9 @@ def _load_from_hub(repo: str, revision: str | None) -> Theta:
 def load_weights(weights: str | os.PathLike[str] | Theta) -> Theta:
     """Resolve what the `weights=` argument of `FusedCelo2` accepts.
 
-    A `Theta`; a name (`"momentum"`, `"adam"`; `"celo2"` and `"celo2-base"` once trained weights are shipped); a file's
-    path; or a hub id `owner/name` or `owner/name@revision`. A path that exists wins over a hub id of the same spelling.
+    A `Theta`; a name (`"celo2"` and `"celo2-base"`, the bundled trained weights; `"momentum"` and `"adam"`, closed
+    forms); a file's path; or a hub id `owner/name` or `owner/name@revision`. A path that exists wins over a hub id of
+    the same spelling.
     Raises ValueError, FileNotFoundError, ImportError or OSError, each naming `weights` and the fix.
     """
     if isinstance(weights, Theta):
@@ -249,10 +252,7 @@ def load_weights(weights: str | os.PathLike[str] | Theta) -> Theta:
     if name in CLOSED_FORMS:
         return closed_form(name)
     if name in TRAINED:
-        raise ValueError(
-            f"weights={name!r}: this version ships no trained weights yet; pass a theta.state or safetensors path, a "
-            f"hub id, or a closed-form baseline ({', '.join(map(repr, CLOSED_FORMS))})"
-        )
+        return Theta.load(BUNDLED / f"{name}.safetensors")
     if Path(name).is_file():
         return Theta.load(name)
     hub = _HUB_ID.fullmatch(name)

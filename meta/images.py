@@ -1,10 +1,11 @@
 """The image sets of meta-training: 8 x 8 grey pictures in [0, 1], ten classes each.
 
-Three sources. `official`: the four sets of the paper, through `datasets` (needs a network or its cache). `embedded`: what
-this package carries, Fashion-MNIST, 5,000 MNIST digits and the 733 UCI digits that play the part of SVHN's 733 images,
-with crops of the photographs that ship in scikit-image in CIFAR-10's part. Or a path of an `.npz` in the embedded layout.
+Three sources. `official`: the four sets of the paper, through `datasets` (needs a network or its cache). `embedded`:
+what this package carries, Fashion-MNIST, 5,000 MNIST digits and the 733 UCI digits that play the part of SVHN's 733
+images, with crops of the photographs that ship in scikit-image in CIFAR-10's part. Or a path of an `.npz` in the
+embedded layout.
 
-Source of sizes and preprocessing: Celo2's meta-training, sections 1 and 2 of the recipe.
+Source of sizes and preprocessing: the meta-training code of the Celo2 paper, arXiv 2602.19142.
 """
 
 from __future__ import annotations
@@ -58,7 +59,7 @@ CROP = 32
 
 @dataclass(frozen=True, eq=False)
 class ImageSet:
-    """A named set: `images` [n, 64] float32 in [0, 1], rows of the picture one after another, and `labels` [n] int64."""
+    """A named set: `images` [n, 64] float32 in [0, 1], a picture's rows one after another, and `labels` [n] int64."""
 
     name: str
     images: NDArray[np.float32]
@@ -89,7 +90,7 @@ def fingerprint(sets: Sequence[ImageSet]) -> str:
 
 
 def shrink(pictures: NDArray[np.uint8]) -> NDArray[np.float32]:
-    """Resize [n, H, W] or [n, H, W, 3] of 0 .. 255 to [n, 64] of 0 .. 1: bilinear, no antialias, then the plain mean of colours."""
+    """Resize [n, H, W] or [n, H, W, 3] of 0 .. 255 to [n, 64] of 0 .. 1: bilinear, no antialias, mean of colours."""
     x = torch.from_numpy(np.ascontiguousarray(pictures)).float()
     x = x[:, None] if x.ndim == 3 else x.permute(0, 3, 1, 2)
     x = F.interpolate(x, size=(SIDE, SIDE), mode="bilinear", align_corners=False, antialias=False) / 255
@@ -134,7 +135,7 @@ def photo_patches() -> ImageSet:
     Raises ImportError when scikit-image is missing (`pip install 'celo2[meta]'`).
     """
     try:
-        from skimage import data_dir
+        from skimage.data import data_dir
         from skimage.io import imread
     except ImportError as error:
         raise ImportError("the photograph crops need scikit-image: pip install 'celo2[meta]'") from error

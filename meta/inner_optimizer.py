@@ -1,7 +1,7 @@
 """The optimizer of the inner problems: what PES perturbs, and the expert it may imitate.
 
-State is one flat dictionary of tensors with the problem axis first (`hidden_weight`, `hidden_weight/momentum`, ..., `scale`,
-`iteration`), so that starting, storing and restoring a trajectory is copying rows.
+State is one flat dictionary of tensors with the problem axis first (`hidden_weight`, `hidden_weight/momentum_fast`,
+..., `scale`, `iteration`), so that starting, storing and restoring a trajectory is copying rows.
 """
 
 from __future__ import annotations
@@ -115,7 +115,7 @@ class InnerOptimizer:
     def step(
         self, state: State, images: Tensor, labels: Tensor, theta: ThetaBatch, expert_weight: float = 0.0
     ) -> tuple[Tensor, Tensor | None]:
-        """Take one inner step in place; return the loss [P] before it, and with an expert 1 - cosine to its direction [P].
+        """Take one inner step in place; return the loss [P] before it, and with an expert 1 - cosine to it [P].
 
         `images` [N, B, 64] and `labels` [N, B] are shared by the two signs of a particle (P = 2 N). `expert_weight` is
         the part of the step that the expert takes.
@@ -195,15 +195,14 @@ class InnerOptimizer:
         )
 
     def _propose(self, g: Tensor, momenta: list[Tensor], v: Tensor, iteration: Tensor) -> Tensor:
-        """Return the expert's direction [P, m, n] before Newton-Schulz, from the accumulators that include this step."""
+        """Return the expert's direction [P, m, n] before Newton-Schulz; the accumulators include this step."""
         t = _expand(iteration, g) + 1
+        # Nesterov's form of the fast momentum: a slow one trails on the short runs that judge a theta
         beta = MOMENTUM_DECAYS[0]
+        momentum = beta * momenta[0] / (1 - beta ** (t + 1)) + (1 - beta) * g / (1 - beta**t)
         if self.recipe.expert == "muon":
-            # Nesterov's form; the fast momentum, since a slow one trails on the short runs that judge a theta
-            return beta * momenta[0] / (1 - beta ** (t + 1)) + (1 - beta) * g / (1 - beta**t)
-        m_hat = momenta[0] / (1 - beta**t)
-        v_hat = v / (1 - SECOND_MOMENT_DECAY**t)
-        return m_hat / (v_hat.sqrt() + ADAM_EPS)
+            return momentum
+        return momentum / ((v / (1 - SECOND_MOMENT_DECAY**t)).sqrt() + ADAM_EPS)
 
 
 def _imitation(

@@ -22,10 +22,9 @@ from celo2.pretrain.optimizers import Optimizers
 from celo2.pretrain.recipes import Recipe, learning_rate
 from celo2.pretrain.shards import Loader, find_shards, open_shard, shard_fingerprint, validation_batches, write_shard
 from celo2.pretrain.tokenizer import get_tokenizer
+from celo2.theta import Theta
 
 TOKENIZER = "bytes"
-# Muon's AdamW side, as a part of its own rate: 3e-3 beside 2e-2, the harness's nano recipe
-MUON_ADAM_RATIO = 0.15
 
 
 @dataclass(frozen=True)
@@ -40,7 +39,7 @@ class Settings:
     """Sequences a step."""
     steps: int = 800
     warmup_frac: float = 0.05
-    val_tokens: int = 65_536
+    val_tokens: int = 32_768
     eval_every: int = 50
 
     def model(self) -> GPTConfig:
@@ -58,7 +57,7 @@ class Method:
     name: str
     opt: str
     learning_rates: tuple[float, ...]
-    weights: str | None = None
+    weights: str | Theta | None = None
 
 
 def log_spaced(low: float, high: float, count: int = 7) -> tuple[float, ...]:
@@ -121,7 +120,6 @@ def train_once(
         tokens=settings.steps * settings.sequences * settings.context,
         val_tokens=settings.val_tokens,
         source="language-model comparison",
-        adam_lr=lr * MUON_ADAM_RATIO if method.opt == "muon" else None,
     )
     if compiled:
         model, forward = _compiled_forward(settings.model())
@@ -135,7 +133,7 @@ def train_once(
         optimizers.set_lr(learning_rate(step, settings.steps, recipe) / recipe.lr)
         inputs_BT, targets_BT = loader.batch(step * settings.sequences, settings.sequences)
         optimizers.zero_grad()
-        forward(inputs_BT, targets_BT).backward()
+        forward(inputs_BT, targets_BT).backward()  # type: ignore[no-untyped-call]
         skipped += not math.isfinite(optimizers.step())
         if (step + 1) % settings.eval_every == 0 or step + 1 == settings.steps:
             curve.append([step + 1, validation_loss(model, text)])

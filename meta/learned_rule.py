@@ -71,7 +71,7 @@ class ThetaBatch:
         """Lay out theta vectors [P, 347], each in the order of `flatten`."""
         h = hidden
         sizes = [COLUMNS * h, h, h * h, h, h * OUTPUTS, OUTPUTS]
-        first, bias0, middle, bias1, last, bias2 = vectors.split(sizes, dim=1)
+        first, bias0, middle, bias1, last, bias2 = torch.split(vectors, sizes, dim=1)
         first = first.reshape(-1, COLUMNS, h)
         return cls(
             element=first[:, list(ELEMENT_ROWS)].contiguous(),
@@ -137,7 +137,7 @@ def advance_moments(
 
 
 def vector_contribution(factor: Tensor, weights: Tensor, bias: Tensor) -> Tensor:
-    """First-layer contribution [P, h, length] of F_k and rsqrt(F_k + eps) of a factor [P, 3, length], plus bias [P, h]."""
+    """First-layer contribution [P, h, length] of F_k and rsqrt(F_k + eps) of a factor [P, 3, length], plus bias."""
     columns = torch.cat([factor, torch.rsqrt(factor + RMS_EPS)], dim=1)
     columns = columns * torch.rsqrt(columns.square().mean(2, keepdim=True) + NORM_EPS)
     return torch.bmm(weights, columns) + bias[..., None]

@@ -93,7 +93,7 @@ class OuterTrainer:
         )
         self.estimator = PES(recipe, self.truncated_step, start.numel(), self._sum_over_ranks)
         self.outer_step = 0
-        self.curve = np.zeros((0, len(CURVE)))
+        self.curve: NDArray[np.float64] = np.zeros((0, len(CURVE)))
 
     @property
     def theta(self) -> Theta:
@@ -112,7 +112,7 @@ class OuterTrainer:
         return tensor.cpu().numpy()
 
     def gradient(self) -> tuple[NDArray[np.float64], dict[str, float]]:
-        """Unroll one window and return the gradient [347] averaged over all particles, with the figures of the curve."""
+        """Unroll one window; return the gradient [347], averaged over all particles, and the figures of the curve."""
         estimate = self.estimator.estimate(self._parameter.detach().numpy(), self.outer_step)
         figures = [estimate.loss, estimate.imitation, estimate.horizon, float(estimate.non_finite)]
         sums = self._sum_over_ranks(np.concatenate([estimate.gradient, figures]))
@@ -157,7 +157,7 @@ class OuterTrainer:
         return {name: np.concatenate([part[name] for part in parts], axis=1) for name in arrays}
 
     def save(self, out_dir: Path) -> Path:
-        """Write the checkpoint of this outer step and its theta into `out_dir`, atomically; keep the last two checkpoints.
+        """Write the checkpoint and the theta of this outer step into `out_dir`, atomically; keep the last two.
 
         Every rank must call it. Raises OSError, with older checkpoints intact, when the disk refuses.
         """
@@ -204,7 +204,7 @@ class OuterTrainer:
         self._parameter.data.copy_(torch.from_numpy(arrays["theta"]))
         moments = {name: torch.from_numpy(arrays[f"adamw/{name}"]) for name in ("step", "exp_avg", "exp_avg_sq")}
         self._adamw.state[self._parameter] = moments
-        self.curve = arrays["curve"]
+        self.curve = arrays["curve"].astype(np.float64)
         self.outer_step = int(card["outer_step"])
 
     def resume(self, out_dir: Path) -> Path | None:

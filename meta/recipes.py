@@ -10,11 +10,11 @@ from celo2.theta import VARIANTS
 
 @dataclass(frozen=True)
 class Recipe:
-    """Every constant of a run; the defaults are Celo2's (recipe sections 1-7). Two runs with equal fields, data and seed agree."""
+    """Every constant of a run; the defaults are the paper's Celo2. Runs with equal fields, data and seed agree."""
 
     name: str
     variant: str
-    """`celo2`: Newton-Schulz on the matrices, Adam on the biases; `celo2-base`: the rule on everything, no Newton-Schulz."""
+    """`celo2`: Newton-Schulz on the matrices, Adam on the biases; `celo2-base`: the rule alone, on everything."""
     outer_steps: int = 100_001
     outer_lr: float = 5e-5
     """Peak rate of the outer AdamW (betas 0.9 and 0.999, eps 1e-8)."""
@@ -120,6 +120,14 @@ SHORT = {
     "outer_clip_norm": 1.0,
     "inner_clip_norm": 1.0,
 }
+# what ELO (arXiv 2607.06772) adds: trajectories that resume from where they failed, and an expert to imitate
+ELO = SHORT | {
+    "outer_steps": 2500,
+    "length_distribution": "uniform",
+    "resume_probability": 0.5,
+    "direction_weight": 0.7,
+    "direction_floor": 0.3,
+}
 RECIPES = {
     recipe.name: recipe
     for recipe in (
@@ -127,6 +135,8 @@ RECIPES = {
         CELO2_BASE,
         replace(CELO2, name="celo2-short", **SHORT),  # type: ignore[arg-type]
         replace(CELO2_BASE, name="celo2-base-short", **SHORT),  # type: ignore[arg-type]
+        replace(CELO2, name="celo2-elo", expert="muon", **ELO),  # type: ignore[arg-type]
+        replace(CELO2_BASE, name="celo2-base-elo", expert="adam", **ELO),  # type: ignore[arg-type]
     )
 }
 

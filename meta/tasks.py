@@ -122,7 +122,7 @@ class TaskFamily:
         return len(self.tasks) * self.particles
 
     def image_bank(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Return the images [N, 64] float32 and labels [N] of all tasks, one after another: what `batches` points into."""
+        """Return images [N, 64] float32 and labels [N] of all tasks, one after another: what `batches` points into."""
         images = np.concatenate([task.image_set.images for task in self.tasks])
         labels = np.concatenate([task.image_set.labels for task in self.tasks])
         return torch.from_numpy(images).to(device), torch.from_numpy(labels).to(device)

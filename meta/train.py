@@ -65,7 +65,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def draw_curve(curve: NDArray[np.float64], path: Path, title: str) -> None:
-    """Draw the meta-loss, the imitation loss where there is one, the horizon and the gradient norm over the outer steps."""
+    """Draw meta-loss, imitation loss where there is one, horizon and gradient norm over the outer steps."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -222,7 +222,7 @@ def checkpoint(trainer: OuterTrainer, out_dir: Path, clock: Path, seconds: float
 
 
 def progress_line(trainer: OuterTrainer, figures: dict[str, float], measured: tuple[int, float]) -> str:
-    """One line: outer step, smoothed meta-loss, imitation loss, gradient norm, horizon, inner steps a second, time left."""
+    """One line: outer step, smoothed meta-loss, gradient norm, horizon, inner steps a second, time left."""
     step, total = trainer.outer_step, trainer.recipe.outer_steps
     recent = dict(zip(CURVE, trainer.curve[-SMOOTHING:].mean(0), strict=True))
     parts = [f"outer {step}/{total}", f"meta-loss {recent['meta_loss']:.4f}"]

@@ -1,11 +1,11 @@
 """The inner loop: all trajectories of this rank, advanced one window of slots at a time.
 
-When a trajectory ends is known beforehand (its counter and length do not depend on a loss), so a window is planned on the
-host: at which slot each particle starts anew, and from which state. A slot is one inner step of every trajectory; a
-particle that ended in the previous slot spends its slot on the restart and takes no step.
+When a trajectory ends is known beforehand (its counter and length do not depend on a loss), so a window is planned on
+the host: at which slot each particle starts anew, and from which state. A slot is one inner step of every trajectory;
+a particle that ended in the previous slot spends its slot on the restart and takes no step.
 
-Arrays that belong to a particle have the axes [slots, signs, particles] or [signs, particles]; problems are the two axes
-flattened, the + signs first.
+Arrays that belong to a particle have the axes [slots, signs, particles] or [signs, particles]; problems are the two
+axes flattened, the + signs first.
 """
 
 from __future__ import annotations

@@ -16,8 +16,8 @@ from celo2.pretrain.model import GPT
 from celo2.pretrain.recipes import OPTS, Recipe
 from celo2.routing import format_table
 
-# what --weights means when it is not given: closed forms, until trained weights are shipped
-DEFAULT_WEIGHTS = {"celo2": "momentum", "celo2-base": "adam"}
+# optimizers with a theta; the bundled one of that name is what --weights means when it is not given
+LEARNED = ("celo2", "celo2-base")
 
 
 class Optimizers:
@@ -27,17 +27,17 @@ class Optimizers:
     `opt`, or for weights given to an optimizer that has none.
     """
 
-    def __init__(self, opt: str, recipe: Recipe, model: GPT, weights: str | None = None) -> None:
+    def __init__(self, opt: str, recipe: Recipe, model: GPT, weights: str | Theta | None = None) -> None:
         if opt not in OPTS:
             raise ValueError(f"unknown optimizer {opt!r}: choose one of {', '.join(OPTS)}")
-        if weights is not None and opt not in DEFAULT_WEIGHTS:
+        if weights is not None and opt not in LEARNED:
             raise ValueError(f"--weights {weights} belongs to --opt celo2 or celo2-base; --opt {opt} has no weights")
         self.theta: Theta | None = None
         self._max_grad_norm = recipe.max_grad_norm
         self._parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self.members: list[Optimizer] = []
-        if opt in DEFAULT_WEIGHTS:
-            self.theta = load_weights(weights or DEFAULT_WEIGHTS[opt])
+        if opt in LEARNED:
+            self.theta = load_weights(weights or opt)
             self.members.append(
                 FusedCelo2(
                     param_groups(model, variant=opt, views=model.matrix_views()),

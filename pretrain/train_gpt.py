@@ -60,7 +60,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     run.add_argument("--arch", choices=ARCHS, help="architecture (default: the size's own)")
     run.add_argument("--bias", action="store_true", help="biases, as in the published GPT-2 weights (arch gpt2)")
     run.add_argument("--recipe", metavar="NAME", help="a named recipe instead of the default one")
-    run.add_argument("--weights", help="theta of celo2: a name, a file or a hub id (default: a closed form)")
+    run.add_argument("--weights", help="theta of celo2: a name, a file or a hub id (default: the bundled one of --opt)")
     run.add_argument("--seed", type=int, default=1337, help="initial weights and data order (default: 1337)")
     recipe = parser.add_argument_group("changes to the recipe")
     recipe.add_argument("--steps", type=int, metavar="N", help="optimizer steps")

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from celo2 import FusedCelo2, MatrixView
+from celo2 import FusedCelo2, MatrixView, load_weights
 from celo2.reference import MatrixState, VectorState, matrix_update, vector_update
 
 
@@ -567,9 +567,8 @@ def test_options_out_of_range(options, message):
             FusedCelo2([{"params": list(_model().parameters()), **options}], weights="momentum")
 
 
-def test_default_weights_say_that_none_are_shipped():
-    with pytest.raises(ValueError, match="ships no trained weights yet"):
-        FusedCelo2(_model())
+def test_default_weights_are_the_bundled_celo2():
+    assert FusedCelo2(_model()).param_groups[0]["weights"] == load_weights("celo2").label
 
 
 @pytest.mark.parametrize(

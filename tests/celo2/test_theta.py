@@ -11,7 +11,7 @@ import pytest
 
 from celo2 import Theta, flax_state, load_weights
 from celo2 import theta as theta_module
-from celo2.theta import NAMES, closed_form
+from celo2.theta import NAMES, TRAINED, closed_form
 
 STATES = ("normal_gradients", "tiny_gradients", "huge_gradients_clipped", "zero_gradients_every_third_step")
 
@@ -155,11 +155,6 @@ def test_load_weights_names(random_theta, tmp_path):
     theta.save(tmp_path / "mine.safetensors")
     assert load_weights(tmp_path / "mine.safetensors") == theta
     assert load_weights(str(tmp_path / "mine.safetensors")).name == "mine"
-    for name in ("celo2", "celo2-base"):
-        with pytest.raises(
-            ValueError, match=f"weights='{name}': this version ships no trained weights yet.*'momentum'"
-        ):
-            load_weights(name)
     with pytest.raises(ValueError, match="weights='celo3': not a known name"):
         load_weights("celo3")
     with pytest.raises(FileNotFoundError, match="no such file"):
@@ -170,6 +165,26 @@ def test_load_weights_names(random_theta, tmp_path):
         load_weights(3)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="unknown closed form"):
         closed_form("sgd")
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_bundled_weights_are_trained_and_say_how(name):
+    theta = load_weights(name)
+    assert theta.name == theta.variant == name and theta.num_parameters == 347
+    assert theta.orthogonalize == (name == "celo2")
+    for key in (
+        "recipe",
+        "data_sha256",
+        "seed",
+        "outer_steps",
+        "inner_steps",
+        "seconds",
+        "machine",
+        "git",
+        "selection",
+    ):
+        assert theta.card[key], key
+    assert theta not in (closed_form("momentum"), closed_form("adam"))
 
 
 def test_hub_ids(monkeypatch, golden_folder):

@@ -113,9 +113,9 @@ def test_clip_is_applied_to_adamw() -> None:
     assert clipped == pytest.approx(1e-3, rel=1e-2)
 
 
-def test_theta_is_the_closed_form_by_default_and_may_be_given(random_theta, tmp_path) -> None:
-    assert build("celo2")[1].theta.name == "momentum"
-    assert build("celo2-base")[1].theta.name == "adam"
+def test_theta_is_the_bundled_one_by_default_and_may_be_given(random_theta, tmp_path) -> None:
+    assert build("celo2")[1].theta.name == "celo2"
+    assert build("celo2-base")[1].theta.name == "celo2-base"
     path = tmp_path / "mine.safetensors"
     random_theta().save(path)
     model = GPT(CONFIG)
@@ -129,8 +129,6 @@ def test_refusals() -> None:
         Optimizers("sgd", recipe_for("nano", "adamw"), model)
     with pytest.raises(ValueError, match="--weights momentum belongs to --opt celo2 or celo2-base"):
         Optimizers("adamw", recipe_for("nano", "adamw"), model, "momentum")
-    with pytest.raises(ValueError, match="ships no trained weights yet"):
-        Optimizers("celo2", recipe_for("nano", "celo2"), model, "celo2")
 
 
 @pytest.mark.parametrize("opt", OPTS)

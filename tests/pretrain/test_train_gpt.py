@@ -97,7 +97,7 @@ def test_a_run_prints_and_leaves_what_it_promises(tmp_path, data) -> None:
     assert done.returncode == 0, done.stderr
     text = done.stdout
     assert "parameters: 853,248 (66,816 by adamw, 786,432 by celo2)" in text
-    assert "optimizer:  celo2, theta momentum@" in text and "closed form, not trained" in text
+    assert "optimizer:  celo2, theta celo2@" in text
     assert "12 x [32, 128]" in text
     assert "512 tokens: 2 sequences of 256, 1 micro-batches" in text
     pattern = (
@@ -433,7 +433,6 @@ def test_too_many_in_a_row_end_the_run_with_a_checkpoint(tmp_path, data, monkeyp
         (["--steps", "0"], "--steps 0: must be at least 1"),
         (["--batch-tokens", "300"], "batch_tokens=300 is not a multiple of the context, 256"),
         (["--micro-batch", "3"], "--micro-batch 3 does not divide the batch of 2 sequences"),
-        (["--weights", "celo2"], "ships no trained weights yet"),
         (["--weights", "nowhere/theta.state"], "no such file"),
         (["--opt", "adamw", "--weights", "momentum"], "--weights momentum belongs to --opt celo2"),
         (["--device", "abacus"], "--device abacus: not usable here"),

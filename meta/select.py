@@ -1,0 +1,93 @@
+"""Choose the theta of a meta-training run: train a small language model with its checkpoints, keep the best.
+
+    python -m celo2.meta.select runs/meta/celo2-short --out celo2/weights/celo2.safetensors
+
+The lowest meta-loss does not predict a language model's loss (the authors' finding too), so the checkpoints compete on
+a model, a split and a seed of their own: what `celo2.meta.evaluate` tests on stays unseen. Scores go to
+`selection.jsonl` in the run's folder, and a command that is run again goes on from there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from celo2.meta.language_model import SELECTION, Method, Text, log_spaced, selection_shards, train_once
+from celo2.meta.train import THETA
+from celo2.pretrain.prepare_data import prepare_embedded
+from celo2.theta import Theta
+
+SEED = 7
+LEARNING_RATES = {"celo2": log_spaced(1e-3, 4e-3, 3), "celo2-base": log_spaced(2.5e-4, 1e-3, 3)}
+
+
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Choose a theta by a small language model.")
+    parser.add_argument("run", type=Path, help="folder of a finished meta-training run")
+    parser.add_argument("--out", type=Path, help="where the chosen theta goes (default: RUN/selected.safetensors)")
+    parser.add_argument(
+        "--steps", type=int, nargs="+", metavar="N", help="outer steps of the checkpoints that compete (default: last 4)"
+    )
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), metavar="N", help="CPU threads")
+    return parser.parse_args(argv)
+
+
+def select(arguments: argparse.Namespace) -> int:
+    final = Theta.load(arguments.run / THETA)
+    torch.set_num_threads(arguments.threads)
+    text = Text(
+        selection_shards(prepare_embedded("bytes", Path("data/wikipedia-bytes")), Path("data/selection")), SELECTION
+    )
+    scores = arguments.run / "selection.jsonl"
+    records: list[dict[str, Any]] = []
+    if scores.is_file():
+        records = [json.loads(line) for line in scores.read_text().splitlines()]
+    known = {(record["checkpoint"], record["lr"]) for record in records}
+    paths = sorted(arguments.run.glob("theta-*.safetensors"))[-4:]
+    if arguments.steps is not None:
+        paths = [arguments.run / f"theta-{step:07d}.safetensors" for step in arguments.steps]
+    for path in paths:
+        for lr in LEARNING_RATES[final.variant]:
+            if (path.name, lr) in known:
+                continue
+            # a checkpoint's theta has no card: the variant says how it is used
+            theta = Theta.from_arrays(Theta.load(path).arrays, dict(final.card))
+            record = train_once(Method(path.stem, final.variant, (lr,), theta), lr, SEED, SELECTION, text)
+            records.append({"checkpoint": path.name, **record})
+            with scores.open("a") as file:
+                file.write(json.dumps(records[-1]) + "\n")
+            print(f"{path.name} lr {lr:.3g} | validation {record['final']:.4f} | {record['seconds']:.0f} s", flush=True)
+    best = min(records, key=lambda record: record["final"])
+    chosen = Theta.load(arguments.run / best["checkpoint"])
+    step = int(best["checkpoint"].split("-")[1].split(".")[0])
+    card = dict(final.card)
+    card["inner_steps"] = str(int(card["inner_steps"]) // int(card["outer_steps"]) * step)
+    card |= {
+        "outer_steps": f"{step} of {card['outer_steps']}",
+        "selection": f"{best['final']:.4f} nats/byte at lr {best['lr']:.3g}, {SELECTION.steps} steps of a "
+        f"{best['parameters']:,}-parameter GPT, best of {len(records)} runs",
+    }
+    out = arguments.out or arguments.run / "selected.safetensors"
+    theta = Theta.from_arrays(chosen.arrays, card)
+    theta.save(out)
+    print(f"{best['checkpoint']} at lr {best['lr']:.3g}: {best['final']:.4f} -> {out} ({theta.label})")
+    return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns the exit status: 0, or 2 for a user's mistake."""
+    try:
+        return select(parse_arguments(argv))
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())
