@@ -35,7 +35,7 @@ class Settings:
     n_head: int = 5
     head_dim: int = 32
     context: int = 128
-    sequences: int = 8
+    sequences: int = 6
     """Sequences a step."""
     steps: int = 800
     warmup_frac: float = 0.05
@@ -47,7 +47,7 @@ class Settings:
 
 
 # for choosing a theta: another model, shorter, on another split of the text
-SELECTION = Settings(n_layer=2, n_head=4, context=128, steps=300, eval_every=100)
+SELECTION = Settings(n_layer=2, n_head=4, sequences=8, steps=300, eval_every=100)
 
 
 @dataclass(frozen=True)

@@ -198,6 +198,7 @@ def train(arguments: argparse.Namespace) -> int:
         seconds = seconds_before + time.perf_counter() - started
         theta = Theta.from_arrays(trainer.theta.arrays, card(trainer, arguments.data, seconds))
         theta.save(out_dir / THETA)
+        write_curve(trainer, out_dir)
         print(f"{theta!r} after {duration(seconds)} -> {out_dir / THETA}")
     return 0
 
