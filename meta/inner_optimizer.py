@@ -37,16 +37,15 @@ def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     return torch.compile(function, dynamic=False)
 
 
-def move(p: Tensor, direction: Tensor, lr: float) -> Tensor:
-    """p <- p - lr d / rms(d) per problem, in place; returns the unit-RMS direction."""
+def move(p: Tensor, direction: Tensor, lr: Tensor) -> None:
+    """p <- p - lr d / rms(d) per problem, in place; `lr` is [P]."""
     axes = tuple(range(1, p.ndim))
     update = direction * torch.rsqrt(direction.square().mean(axes, keepdim=True) + NORM_EPS)
-    p.sub_(lr * update)
-    return update
+    p.sub_(_expand(lr, p) * update)
 
 
 def adam_step(
-    p: Tensor, g: Tensor, momentum: Tensor, v: Tensor, iteration: Tensor, lr: float, bias_correction: bool
+    p: Tensor, g: Tensor, momentum: Tensor, v: Tensor, iteration: Tensor, lr: Tensor, bias_correction: bool
 ) -> None:
     """Adam for vectors p [P, n], in place: betas 0.9 and 0.95; without correction eps stands inside the root."""
     momentum.lerp_(g, 1 - MOMENTUM_DECAYS[0])
@@ -55,9 +54,9 @@ def adam_step(
         t = iteration[:, None] + 1
         m_hat = momentum / (1 - MOMENTUM_DECAYS[0] ** t)
         v_hat = v / (1 - SECOND_MOMENT_DECAY**t)
-        p.sub_(lr * m_hat / (v_hat.sqrt() + ADAM_EPS))
+        p.sub_(lr[:, None] * m_hat / (v_hat.sqrt() + ADAM_EPS))
     else:
-        p.sub_(lr * momentum * torch.rsqrt(v + RMS_EPS))
+        p.sub_(lr[:, None] * momentum * torch.rsqrt(v + RMS_EPS))
 
 
 def clip_gradients(gradients: list[Tensor], max_norm: float) -> list[Tensor]:
@@ -113,14 +112,23 @@ class InnerOptimizer:
         return {name: torch.zeros(problems, *shape, dtype=dtype, device=device) for name, shape in shapes.items()}
 
     def step(
-        self, state: State, images: Tensor, labels: Tensor, theta: ThetaBatch, expert_weight: float = 0.0
+        self,
+        state: State,
+        images: Tensor,
+        labels: Tensor,
+        theta: ThetaBatch,
+        *,
+        lr: Tensor | None = None,
+        expert_weight: float = 0.0,
     ) -> tuple[Tensor, Tensor | None]:
         """Take one inner step in place; return the loss [P] before it, and with an expert 1 - cosine to it [P].
 
-        `images` [N, B, 64] and `labels` [N, B] are shared by the two signs of a particle (P = 2 N). `expert_weight` is
-        the part of the step that the expert takes.
+        `images` [N, B, 64] and `labels` [N, B] are shared by the two signs of a particle (P = 2 N). `lr` is [P], by
+        default the recipe's `inner_lr` for all. `expert_weight` is the part of the step that the expert takes.
         """
         recipe = self.recipe
+        if lr is None:
+            lr = torch.full_like(state["scale"], recipe.inner_lr)
         loss, gradients = self._loss_and_gradients(
             {name: state[name] for name in SHAPES}, state["scale"], images, labels
         )
@@ -141,19 +149,19 @@ class InnerOptimizer:
             if self.orthogonalize:
                 direction = newton_schulz(direction)
             if expert is None:
-                self._move(p, direction, recipe.inner_lr)
+                self._move(p, direction, lr)
             else:
                 updates.append(direction)
         imitation = None
         if experts:
             matrices = [state[name] for name in MATRICES]
-            imitation = self._imitate(matrices, updates, experts, recipe.inner_lr, torch.tensor(expert_weight))
+            imitation = self._imitate(matrices, updates, experts, lr, torch.tensor(expert_weight))
         for name in VECTORS:
             p, g = state[name], gradients[name]
             v = state[f"{name}/second_moment"]
             if self.orthogonalize:
-                lr = recipe.adam_lr_mult * recipe.inner_lr
-                self._adam(p, g, state[f"{name}/{MOMENTA[0]}"], v, state["iteration"], lr, recipe.bias_correction)
+                momentum, adam_lr = state[f"{name}/{MOMENTA[0]}"], recipe.adam_lr_mult * lr
+                self._adam(p, g, momentum, v, state["iteration"], adam_lr, recipe.bias_correction)
             else:
                 direction = self._vector_direction(
                     p,
@@ -168,7 +176,7 @@ class InnerOptimizer:
                     theta.output,
                     theta.bias2,
                 )
-                self._move(p, direction, recipe.inner_lr)
+                self._move(p, direction, lr)
         state["iteration"] += 1
         return loss, imitation
 
@@ -206,14 +214,14 @@ class InnerOptimizer:
 
 
 def _imitation(
-    matrices: list[Tensor], directions: list[Tensor], experts: list[Tensor], lr: float, expert_weight: Tensor
+    matrices: list[Tensor], directions: list[Tensor], experts: list[Tensor], lr: Tensor, expert_weight: Tensor
 ) -> Tensor:
     """Move the matrices by the blend of learned and expert steps, both of RMS lr; return 1 - cosine [P] of the two."""
     dot = square = expert_square = torch.zeros(())
     for p, direction, expert in zip(matrices, directions, experts, strict=True):
         u = direction * torch.rsqrt(direction.square().mean((1, 2), keepdim=True) + NORM_EPS)
         e = expert * torch.rsqrt(expert.square().mean((1, 2), keepdim=True) + NORM_EPS)
-        p.sub_(lr * ((1 - expert_weight) * u + expert_weight * e))
+        p.sub_(_expand(lr, p) * ((1 - expert_weight) * u + expert_weight * e))
         dot = dot + (u * e).sum((1, 2))
         square = square + u.square().sum((1, 2))
         expert_square = expert_square + e.square().sum((1, 2))

@@ -39,6 +39,8 @@ class Recipe:
     initial_iterations: int = 2000
     """The counters of the first trajectories start in [0, this), so that their ends are staggered."""
     inner_lr: float = 1e-3
+    inner_schedule: str = "constant"
+    """`constant`, or `cosine`: each trajectory's rate falls from `inner_lr` to 0 at its end, as where theta is used."""
     adam_lr_mult: float = 20.0
     bias_correction: bool = False
     """Whether Adam on the biases corrects its averages."""
@@ -66,6 +68,10 @@ class Recipe:
         require(
             self.length_distribution in ("log-uniform", "uniform"),
             f"length_distribution={self.length_distribution!r}, allowed: log-uniform, uniform",
+        )
+        require(
+            self.inner_schedule in ("constant", "cosine"),
+            f"inner_schedule={self.inner_schedule!r}, allowed: constant, cosine",
         )
         require(self.expert in (None, "muon", "adam"), f"expert={self.expert!r}, allowed: None, muon, adam")
         require(self.outer_steps > 0, f"outer_steps={self.outer_steps}: expected at least 1")

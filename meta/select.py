@@ -32,7 +32,11 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("run", type=Path, help="folder of a finished meta-training run")
     parser.add_argument("--out", type=Path, help="where the chosen theta goes (default: RUN/selected.safetensors)")
     parser.add_argument(
-        "--steps", type=int, nargs="+", metavar="N", help="outer steps of the checkpoints that compete (default: last 4)"
+        "--steps",
+        type=int,
+        nargs="+",
+        metavar="N",
+        help="outer steps of the checkpoints that compete (default: last 4)",
     )
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), metavar="N", help="CPU threads")
     return parser.parse_args(argv)

@@ -41,6 +41,8 @@ class Plan:
     """Slot to the particles (of this rank) that restart in it."""
     resumed: NDArray[np.bool_]
     """[n], whether a restart continues the particle's snapshot."""
+    lr: NDArray[np.float32]
+    """[K, n], the inner learning rate of each slot."""
 
 
 @dataclass(frozen=True)
@@ -116,7 +118,11 @@ class TruncatedStep:
         mask, done = np.ones((slots, n), bool), np.zeros((slots, n), bool)
         restarts: dict[int, list[int]] = {}
         resumed = np.zeros(n, bool)
+        lr = np.full((slots, n), self.recipe.inner_lr, np.float32)
         for t in range(slots):
+            if self.recipe.inner_schedule == "cosine":
+                progress = np.minimum(1.0, self.iteration / self.length)
+                lr[t] *= 0.5 * (1 + np.cos(np.pi * progress))
             ended = np.flatnonzero(self.done)
             self.iteration[~self.done] += 1
             for i in ended:
@@ -130,7 +136,7 @@ class TruncatedStep:
             done[t] = self.done
             for i in np.flatnonzero(self.done):
                 self.length[i] = self._draw_length(Purpose.LENGTH, self.particles[i], outer_step)
-        return Plan(mask, done, restarts, resumed)
+        return Plan(mask, done, restarts, resumed, lr)
 
     def unroll(self, theta: Tensor, outer_step: int) -> Unroll:
         """Advance every trajectory by one window under `theta` [2 n, 347], the + perturbations first."""
@@ -142,12 +148,15 @@ class TruncatedStep:
         index_KNB = torch.from_numpy(indices).to(self.device)
         expert_weight = recipe.expert_weight(outer_step)
         plan = self.plan(outer_step)
+        lr_KP = torch.from_numpy(np.tile(plan.lr, 2)).to(self.device)
         losses, imitations = [], []
         for t in range(recipe.window):
             picked = index_KNB[t].flatten()
             images = self.images.index_select(0, picked).view(n, -1, self.images.shape[1])
             labels = self.labels.index_select(0, picked).view(n, -1)
-            loss, imitation = self.optimizer.step(self.state, images, labels, weights, expert_weight)
+            loss, imitation = self.optimizer.step(
+                self.state, images, labels, weights, lr=lr_KP[t], expert_weight=expert_weight
+            )
             losses.append(loss)
             if imitation is not None:
                 imitations.append(imitation)

@@ -187,9 +187,9 @@ def test_an_expert_that_leads_takes_the_whole_step(random_theta, expert):
     optimizer, led = _started(recipe, 1.0)
     again = {name: x.clone() for name, x in led.items()}
     blended = {name: x.clone() for name, x in led.items()}
-    _, imitation = optimizer.step(led, images, labels, batch, 1.0)
-    optimizer.step(again, images, labels, other, 1.0)
-    _, same = optimizer.step(blended, images, labels, batch, 0.0)
+    _, imitation = optimizer.step(led, images, labels, batch, expert_weight=1.0)
+    optimizer.step(again, images, labels, other, expert_weight=1.0)
+    _, same = optimizer.step(blended, images, labels, batch, expert_weight=0.0)
     for name in MATRICES:
         torch.testing.assert_close(led[name], again[name], rtol=0, atol=0)  # whatever theta says
         assert not torch.equal(led[name], blended[name])
