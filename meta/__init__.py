@@ -1,1 +1,1 @@
-"""Meta-training, imported as `celo2.meta`; this version has none: theta comes from a file or a closed form."""
+"""Meta-training of theta, imported as `celo2.meta`: tasks, truncated unrolls, PES, the outer loop, and its judges."""

@@ -50,6 +50,8 @@ class Recipe:
     """Chance that a new trajectory continues a stored snapshot of its particle instead of starting afresh."""
     max_iterations: int = 40_000
     """A snapshot older than this is not stored: the cap of a chain of resumed trajectories."""
+    start: str = "random"
+    """Where theta starts: `random` as in the paper, or at an expert's direction, `muon` or `adam`."""
     expert: str | None = None
     """`muon` or `adam`: an expert whose direction theta imitates, and whose steps lead the trajectories at first."""
     direction_weight: float = 0.0
@@ -73,6 +75,7 @@ class Recipe:
             self.inner_schedule in ("constant", "cosine"),
             f"inner_schedule={self.inner_schedule!r}, allowed: constant, cosine",
         )
+        require(self.start in ("random", "muon", "adam"), f"start={self.start!r}, allowed: random, muon, adam")
         require(self.expert in (None, "muon", "adam"), f"expert={self.expert!r}, allowed: None, muon, adam")
         require(self.outer_steps > 0, f"outer_steps={self.outer_steps}: expected at least 1")
         low, high = self.length_range

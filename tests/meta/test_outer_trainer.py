@@ -16,6 +16,8 @@ import torch
 from celo2.meta.learned_rule import flatten
 from celo2.meta.outer_trainer import CURVE, OuterTrainer, initial_theta
 
+from celo2.reference import MatrixState, matrix_update
+
 
 def trainer(recipe, image_sets, seed=0):
     return OuterTrainer(recipe, image_sets, seed=seed, compiled=False)
@@ -47,6 +49,21 @@ def test_theta_starts_as_the_paper_says():
     assert theta.arrays["w1"].std() * np.sqrt(8) == pytest.approx(0.88, rel=0.3)
     assert not any(theta.arrays[name].any() for name in ("b0", "b1", "b2"))
     assert initial_theta(0) == theta != initial_theta(1)
+
+
+@pytest.mark.parametrize("start", ["muon", "adam"])
+def test_theta_may_start_at_an_expert(start):
+    arrays = initial_theta(0, start).tensors(torch.float64, torch.device("cpu"))
+    assert initial_theta(0, start) != initial_theta(1, start)
+    p = torch.randn(32, 64, dtype=torch.float64)
+    state, m, v = MatrixState.zeros_like(p), torch.zeros_like(p), torch.zeros_like(p)
+    for _ in range(60):
+        g = torch.randn_like(p)
+        update, state = matrix_update(arrays, p, g, state, orthogonalize=False)
+        m, v = 0.9 * m + 0.1 * g, 0.95 * v + 0.05 * g * g
+    expert = (0.9 * m + 0.1 * g) / (1.0 if start == "muon" else (v + 1e-8).sqrt())
+    cosine = (update * expert).sum() / update.norm() / expert.norm()
+    assert 0.99 < cosine < 0.99999  # the random rest is there, and small
 
 
 def test_outer_step_is_adamw(image_sets, small_recipe):

@@ -52,6 +52,8 @@ def test_identity_counts_the_steps_only_where_the_schedule_does():
     [
         ({"variant": "adam"}, "variant='adam', allowed: celo2, celo2-base"),
         ({"length_distribution": "normal"}, "allowed: log-uniform, uniform"),
+        ({"start": "sgd"}, "start='sgd', allowed: random, muon, adam"),
+        ({"inner_schedule": "linear"}, "inner_schedule='linear', allowed: constant, cosine"),
         ({"expert": "sgd"}, "expert='sgd', allowed: None, muon, adam"),
         ({"outer_steps": 0}, "outer_steps=0: expected at least 1"),
         ({"length_range": (50, 2000)}, "expected window < low < high"),

@@ -85,6 +85,21 @@ def test_length_distributions(image_sets, small_recipe):
     assert np.mean([step._draw_length(Purpose.LENGTH, 0, u) for u in range(4000)]) == pytest.approx(1050, rel=0.03)
 
 
+def test_cosine_rate_falls_to_zero_over_each_trajectory(image_sets, small_recipe):
+    step = start(small_recipe(inner_schedule="cosine"), image_sets)
+    for outer_step in range(8):
+        counters, lengths = step.iteration.copy(), step.length.copy()
+        plan = step.plan(outer_step)
+        untouched = plan.mask.all(0) & ~plan.done.any(0)
+        progress = np.minimum(1, (counters + np.arange(5)[:, None]) / lengths)
+        expected = 1e-3 * 0.5 * (1 + np.cos(np.pi * progress))
+        np.testing.assert_allclose(plan.lr[:, untouched], expected[:, untouched], rtol=1e-6)
+        for slot, particles in plan.restarts.items():
+            if slot < 4:
+                np.testing.assert_allclose(plan.lr[slot + 1, particles], 1e-3, rtol=1e-6)
+    assert (start(small_recipe(), image_sets).plan(0).lr == np.float32(1e-3)).all()
+
+
 def test_first_loss_does_not_depend_on_the_scale(image_sets, small_recipe, random_theta):
     losses = []
     for scale in (1e-3, 1.0, 1e3):
