@@ -39,7 +39,7 @@ KEEP = 2
 CURVE = ("meta_loss", "imitation", "gradient_norm", "lr", "horizon", "non_finite")
 
 
-# Nesterov's momentum on normalised columns: 0.9 m + 0.1 g, where the rms of g is 4.4 times that of m for white noise
+# Nesterov on normalised columns: 0.9 m + 0.1 g, where the rms of g is 4.4 times that of m for white noise
 NESTEROV = {"momentum": 2 / 3, "gradient": 1 / 3}
 # what the random rest of the MLP weighs in the direction of a theta that starts at an expert
 REST = 0.1
@@ -48,8 +48,8 @@ REST = 0.1
 def initial_theta(seed: int, start: str = "random", hidden: int = 8) -> Theta:
     """Draw theta as the paper does: truncated normals over sqrt(30) and sqrt(8), biases zero.
 
-    With `start` an expert, `muon` or `adam`, one pair of ReLUs carries the expert's direction (the fast momentum in
-    Nesterov's form, for `adam` times q) through both layers, and the random rest of the last layer is scaled to a tenth.
+    With `start` an expert, `muon` or `adam`, one pair of ReLUs carries the expert's direction (fast momentum in
+    Nesterov form, for `adam` times q) through both layers, and the random rest of the last layer is scaled to a tenth.
     """
     rng = generator(seed, Purpose.THETA)
     arrays: dict[str, NDArray[np.float64]] = {

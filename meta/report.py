@@ -72,8 +72,12 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
 
 def _model_section(comparisons: Sequence[Comparison], settings: Settings) -> list[str]:
     complete = [c for c in comparisons if c.complete]
+    unfinished = [c.method.name for c in comparisons if not c.complete]
+    lines = []
+    if unfinished:
+        lines += [f"**Not finished: {', '.join(unfinished)}.** `python -m celo2.meta.evaluate` goes on.", ""]
     if not complete:
-        return ["No complete comparison is recorded yet: run `python -m celo2.meta.evaluate`.", ""]
+        return lines + _sweeps(comparisons)
     reference = next((c for c in complete if c.method.name == REFERENCE), None)
     rows = []
     for c in sorted(complete, key=lambda c: c.mean):
@@ -88,7 +92,7 @@ def _model_section(comparisons: Sequence[Comparison], settings: Settings) -> lis
         seconds = statistics.median(r["seconds"] for r in c.finals)
         rows.append([c.method.name, lr + edge, f"{c.mean:.4f} +- {c.half_width:.4f}", steps, ratio, f"{seconds:.0f} s"])
     runs = complete[0].finals[0]
-    lines = [
+    lines += [
         f"A `modern` GPT of {runs['parameters']:,} parameters ({settings.n_layer} layers, width "
         f"{settings.n_head * settings.head_dim}, context {settings.context}) on the embedded Wikipedia text, bytes, "
         f"{settings.steps} steps of {settings.sequences * settings.context} tokens, {settings.warmup_frac:.0%} warm-up "
@@ -109,12 +113,26 @@ def _model_section(comparisons: Sequence[Comparison], settings: Settings) -> lis
     ]
     lines += [f"![validation curves](results/{CURVES})", "", f"![learning-rate sweeps](results/{SWEEPS})", ""]
     lines += _claims({c.method.name: c for c in complete})
-    lines += ["### The sweeps", ""]
-    lines += _table(
-        ["method", *(f"rate {i + 1}" for i in range(7))],
-        [[c.method.name, *(f"{r['final']:.4f} ({r['lr']:.3g})" for r in c.sweep)] for c in comparisons if c.sweep],
-    )
-    return lines
+    return lines + _sweeps(comparisons)
+
+
+def _sweeps(comparisons: Sequence[Comparison]) -> list[str]:
+    """Tabulate the recorded runs of each sweep, by learning rate."""
+    rows = []
+    for c in comparisons:
+        finals = {r["lr"]: f"{r['final']:.4f} ({r['lr']:.3g})" for r in c.sweep}
+        if finals:
+            rows.append([c.method.name, *(finals.get(lr, "-") for lr in c.method.learning_rates)])
+    if not rows:
+        return []
+    header = ["method", *(f"rate {i + 1}" for i in range(len(rows[0]) - 1))]
+    return [
+        "### The sweeps",
+        "",
+        "Final validation loss of one seed, and the learning rate.",
+        "",
+        *_table(header, rows),
+    ]
 
 
 def _claims(by_name: dict[str, Comparison]) -> list[str]:

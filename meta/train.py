@@ -250,7 +250,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     if distributed:
         dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
     try:
-        return train(arguments)
+        status = train(arguments)
+        if distributed:
+            # a rank that leaves while another still works may abort in gloo's teardown
+            dist.barrier()
+        return status
     except (ValueError, OSError, ImportError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -136,7 +136,10 @@ def test_page_states_each_goal_reached_or_not(tmp_path, random_theta):
     assert "`celo2-base` at least as good as tuned AdamW" in text and "1.4100 +- 0.0248, **not reached**" in text
     assert "No long unroll is recorded yet" in text and (tmp_path / "results" / "curves.png").is_file()
     write(page, tmp_path / "results", [], [], TINY, thetas, {})
-    assert "No complete comparison is recorded yet" in page.read_text()
+    assert "## Language model" in page.read_text()
+    unfinished = replace(_comparison("celo2", [1.0, 1.1]), sweep=comparisons[0].sweep[:1])
+    write(page, tmp_path / "results", [unfinished, comparisons[2]], [], TINY, thetas, {})
+    assert "**Not finished: celo2.**" in page.read_text() and "| celo2 | 2.0010 (0.001) | - |" in page.read_text()
 
 
 def test_records_are_kept_resumed_and_bound_to_theta_and_settings(shards, tmp_path, monkeypatch):

@@ -15,7 +15,6 @@ import torch
 
 from celo2.meta.learned_rule import flatten
 from celo2.meta.outer_trainer import CURVE, OuterTrainer, initial_theta
-
 from celo2.reference import MatrixState, matrix_update
 
 
@@ -205,6 +204,7 @@ gradient, figures = trainer.gradient()
 if trainer.rank == 0:
     np.savez(folder / f"gradient{sys.argv[2]}.npz", gradient=gradient, loss=figures["meta_loss"])
 if dist.is_initialized():
+    dist.barrier()
     dist.destroy_process_group()
 """
 
