@@ -53,7 +53,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--data", type=Path, metavar="DIR", help="byte shards (default: the embedded text)")
     parser.add_argument("--images", default="embedded", metavar="SOURCE", help="as celo2.meta.train --data")
     parser.add_argument("--horizon-steps", type=int, default=horizon.STEPS, metavar="N", help="inner steps")
-    parser.add_argument("--steps", type=int, default=Settings.steps, metavar="N", help="language-model steps")
+    parser.add_argument("--steps", type=int, default=Settings().steps, metavar="N", help="language-model steps")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), metavar="N", help="runs at once, a thread each")
     return parser.parse_args(argv)
 

@@ -194,7 +194,7 @@ class OuterTrainer:
                 "format": FORMAT,
                 "outer_step": str(self.outer_step),
                 "identity": json.dumps(self.identity()),
-                "sha256": _digest(contiguous),
+                "sha256": _digest(contiguous, self.outer_step),
             }
             write_atomic(path, [save_safetensors(contiguous, metadata=card)])
             self.theta.save(out_dir / f"theta-{self.outer_step:07d}.safetensors")
@@ -253,8 +253,8 @@ class OuterTrainer:
         return None
 
 
-def _digest(arrays: Arrays) -> str:
-    digest = hashlib.sha256()
+def _digest(arrays: Arrays, outer_step: int) -> str:
+    digest = hashlib.sha256(str(outer_step).encode())
     for name in sorted(arrays):
         digest.update(f"{name}{arrays[name].shape}{arrays[name].dtype}".encode())
         digest.update(arrays[name].tobytes())
@@ -269,7 +269,7 @@ def _read(path: os.PathLike[str]) -> tuple[Arrays, dict[str, str]]:
         card = header["__metadata__"]
         if card["format"] != FORMAT:
             raise ValueError(f"format {card['format']!r}, expected {FORMAT!r}")
-        if card["sha256"] != _digest(arrays):
+        if card["sha256"] != _digest(arrays, int(card["outer_step"])):
             raise ValueError("its contents do not match its hash")
     except (ValueError, KeyError, safetensors.SafetensorError) as error:
         raise ValueError(f"{path} is not a readable checkpoint: {error}") from error

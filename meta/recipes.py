@@ -79,7 +79,7 @@ class Recipe:
         require(self.expert in (None, "muon", "adam"), f"expert={self.expert!r}, allowed: None, muon, adam")
         require(self.outer_steps > 0, f"outer_steps={self.outer_steps}: expected at least 1")
         low, high = self.length_range
-        require(self.window < low < high, f"length_range={self.length_range}: expected window < low < high")
+        require(0 < self.window < low < high, f"length_range={self.length_range}: expected 0 < window < low < high")
         require(0 <= self.resume_probability < 1, f"resume_probability={self.resume_probability}: expected [0, 1)")
         require(self.particles > 0 and self.std > 0, f"particles={self.particles} and std={self.std} must be positive")
 

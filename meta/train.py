@@ -18,7 +18,6 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
-from typing import Any
 
 import numpy as np
 import torch
@@ -57,6 +56,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--threads", type=int, metavar="N", help="CPU threads of a rank (default: PyTorch's choice)")
     parser.add_argument("--no-compile", action="store_true", help="run eagerly, several times slower")
     arguments = parser.parse_args(argv)
+    if arguments.seed < 0:
+        parser.error(f"--seed {arguments.seed}: must be at least 0")
     for name in ("outer_steps", "save_every", "log_every", "threads"):
         value = getattr(arguments, name)
         if value is not None and value < 1:
@@ -158,8 +159,8 @@ def train(arguments: argparse.Namespace) -> int:
     seconds_before = 0.0
     if arguments.resume == "auto":
         path = trainer.resume(out_dir)
-        if path is not None and clock.is_file():
-            seconds_before = float(json.loads(clock.read_text()).get(str(trainer.outer_step), 0.0))
+        if path is not None:
+            seconds_before = read_clock(clock).get(str(trainer.outer_step), 0.0)
     elif main and any(out_dir.glob("checkpoint-*")):
         raise ValueError(f"{out_dir} holds a run: continue it with --resume auto, or choose another --out-dir")
     total = recipe.outer_steps
@@ -190,7 +191,8 @@ def train(arguments: argparse.Namespace) -> int:
             if step % arguments.save_every == 0 or step == total:
                 checkpoint(trainer, out_dir, clock, seconds_before + time.perf_counter() - started)
     if trainer.outer_step < total:
-        checkpoint(trainer, out_dir, clock, seconds_before + time.perf_counter() - started)
+        if trainer.outer_step:
+            checkpoint(trainer, out_dir, clock, seconds_before + time.perf_counter() - started)
         if main:
             print(f"stopped at outer step {trainer.outer_step}: the same command with --resume auto goes on")
         return 128 + interruption.signal if interruption.signal else 0
@@ -212,11 +214,19 @@ def _agree(stop: bool, trainer: OuterTrainer) -> bool:
     return bool(flag)
 
 
+def read_clock(path: Path) -> dict[str, float]:
+    """Return the wall time in seconds by outer step; a missing or damaged file costs the record, not the run."""
+    try:
+        return {str(step): float(seconds) for step, seconds in json.loads(path.read_text()).items()}
+    except (OSError, ValueError, AttributeError, TypeError):
+        return {}
+
+
 def checkpoint(trainer: OuterTrainer, out_dir: Path, clock: Path, seconds: float) -> None:
     """Save on all ranks; rank 0 also writes the curve and the wall time at this step."""
     trainer.save(out_dir)
     if trainer.rank == 0:
-        times: dict[str, Any] = json.loads(clock.read_text()) if clock.is_file() else {}
+        times = read_clock(clock)
         times[str(trainer.outer_step)] = round(seconds, 1)
         write_atomic(clock, [json.dumps(times).encode()])
         write_curve(trainer, out_dir)

@@ -85,7 +85,7 @@ class TruncatedStep:
             # occasion 0 is the start of the run, u + 1 a restart in outer step u
             self._start(i, *family.sample(particle, 0))
         # one snapshot a particle to resume from, and the running draw-up of the current trajectory
-        self.snapshot = {name: x.clone() for name, x in self.state.items()} if recipe.resume_probability else {}
+        self.snapshot = {name: x[:n].clone() for name, x in self.state.items()} if recipe.resume_probability else {}
         self.snapshot_iteration = np.full(n, -1)
         self.average = np.full((2, n), np.nan)
         self.lowest = np.full((2, n), np.inf)
@@ -108,7 +108,8 @@ class TruncatedStep:
         self.state["scale"][rows] = scale
 
     def _resume(self, i: int) -> None:
-        # both signs continue the + trajectory: they start equal, as PES's accumulator at a restart supposes
+        # the snapshot is of the + trajectory and both signs continue it: they start equal, as PES's accumulator at a
+        # restart supposes
         for name, x in self.state.items():
             x[self._rows(i)] = self.snapshot[name][i]
 
@@ -142,7 +143,7 @@ class TruncatedStep:
         """Advance every trajectory by one window under `theta` [2 n, 347], the + perturbations first."""
         recipe, n = self.recipe, len(self.particles)
         before = {name: x.clone() for name, x in self.state.items()} if self.snapshot else {}
-        before_iteration, before_average = self.iteration.copy(), self.average.copy()
+        before_average = self.average.copy()
         weights = ThetaBatch.from_vectors(theta.to(self.device))
         indices = self.family.batches(outer_step * recipe.window, recipe.window, self.particles)
         index_KNB = torch.from_numpy(indices).to(self.device)
@@ -175,7 +176,7 @@ class TruncatedStep:
             non_finite=int((~np.isfinite(raw) & mask).sum()),
         )
         if self.snapshot:
-            self._store(before, before_iteration, before_average, result)
+            self._store(before, before_average, result)
         return result
 
     def _imitation(self, imitations: list[Tensor], mask: NDArray[np.bool_]) -> NDArray[np.float64]:
@@ -185,7 +186,6 @@ class TruncatedStep:
     def _store(
         self,
         before: dict[str, Tensor],
-        before_iteration: NDArray[np.int64],
         before_average: NDArray[np.float64],
         unroll: Unroll,
     ) -> None:
@@ -210,13 +210,14 @@ class TruncatedStep:
             record = np.where(valid, np.maximum(record, (self.average - self.lowest).mean(0)), record)
         rose = (record > self.drawup) & (restarted == slots)
         healthy = np.nan_to_num(before_average, nan=0.0).max(0) < 0.9 * LOSS_CLIP
+        # steps taken, not the counter: the first trajectories' counters start anywhere
+        before_iteration = before["iteration"][:n].cpu().numpy().astype(np.int64)
         finite = torch.stack([torch.isfinite(x).view(2 * n, -1).all(1) for x in before.values()]).all(0)
         healthy &= finite.view(2, n).all(0).cpu().numpy() & (before_iteration < self.recipe.max_iterations)
         # in the window of a restart the start belongs to the trajectory that has ended
-        keep = np.flatnonzero((rose | unroll.plan.done.any(0)) & healthy & (restarted > 0))
+        keep = np.flatnonzero((rose | unroll.plan.done.any(0)) & healthy)
         for name, x in self.snapshot.items():
             x[keep] = before[name][keep]
-            x[keep + n] = before[name][keep + n]
         self.snapshot_iteration[keep] = before_iteration[keep]
         self.drawup = record
 
@@ -225,7 +226,7 @@ class TruncatedStep:
         n = len(self.particles)
         arrays: Arrays = {f"state/{k}": x.view(2, n, *x.shape[1:]).cpu().numpy() for k, x in self.state.items()}
         for name, x in self.snapshot.items():
-            arrays[f"snapshot/{name}"] = x.view(2, n, *x.shape[1:]).cpu().numpy()
+            arrays[f"snapshot/{name}"] = x[None].cpu().numpy()
         for name in ("iteration", "length", "snapshot_iteration"):
             arrays[f"host/{name}"] = getattr(self, name)[None]
         arrays |= {"host/done": self.done[None], "host/drawup": self.drawup[None]}

@@ -38,6 +38,8 @@ def curve(folder):
 
 
 def test_a_signal_to_one_of_two_ranks_stops_both_and_one_rank_goes_on(tmp_path, image_sets, small_recipe):
+    # one task over both ranks: the scale of its imitation is a sum over ranks
+    image_sets = image_sets[:1]
     arrays = {f"{s.name}_images": (s.images.reshape(-1, 8, 8) * 65535).astype(np.uint16) for s in image_sets}
     np.savez(tmp_path / "images.npz", **arrays, **{f"{s.name}_labels": s.labels for s in image_sets})
     (tmp_path / "run.py").write_text(PROGRAM)
@@ -65,7 +67,7 @@ def test_a_signal_to_one_of_two_ranks_stops_both_and_one_rank_goes_on(tmp_path, 
     two, one = ([dict(zip(CURVE, row, strict=True)) for row in run.curve] for run in runs)
     for ours, theirs in zip(two, one, strict=True):
         # ranks add the same float64 numbers in another order; theta rounds the sum to float32
-        for key, tolerance in {"meta_loss": 1e-4, "imitation": 1e-4, "horizon": 1e-12, "lr": 1e-12}.items():
+        for key, tolerance in {"meta_loss": 1e-4, "imitation": 1e-4, "gradient_norm": 1e-3, "horizon": 1e-12}.items():
             assert ours[key] == pytest.approx(theirs[key], rel=tolerance), key
 
 

@@ -56,7 +56,7 @@ def test_identity_counts_the_steps_only_where_the_schedule_does():
         ({"inner_schedule": "linear"}, "inner_schedule='linear', allowed: constant, cosine"),
         ({"expert": "sgd"}, "expert='sgd', allowed: None, muon, adam"),
         ({"outer_steps": 0}, "outer_steps=0: expected at least 1"),
-        ({"length_range": (50, 2000)}, "expected window < low < high"),
+        ({"length_range": (50, 2000)}, "expected 0 < window < low < high"),
         ({"resume_probability": 1.0}, "resume_probability=1.0"),
         ({"particles": 0}, "must be positive"),
     ],

@@ -33,7 +33,12 @@ def scripted(image_sets, small_recipe, random_theta, monkeypatch):
         ages = []
         for outer_step, values in enumerate(losses):
             loss = torch.tensor([*values, *values], dtype=torch.float32)
-            monkeypatch.setattr(step.optimizer, "step", lambda *a, loss=loss, **k: (loss, None))
+
+            def scripted_step(state, *arguments, loss=loss, **options):
+                state["iteration"] += 1
+                return loss, None
+
+            monkeypatch.setattr(step.optimizer, "step", scripted_step)
             step.unroll(theta, outer_step)
             ages.append(step.snapshot_iteration.tolist())
         return ages

@@ -101,6 +101,15 @@ def test_unknown_recipe_and_bad_numbers(tmp_path, capsys):
     assert "--outer-steps 0: must be at least 1" in capsys.readouterr().err
 
 
+def test_a_signal_before_the_first_step_leaves_nothing_in_the_way(command, tmp_path, monkeypatch, capsys):
+    with monkeypatch.context() as patch:
+        patch.setattr(train.Interruption, "__init__", lambda self: setattr(self, "signal", signal.SIGTERM))
+        assert command(tmp_path / "run", "--outer-steps", "2", "--resume", "auto") == 143
+    assert "stopped at outer step 0" in capsys.readouterr().out
+    (tmp_path / "run" / "seconds.json").write_text("{")  # damaged: costs the wall time, not the run
+    assert command(tmp_path / "run", "--outer-steps", "2", "--resume", "auto") == 0
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 def test_a_killed_run_resumes_to_the_bit(data, tmp_path, number):
     (tmp_path / "run.py").write_text(PATCHED)
