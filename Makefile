@@ -20,8 +20,8 @@ setup: $(INSTALLED) ## install into .venv; the other targets do it when it is mi
 train: $(INSTALLED) ## train the nano GPT with Celo2 on the embedded text; resumes an interrupted run (ARGS="...")
 	$(BIN)/python pretrain/train_gpt.py --size nano --opt celo2 --resume auto --log-every 10 $(ARGS)
 
-meta: $(INSTALLED) ## meta-train a theta for 400 outer steps on the embedded images; resumes (ARGS="--recipe celo2")
-	$(BIN)/python -m celo2.meta.train --recipe celo2-short --outer-steps 400 --out-dir runs/meta/demo --resume auto $(ARGS)
+meta: $(INSTALLED) ## meta-train a theta for 400 outer steps on the embedded images; resumes (ARGS="...")
+	$(BIN)/python -m celo2.meta.train --recipe celo2-base-short --outer-steps 400 --out-dir runs/meta/demo --resume auto $(ARGS)
 
 evaluate: $(INSTALLED) ## test the bundled thetas beside tuned baselines, some hours; writes docs/results.md
 	$(BIN)/python -m celo2.meta.evaluate $(ARGS)

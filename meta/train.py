@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import signal
 import sys
 import time
@@ -141,6 +142,9 @@ def train(arguments: argparse.Namespace) -> int:
     if arguments.outer_steps is not None:
         recipe = recipe.with_outer_steps(arguments.outer_steps)
     device = select_device(arguments.device)
+    compilers = [os.environ.get("CXX", "g++"), "clang++"]
+    if device.type == "cpu" and not arguments.no_compile and not any(map(shutil.which, compilers)):
+        raise ValueError("no C++ compiler is here, which torch.compile needs: install g++, or give --no-compile")
     if arguments.threads is not None:
         torch.set_num_threads(arguments.threads)
     # as XLA does on the authors' machines: momenta of dead units decay to denormals, which are slow to compute with

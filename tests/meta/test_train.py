@@ -93,6 +93,13 @@ def test_mistakes_of_the_user(command, tmp_path, capsys, options, message):
     assert message in capsys.readouterr().err
 
 
+def test_no_compiler(data, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
+    assert train.main(["--data", str(data), "--out-dir", str(tmp_path / "run"), "--device", "cpu"]) == 2
+    assert "no C++ compiler is here" in capsys.readouterr().err
+
+
 def test_unknown_recipe_and_bad_numbers(tmp_path, capsys):
     assert train.main(["--recipe", "celo3", "--out-dir", str(tmp_path)]) == 2
     assert "recipe 'celo3': allowed: celo2, celo2-base" in capsys.readouterr().err
