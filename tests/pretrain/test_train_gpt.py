@@ -108,7 +108,7 @@ def test_a_run_prints_and_leaves_what_it_promises(tmp_path, data) -> None:
     for step in range(1, 7):
         assert re.search(pattern.format(step), text), step
     assert re.search(r"step 0/6 \| validation loss 5\.[4-7]\d+ \| [78]\.\d+ bpb", text)
-    assert "sample:\nAlbert" in text and "validation loss: " in text and "momentum@" in text.split("sample:")[1]
+    assert "sample:\nAlbert" in text and "validation loss: " in text and "celo2@" in text.split("sample:")[1]
     # a progress bar is for terminals
     assert done.stderr == ""
     records = read_metrics(out / METRICS)
