@@ -15,9 +15,7 @@ from celo2 import FusedCelo2, Theta, load_weights, param_groups
 from celo2.pretrain.model import GPT
 from celo2.pretrain.recipes import OPTS, Recipe
 from celo2.routing import format_table
-
-# optimizers with a theta; the bundled one of that name is what --weights means when it is not given
-LEARNED = ("celo2", "celo2-base")
+from celo2.theta import VARIANTS
 
 
 class Optimizers:
@@ -30,13 +28,14 @@ class Optimizers:
     def __init__(self, opt: str, recipe: Recipe, model: GPT, weights: str | Theta | None = None) -> None:
         if opt not in OPTS:
             raise ValueError(f"unknown optimizer {opt!r}: choose one of {', '.join(OPTS)}")
-        if weights is not None and opt not in LEARNED:
+        if weights is not None and opt not in VARIANTS:
             raise ValueError(f"--weights {weights} belongs to --opt celo2 or celo2-base; --opt {opt} has no weights")
         self.theta: Theta | None = None
         self._max_grad_norm = recipe.max_grad_norm
         self._parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self.members: list[Optimizer] = []
-        if opt in LEARNED:
+        if opt in VARIANTS:
+            # a bundled theta has the name of its variant
             self.theta = load_weights(weights or opt)
             self.members.append(
                 FusedCelo2(
