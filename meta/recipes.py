@@ -137,6 +137,8 @@ ELO = SHORT | {
     "direction_weight": 0.7,
     "direction_floor": 0.3,
 }
+# theta starts at an expert's direction: a small outer rate refines it before it forgets
+WARM = SHORT | {"outer_steps": 2000, "outer_lr": 3e-4, "outer_warmup": 50}
 RECIPES = {
     recipe.name: recipe
     for recipe in (
@@ -144,6 +146,8 @@ RECIPES = {
         CELO2_BASE,
         replace(CELO2, name="celo2-short", **SHORT),  # type: ignore[arg-type]
         replace(CELO2_BASE, name="celo2-base-short", **SHORT),  # type: ignore[arg-type]
+        replace(CELO2, name="celo2-warm", start="muon", **WARM),  # type: ignore[arg-type]
+        replace(CELO2_BASE, name="celo2-base-warm", start="adam", **WARM),  # type: ignore[arg-type]
         replace(CELO2, name="celo2-elo", expert="muon", **ELO),  # type: ignore[arg-type]
         replace(CELO2_BASE, name="celo2-base-elo", expert="adam", **ELO),  # type: ignore[arg-type]
     )
