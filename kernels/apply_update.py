@@ -1,0 +1,61 @@
+"""Phase 4: p <- p - lr (u + weight_decay p), u = d rsqrt(mean(d^2) + 1e-9), one pass.
+
+Reads p and d, writes p: 12 bytes an element in float32. A bfloat16 parameter is rounded stochastically.
+Source: Celo2 (arXiv 2602.19142), section 4 of the rule.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from celo2.kernels import layout, rounding
+from celo2.kernels.gradient_moments import sum_of
+
+
+@triton.jit
+def apply_update_kernel(
+    table_ptr,
+    tiles_ptr,
+    control_ptr,
+    squares_ptr,  # float32: sums of d^2, where the table says
+    rates_ptr,  # float32 [groups, 2]: learning rate, weight decay
+    p_like,
+    d_like,
+    ALIGNED: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    STEP_ROWS: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr,
+):
+    if not layout.accepted(control_ptr):
+        return
+    tile = tl.program_id(0)
+    matrix = tl.load(tiles_ptr + 3 * tile)
+    row0 = tl.load(tiles_ptr + 3 * tile + 1)
+    column0 = tl.load(tiles_ptr + 3 * tile + 2)
+    rows = layout.entry(table_ptr, matrix, layout.ROWS).to(tl.int32)
+    columns = layout.length_of(table_ptr, matrix, layout.COLS, ALIGNED)
+    column, own = layout.columns_of(column0, columns, BLOCK_COLUMNS, ALIGNED)
+    group = layout.entry(table_ptr, matrix, layout.GROUP)
+    lr = tl.load(rates_ptr + group * layout.RATES)
+    decay = tl.load(rates_ptr + group * layout.RATES + 1)
+    first_square = layout.entry(table_ptr, matrix, layout.SQUARES)
+    square = sum_of(squares_ptr + first_square, layout.entry(table_ptr, matrix, layout.SQUARES_COUNT), 256)
+    scale = tl.rsqrt(square / (rows.to(tl.float32) * columns.to(tl.float32)) + layout.NORM_EPS)
+
+    p_stride = layout.length_of(table_ptr, matrix, layout.P_STRIDE, ALIGNED)
+    d_stride = layout.length_of(table_ptr, matrix, layout.D_STRIDE, ALIGNED)
+    p_ptr = layout.tensor_at(table_ptr, matrix, layout.P, p_like, ALIGNED) + column
+    d_ptr = layout.tensor_at(table_ptr, matrix, layout.D, d_like, ALIGNED) + column
+    seed = rounding.seed_of(table_ptr, matrix)
+    o_column = tl.arange(0, BLOCK_COLUMNS)[None, :]
+    for first in range(row0, tl.minimum(row0 + BLOCK_ROWS, rows), STEP_ROWS):
+        step = tl.arange(0, STEP_ROWS)[:, None]
+        mask = (first + step < rows) & own
+        wide = first.to(tl.int64)
+        o_row = tl.minimum(step, rows - 1 - first)
+        o_p = o_row * p_stride.to(tl.int32) + o_column
+        p = tl.load(p_ptr + wide * p_stride + o_p).to(tl.float32)
+        d = tl.load(d_ptr + wide * d_stride + (o_row * d_stride.to(tl.int32) + o_column)).to(tl.float32)
+        p -= lr * (d * scale + decay * p)
+        rounding.store(p_ptr + wide * p_stride + o_p, p, mask, seed, wide * p_stride + column, o_p, 0)

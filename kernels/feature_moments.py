@@ -1,0 +1,203 @@
+"""Phase 2: the normalisers rsqrt(mean(x^2) + 1e-9) of the columns, and the first layer's row and column contributions.
+
+`feature_moments_kernel` reads g p m_k v, 24 bytes an element in float32, and leaves 18 sums of squares a tile. Squares
+alone are formed, so nothing takes a root: q^2 = 1 / (v + 1e-8), clip(g)^2 = min(g^2, 0.01). `normalisers_kernel` adds
+them up in order, adds the 12 columns that depend on a row or a column to the bias, and commits the factored second
+moments and the step counters; a program has a chunk of a matrix's rows or columns.
+Source: Celo2 (arXiv 2602.19142), sections 2 and 5.1 of the rule.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from celo2.kernels import layout
+from celo2.kernels.gradient_moments import chunk_of
+
+
+@triton.jit
+def sum_in_fours(x):
+    """Sum [rows, columns] over four neighbouring columns: the four that a thread holds, so threads exchange nothing."""
+    return tl.sum(tl.reshape(x, [x.shape[0], x.shape[1] // 4, 4]), axis=2)
+
+
+@triton.jit
+def feature_moments_kernel(
+    table_ptr,
+    tiles_ptr,
+    control_ptr,
+    vectors_ptr,
+    moments_ptr,  # float32 [tiles, 32], written
+    p_like,
+    g_like,
+    state_like,
+    UNITS: tl.constexpr,
+    CLIP: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    STEP_ROWS: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr,
+):
+    if not layout.accepted(control_ptr):
+        return
+    tile = tl.program_id(0)
+    matrix = tl.load(tiles_ptr + 3 * tile)
+    row0 = tl.load(tiles_ptr + 3 * tile + 1)
+    column0 = tl.load(tiles_ptr + 3 * tile + 2)
+    rows = layout.entry(table_ptr, matrix, layout.ROWS).to(tl.int32)
+    columns = layout.length_of(table_ptr, matrix, layout.COLS, ALIGNED)
+    gradient_scale = layout.gradient_scale_of(control_ptr, table_ptr, matrix)
+    column, own = layout.columns_of(column0, columns, BLOCK_COLUMNS, ALIGNED)
+
+    p_stride = layout.length_of(table_ptr, matrix, layout.P_STRIDE, ALIGNED)
+    g_stride = layout.length_of(table_ptr, matrix, layout.G_STRIDE, ALIGNED)
+    state_stride = layout.length_of(table_ptr, matrix, layout.STATE_STRIDE, ALIGNED)
+    p_ptr = layout.tensor_at(table_ptr, matrix, layout.P, p_like, ALIGNED) + column
+    g_ptr = layout.tensor_at(table_ptr, matrix, layout.G, g_like, ALIGNED) + column
+    m0_ptr = layout.tensor_at(table_ptr, matrix, layout.MOMENTUM, state_like, ALIGNED) + column
+    m1_ptr = layout.tensor_at(table_ptr, matrix, layout.MOMENTUM + 1, state_like, ALIGNED) + column
+    m2_ptr = layout.tensor_at(table_ptr, matrix, layout.MOMENTUM + 2, state_like, ALIGNED) + column
+    v_ptr = layout.tensor_at(table_ptr, matrix, layout.V, state_like, ALIGNED) + column
+
+    CHUNK: tl.constexpr = (layout.UNIT + UNITS) * BLOCK_COLUMNS
+    row_chunk = layout.entry(table_ptr, matrix, layout.ROW_CHUNK) + row0 // BLOCK_COLUMNS
+    column_chunk = layout.entry(table_ptr, matrix, layout.COLUMN_CHUNK) + column0 // BLOCK_COLUMNS
+    row_ptr = vectors_ptr + row_chunk * CHUNK + row0 % BLOCK_COLUMNS
+    o_column = tl.arange(0, BLOCK_COLUMNS)[None, :]
+    column_ptr = vectors_ptr + column_chunk * CHUNK + tl.broadcast_to(o_column, [STEP_ROWS, BLOCK_COLUMNS])
+
+    sums = ()
+    for _ in tl.static_range(layout.ELEMENT_COLUMNS):
+        sums = sums + (tl.zeros([STEP_ROWS, BLOCK_COLUMNS // 4], tl.float32),)
+    for first in range(row0, tl.minimum(row0 + BLOCK_ROWS, rows), STEP_ROWS):
+        step = tl.arange(0, STEP_ROWS)[:, None]
+        mask = (first + step < rows) & own
+        wide = first.to(tl.int64)
+        # rows outside are masked, but their vectors are read
+        o_row = tl.minimum(step, rows - 1 - first)
+        o_state = step * state_stride.to(tl.int32) + o_column
+        s = wide * state_stride
+        g = tl.load(g_ptr + wide * g_stride + (step * g_stride.to(tl.int32) + o_column), mask=mask, other=0.0)
+        v = tl.load(v_ptr + s + o_state, mask=mask, other=0.0).to(tl.float32)
+        p = tl.load(p_ptr + wide * p_stride + (step * p_stride.to(tl.int32) + o_column), mask=mask, other=0.0)
+        momenta = (
+            tl.load(m0_ptr + s + o_state, mask=mask, other=0.0).to(tl.float32),
+            tl.load(m1_ptr + s + o_state, mask=mask, other=0.0).to(tl.float32),
+            tl.load(m2_ptr + s + o_state, mask=mask, other=0.0).to(tl.float32),
+        )
+        g = g.to(tl.float32) * gradient_scale
+        if CLIP:
+            g = tl.clamp(g, -layout.GRADIENT_CLIP, layout.GRADIENT_CLIP)
+        g2 = g * g
+        v = layout.SECOND_MOMENT_DECAY * v + (1 - layout.SECOND_MOMENT_DECAY) * g2
+        q = tl.rsqrt(v + layout.RMS_EPS)
+        q2 = tl.where(mask, q * q, 0.0)
+        p = p.to(tl.float32)
+        squares = (g2,)
+        for k in tl.static_range(3):
+            m = momenta[k] + (1 - layout.DECAYS[k]) * (g - momenta[k])
+            squares = squares + (m * m,)
+        columns_2 = squares
+        for k in tl.static_range(4):
+            columns_2 = columns_2 + (squares[k] * q2,)
+        factors = ()
+        for k in tl.static_range(3):
+            plane = (layout.SCALE + k) * BLOCK_COLUMNS
+            scale = tl.load(row_ptr + (first - row0) + o_row + plane) * tl.load(column_ptr + plane)
+            factors = factors + (scale * scale,)
+        for k in tl.static_range(3):
+            columns_2 = columns_2 + (g2 * factors[k],)
+        for k in tl.static_range(3):
+            columns_2 = columns_2 + (squares[1 + k] * factors[k],)
+        clipped = tl.minimum(g2, layout.FEATURE_CLIP * layout.FEATURE_CLIP)
+        columns_2 = columns_2 + (clipped, p * p, v * v, q2)
+        new = ()
+        for c in tl.static_range(layout.ELEMENT_COLUMNS):
+            new = new + (sums[c] + sum_in_fours(columns_2[c]),)
+        sums = new
+    for c in tl.static_range(layout.ELEMENT_COLUMNS):
+        tl.store(moments_ptr + tile.to(tl.int64) * layout.ELEMENT_STRIDE + c, tl.sum(sums[c]))
+
+
+@triton.jit
+def normalisers_kernel(
+    table_ptr,
+    chunks_ptr,
+    control_ptr,
+    chunk_sums_ptr,
+    moments_ptr,
+    first_layer_ptr,  # float32 [13, units]: the columns of R and rsqrt(R), of C and rsqrt(C), and the bias
+    vectors_ptr,  # planes UNIT on are written
+    normalisers_ptr,  # float32 [matrices, 32], written
+    UNITS: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr,
+    PARTS: tl.constexpr,
+):
+    if not layout.accepted(control_ptr):
+        return
+    chunk = tl.program_id(0)
+    matrix, of_columns, length, offset, inside, own = chunk_of(table_ptr, chunks_ptr, chunk, ALIGNED, BLOCK_COLUMNS)
+    rows_are_short = layout.entry(table_ptr, matrix, layout.ROWS_ARE_SHORT) != 0
+    first_chunk = layout.entry(table_ptr, matrix, layout.ROW_CHUNK)
+    count = layout.entry(table_ptr, matrix, layout.ROW_CHUNKS)
+    factor_ptr = layout.entry(table_ptr, matrix, layout.ROW_FACTOR).to(tl.pointer_type(tl.float32))
+    is_first = chunk == first_chunk
+    is_short = rows_are_short
+    if of_columns:
+        first_chunk = layout.entry(table_ptr, matrix, layout.COLUMN_CHUNK)
+        count = layout.entry(table_ptr, matrix, layout.COLUMN_CHUNKS)
+        factor_ptr = layout.entry(table_ptr, matrix, layout.COLUMN_FACTOR).to(tl.pointer_type(tl.float32))
+        is_short = not rows_are_short
+
+    o_sum = tl.arange(0, layout.CHUNK_SUMS)
+    total = tl.zeros([PARTS, layout.CHUNK_SUMS], tl.float32)
+    for part in range(0, count, PARTS):
+        o_part = part + tl.arange(0, PARTS).to(tl.int64)
+        address = (first_chunk + o_part)[:, None] * layout.CHUNK_SUMS + o_sum[None, :]
+        # the last two sums are padding
+        mask = (o_part < count)[:, None] & (o_sum < 6)[None, :]
+        total += tl.load(chunk_sums_ptr + address, mask=mask, other=0.0)
+    normaliser = tl.rsqrt(tl.sum(total, axis=0) / length.to(tl.float32) + layout.NORM_EPS)
+
+    weights_ptr = first_layer_ptr + 6 * UNITS
+    if is_short:
+        weights_ptr = first_layer_ptr
+    planes_ptr = vectors_ptr + chunk.to(tl.int64) * ((layout.UNIT + UNITS) * BLOCK_COLUMNS)
+    planes_ptr += tl.arange(0, BLOCK_COLUMNS)
+    values = ()
+    for k in tl.static_range(3):
+        factor = tl.load(planes_ptr + (layout.FACTOR + k) * BLOCK_COLUMNS)
+        tl.store(factor_ptr + offset * 3 + k, factor, mask=inside & own)
+        values = values + (factor * tl.sum(tl.where(o_sum == k, normaliser, 0.0)),)
+    for k in tl.static_range(3):
+        root = tl.rsqrt(tl.load(planes_ptr + (layout.FACTOR + k) * BLOCK_COLUMNS) + layout.RMS_EPS)
+        values = values + (root * tl.sum(tl.where(o_sum == 3 + k, normaliser, 0.0)),)
+    for unit in tl.static_range(UNITS):
+        # the bias goes with the columns
+        contribution = tl.zeros([BLOCK_COLUMNS], tl.float32)
+        if of_columns:
+            contribution += tl.load(first_layer_ptr + 12 * UNITS + unit)
+        for c in tl.static_range(6):
+            contribution += values[c] * tl.load(weights_ptr + c * UNITS + unit)
+        tl.store(planes_ptr + (layout.UNIT + unit) * BLOCK_COLUMNS, contribution)
+
+    if is_first:
+        tile = layout.entry(table_ptr, matrix, layout.FIRST_TILE)
+        tiles = layout.entry(table_ptr, matrix, layout.TILES)
+        o_moment = tl.arange(0, layout.ELEMENT_STRIDE)
+        moments = tl.zeros([PARTS, layout.ELEMENT_STRIDE], tl.float32)
+        for part in range(0, tiles, PARTS):
+            o_part = part + tl.arange(0, PARTS).to(tl.int64)
+            address = (tile + o_part)[:, None] * layout.ELEMENT_STRIDE + o_moment[None, :]
+            mask = (o_part < tiles)[:, None] & (o_moment < layout.ELEMENT_COLUMNS)[None, :]
+            moments += tl.load(moments_ptr + address, mask=mask, other=0.0)
+        rows = layout.entry(table_ptr, matrix, layout.ROWS).to(tl.float32)
+        size = rows * layout.entry(table_ptr, matrix, layout.COLS).to(tl.float32)
+        normalisers = tl.rsqrt(tl.sum(moments, axis=0) / size + layout.NORM_EPS)
+        tl.store(normalisers_ptr + matrix * layout.ELEMENT_STRIDE + o_moment, normalisers)
+        step = layout.entry(table_ptr, matrix, layout.STEP)
+        if step != 0:
+            step_ptr = step.to(tl.pointer_type(tl.float32))
+            tl.store(step_ptr, tl.load(step_ptr) + 1)

@@ -1,0 +1,213 @@
+"""Phase 1: sums of g^2 over rows and columns, the global norm, and from them the factored second moments.
+
+    R_k <- d_k R_k + (1 - d_k) (mean over the longer axis of g^2 + 1e-30), C_k likewise over the shorter one
+    rf_k = rsqrt(max(R_k / (mean(R_k) + 1e-9), 1e-9))        cf_k = rsqrt(max(C_k, 1e-9))
+
+Three kernels: `gradient_moments_kernel` reads g once (4 bytes an element in float32) and leaves partial sums for each
+tile; `control_kernel`, one program, adds up the norm and decides on clipping and on the step; `factors_kernel` adds up
+the partial sums in order, a chunk of a matrix's rows or columns a program. No atomics, so two runs agree to the bit.
+Source: Celo2 (arXiv 2602.19142), sections 1 and 5.4 of the rule.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from celo2.kernels import layout
+
+
+@triton.jit
+def gradient_moments_kernel(
+    table_ptr,  # int64 [matrices, COLUMNS]
+    tiles_ptr,  # int32 [tiles, 3]
+    unscale_ptr,  # float32: what the gradients are multiplied by before everything
+    sums_ptr,  # float32: partial sums of rows and columns
+    totals_ptr,  # float32 [tiles]: sums of squares
+    clipped_totals_ptr,  # float32 [tiles]: the same of clipped gradients
+    g_like,
+    CLIP: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr,
+):
+    tile = tl.program_id(0)
+    matrix = tl.load(tiles_ptr + 3 * tile)
+    row0 = tl.load(tiles_ptr + 3 * tile + 1)
+    column0 = tl.load(tiles_ptr + 3 * tile + 2)
+    rows = layout.entry(table_ptr, matrix, layout.ROWS).to(tl.int32)
+    columns = layout.length_of(table_ptr, matrix, layout.COLS, ALIGNED)
+    column, own = layout.columns_of(column0, columns, BLOCK_COLUMNS, ALIGNED)
+    stride = layout.length_of(table_ptr, matrix, layout.G_STRIDE, ALIGNED)
+    g_ptr = layout.tensor_at(table_ptr, matrix, layout.G, g_like, ALIGNED)
+
+    o_row = row0 + tl.arange(0, BLOCK_ROWS)
+    o_column = tl.arange(0, BLOCK_COLUMNS)
+    mask = (o_row < rows)[:, None] & own
+    g = tl.load(g_ptr + o_row[:, None].to(tl.int64) * stride + (column + o_column)[None, :], mask=mask, other=0.0)
+    g = g.to(tl.float32) * tl.load(unscale_ptr)
+    square = g * g
+    tl.store(totals_ptr + tile, tl.sum(square))
+    if CLIP:
+        # a NaN may get lost here; the sum above has it
+        g = tl.clamp(g, -layout.GRADIENT_CLIP, layout.GRADIENT_CLIP)
+        square = g * g
+        tl.store(clipped_totals_ptr + tile, tl.sum(square))
+    row_sums_ptr = sums_ptr + layout.entry(table_ptr, matrix, layout.ROW_SUMS)
+    row_sums_ptr += (column0 // BLOCK_COLUMNS).to(tl.int64) * rows
+    tl.store(row_sums_ptr + o_row, tl.sum(square, axis=1), mask=o_row < rows)
+    column_sums_ptr = sums_ptr + layout.entry(table_ptr, matrix, layout.COLUMN_SUMS)
+    column_sums_ptr += (row0 // BLOCK_ROWS).to(tl.int64) * columns + column
+    tl.store((column_sums_ptr + o_column)[None, :], tl.sum(square, axis=0)[None, :], mask=own)
+
+
+@triton.jit
+def control_kernel(
+    totals_ptr,  # float32 [tiles]: sums of squares of the matrices, unscaled
+    tiles,
+    norms_ptr,  # float32 [others]: norms of all other gradients, as they came
+    others,
+    unscale_ptr,  # float32
+    found_inf_ptr,  # float32: not zero when the step must be skipped
+    limits_ptr,  # float32 [groups]: max_grad_norm, infinity for none
+    groups,
+    control_ptr,  # float32 [1 + groups, 2], written
+    grad_norm_ptr,  # float32, written
+    skip_ptr,  # float32, written: 1 when the step is skipped
+    skipped_ptr,  # int64: counts the skipped steps
+    BLOCK: tl.constexpr,
+):
+    # float64, so that the order of the matrices does not show in a float32
+    offset = tl.arange(0, BLOCK)
+    square = tl.zeros([BLOCK], tl.float64)
+    for first in range(0, tiles, BLOCK):
+        square += tl.load(totals_ptr + first + offset, mask=first + offset < tiles, other=0.0).to(tl.float64)
+    unscale = tl.load(unscale_ptr)
+    for first in range(0, others, BLOCK):
+        norm = tl.load(norms_ptr + first + offset, mask=first + offset < others, other=0.0) * unscale
+        square += norm.to(tl.float64) * norm.to(tl.float64)
+    norm = tl.sqrt(tl.sum(square)).to(tl.float32)
+    # false for a NaN as well
+    accepted = (norm < float("inf")) & (tl.load(found_inf_ptr) == 0)
+    tl.store(control_ptr, tl.where(accepted, 1.0, 0.0))
+    tl.store(control_ptr + 1, norm)
+    tl.store(grad_norm_ptr, norm)
+    tl.store(skip_ptr, tl.where(accepted, 0.0, 1.0))
+    tl.store(skipped_ptr, tl.load(skipped_ptr) + tl.where(accepted, 0, 1))
+    for group in range(groups):
+        clip = tl.minimum(tl.load(limits_ptr + group) / (norm + 1e-6), 1.0)
+        tl.store(control_ptr + (1 + group) * layout.CONTROL, unscale * clip)
+        tl.store(control_ptr + (1 + group) * layout.CONTROL + 1, clip * clip)
+
+
+@triton.jit
+def sum_of(pointer, count, BLOCK: tl.constexpr):
+    """Return the sum of `count` float32 in order of blocks."""
+    total = tl.zeros([BLOCK], tl.float32)
+    offset = tl.arange(0, BLOCK)
+    for first in range(0, count, BLOCK):
+        total += tl.load(pointer + first + offset, mask=first + offset < count, other=0.0)
+    return tl.sum(total)
+
+
+@triton.jit
+def mean_of_factor(factor_ptr, length, k, BLOCK: tl.constexpr):
+    """Return the mean over a factor's column k, [length, 3]."""
+    total = tl.zeros([BLOCK], tl.float32)
+    offset = tl.arange(0, BLOCK)
+    for first in range(0, length, BLOCK):
+        total += tl.load(factor_ptr + (first + offset) * 3 + k, mask=first + offset < length, other=0.0)
+    return tl.sum(total) / length.to(tl.float32)
+
+
+@triton.jit
+def chunk_of(table_ptr, chunks_ptr, chunk, ALIGNED: tl.constexpr, BLOCK_COLUMNS: tl.constexpr):
+    """Return a chunk's matrix, whether it holds columns, its first entry, and which entries are inside and its own.
+
+    A chunk of columns has the columns of a tile, the moved ones of a last tile included.
+    """
+    matrix = tl.load(chunks_ptr + 3 * chunk)
+    of_columns = tl.load(chunks_ptr + 3 * chunk + 1) != 0
+    start = tl.load(chunks_ptr + 3 * chunk + 2).to(tl.int64)
+    length = layout.entry(table_ptr, matrix, layout.ROWS)
+    if of_columns:
+        length = layout.entry(table_ptr, matrix, layout.COLS)
+    first = start
+    if ALIGNED:
+        if of_columns:
+            first = tl.minimum(start, length - BLOCK_COLUMNS)
+    offset = first + tl.arange(0, BLOCK_COLUMNS)
+    return matrix, of_columns, length, offset, offset < length, offset >= start
+
+
+@triton.jit
+def factors_kernel(
+    table_ptr,
+    chunks_ptr,  # int32 [chunks, 3]: matrix, 0 for rows and 1 for columns, first entry
+    control_ptr,
+    sums_ptr,
+    totals_ptr,  # float32 [tiles] of the gradients that the sums are of
+    vectors_ptr,  # float32 [chunks, UNIT + units, BLOCK_COLUMNS], planes FACTOR and SCALE written
+    chunk_sums_ptr,  # float32 [chunks, CHUNK_SUMS], written
+    UNITS: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr,
+    PARTS: tl.constexpr,  # partial sums read at once
+):
+    if not layout.accepted(control_ptr):
+        return
+    chunk = tl.program_id(0)
+    matrix, of_columns, length, offset, inside, own = chunk_of(table_ptr, chunks_ptr, chunk, ALIGNED, BLOCK_COLUMNS)
+    rows = layout.entry(table_ptr, matrix, layout.ROWS)
+    columns = layout.entry(table_ptr, matrix, layout.COLS)
+    factor_ptr = layout.entry(table_ptr, matrix, layout.ROW_FACTOR).to(tl.pointer_type(tl.float32))
+    column_factor_ptr = layout.entry(table_ptr, matrix, layout.COLUMN_FACTOR).to(tl.pointer_type(tl.float32))
+    rows_are_short = layout.entry(table_ptr, matrix, layout.ROWS_ARE_SHORT) != 0
+    short_ptr = column_factor_ptr
+    short_length = columns
+    if rows_are_short:
+        short_ptr = factor_ptr
+        short_length = rows
+    parts_ptr = sums_ptr + layout.entry(table_ptr, matrix, layout.ROW_SUMS)
+    parts = tl.cdiv(columns, BLOCK_COLUMNS)
+    other_length = columns
+    is_short = rows_are_short
+    if of_columns:
+        factor_ptr = column_factor_ptr
+        parts_ptr = sums_ptr + layout.entry(table_ptr, matrix, layout.COLUMN_SUMS)
+        parts = tl.cdiv(rows, BLOCK_ROWS)
+        other_length = rows
+        is_short = not rows_are_short
+
+    total = tl.zeros([PARTS, BLOCK_COLUMNS], tl.float32)
+    for part in range(0, parts, PARTS):
+        o_part = part + tl.arange(0, PARTS).to(tl.int64)
+        mask = (o_part < parts)[:, None] & inside[None, :]
+        total += tl.load(parts_ptr + o_part[:, None] * length + offset[None, :], mask=mask, other=0.0)
+    square_scale = tl.load(control_ptr + (1 + layout.entry(table_ptr, matrix, layout.GROUP)) * layout.CONTROL + 1)
+    mean = tl.sum(total, axis=0) / other_length.to(tl.float32) * square_scale + layout.SQUARE_EPS
+
+    # the mean of the factors is the moving average of the matrix's mean g^2: no sum over the new ones is needed
+    tile = layout.entry(table_ptr, matrix, layout.FIRST_TILE)
+    tiles = layout.entry(table_ptr, matrix, layout.TILES)
+    size = rows.to(tl.float32) * columns.to(tl.float32)
+    matrix_mean = sum_of(totals_ptr + tile, tiles, 256) / size * square_scale + layout.SQUARE_EPS
+
+    planes_ptr = vectors_ptr + chunk.to(tl.int64) * ((layout.UNIT + UNITS) * BLOCK_COLUMNS)
+    planes_ptr += tl.arange(0, BLOCK_COLUMNS)
+    for k in tl.static_range(3):
+        old = tl.load(factor_ptr + offset * 3 + k, mask=inside, other=0.0)
+        factor = layout.DECAYS[k] * old + (1 - layout.DECAYS[k]) * mean
+        scale = factor
+        if is_short:
+            old_mean = mean_of_factor(short_ptr, short_length, k, 256)
+            factor_mean = layout.DECAYS[k] * old_mean + (1 - layout.DECAYS[k]) * matrix_mean
+            scale = factor / (factor_mean + layout.FACTOR_EPS)
+        scale = tl.rsqrt(tl.maximum(scale, layout.FACTOR_EPS))
+        tl.store(planes_ptr + (layout.FACTOR + k) * BLOCK_COLUMNS, factor)
+        tl.store(planes_ptr + (layout.SCALE + k) * BLOCK_COLUMNS, scale)
+        mine = inside & own
+        tl.store(chunk_sums_ptr + chunk * layout.CHUNK_SUMS + k, tl.sum(tl.where(mine, factor * factor, 0.0)))
+        inverse = tl.where(mine, 1.0 / (factor + layout.RMS_EPS), 0.0)
+        tl.store(chunk_sums_ptr + chunk * layout.CHUNK_SUMS + 3 + k, tl.sum(inverse))

@@ -1,0 +1,123 @@
+"""What the kernels agree on: the table of matrices, the planes of scratch memory, and how a tile is addressed.
+
+A launch steps any number of matrices. `table` is int64 [matrices, COLUMNS] on the device: a row per matrix with the
+addresses of its tensors, its shape, its strides and where its vectors and partial sums lie in the scratch memory.
+`tiles` is int32 [tiles, 3]: matrix, first row, first column. A program takes one tile.
+
+Every matrix is seen with contiguous columns (a transposed one is entered transposed, `ROWS_ARE_SHORT` keeps the rule's
+choice of axis). With ALIGNED, all addresses are multiples of 16 bytes and all lengths and strides along columns
+multiples of 16 elements, so that accesses are 16 bytes wide; without, any shape goes, element by element.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+# columns of the table
+P = tl.constexpr(0)
+G = tl.constexpr(1)
+MOMENTUM = tl.constexpr(2)  # three columns
+V = tl.constexpr(5)
+D = tl.constexpr(6)
+ROWS = tl.constexpr(7)
+COLS = tl.constexpr(8)
+P_STRIDE = tl.constexpr(9)
+G_STRIDE = tl.constexpr(10)
+STATE_STRIDE = tl.constexpr(11)
+D_STRIDE = tl.constexpr(12)
+ROW_FACTOR = tl.constexpr(13)  # address of [rows, 3], contiguous
+COLUMN_FACTOR = tl.constexpr(14)  # address of [columns, 3], contiguous
+ROW_SUMS = tl.constexpr(17)  # first partial sum of the rows: [tiles along a row, rows]
+COLUMN_SUMS = tl.constexpr(18)  # [tiles along a column, columns]
+FIRST_TILE = tl.constexpr(19)
+TILES = tl.constexpr(20)
+ROW_CHUNK = tl.constexpr(21)  # first chunk of the rows, and how many
+ROW_CHUNKS = tl.constexpr(22)
+COLUMN_CHUNK = tl.constexpr(23)
+COLUMN_CHUNKS = tl.constexpr(24)
+ROWS_ARE_SHORT = tl.constexpr(25)
+GROUP = tl.constexpr(26)
+STEP = tl.constexpr(27)  # address of the parameter's step counter, float32; 0 for all but its first matrix
+SEED = tl.constexpr(28)  # where its random stream begins
+RATE_STEP = tl.constexpr(29)  # address of the step counter, for every matrix of the parameter
+SQUARES = tl.constexpr(30)  # first partial sum of squares of the direction, and how many
+SQUARES_COUNT = tl.constexpr(31)
+COLUMNS = tl.constexpr(32)
+
+# `vectors`, float32 [chunks, PLANES + units, chunk]: new factors, their scales rf or cf, first-layer contributions
+FACTOR = tl.constexpr(0)
+SCALE = tl.constexpr(3)
+UNIT = tl.constexpr(6)
+
+# sums of a chunk of vectors: 3 of F^2, 3 of 1 / (F + eps), padded
+CHUNK_SUMS = tl.constexpr(8)
+# the 18 per-element columns, padded
+ELEMENT_COLUMNS = tl.constexpr(18)
+ELEMENT_STRIDE = tl.constexpr(32)
+
+# `control`, float32 [1 + groups, 2]: 1 when the step is accepted, and the gradient norm; then for each group what its
+# gradients are multiplied by, and what their squares of phase 1 still lack
+CONTROL = tl.constexpr(2)
+# `rates`, float32 [groups, 2]: learning rate and weight decay
+RATES = tl.constexpr(2)
+
+# constants of the rule
+GRADIENT_CLIP = tl.constexpr(1000.0)
+FEATURE_CLIP = tl.constexpr(0.1)
+DECAYS = tl.constexpr((0.9, 0.99, 0.999))
+SECOND_MOMENT_DECAY = tl.constexpr(0.95)
+SQUARE_EPS = tl.constexpr(1e-30)
+FACTOR_EPS = tl.constexpr(1e-9)
+RMS_EPS = tl.constexpr(1e-8)
+NORM_EPS = tl.constexpr(1e-9)
+
+
+@triton.jit
+def entry(table_ptr, matrix, COLUMN: tl.constexpr):
+    """Load one entry of the table, int64."""
+    return tl.load(table_ptr + matrix.to(tl.int64) * COLUMNS + COLUMN)
+
+
+@triton.jit
+def tensor_at(table_ptr, matrix, COLUMN: tl.constexpr, like, ALIGNED: tl.constexpr):
+    """Load an address of the table as a pointer to the element type of the pointer `like`."""
+    pointer = entry(table_ptr, matrix, COLUMN).to(like.dtype)
+    return tl.multiple_of(pointer, 16) if ALIGNED else pointer
+
+
+@triton.jit
+def length_of(table_ptr, matrix, COLUMN: tl.constexpr, ALIGNED: tl.constexpr):
+    """Load a length or stride along columns, int64."""
+    # the hint sticks to an operation, not to the result of a call
+    length = tl.load(table_ptr + matrix.to(tl.int64) * COLUMNS + COLUMN)
+    return tl.multiple_of(length, 16) if ALIGNED else length
+
+
+@triton.jit
+def accepted(control_ptr):
+    """Return whether this step is taken; a kernel that writes state or parameters ends at once when it is not."""
+    return tl.load(control_ptr) != 0
+
+
+@triton.jit
+def gradient_scale_of(control_ptr, table_ptr, matrix):
+    """Return what the gradient of a matrix is multiplied by: loss unscaling times global-norm clipping."""
+    return tl.load(control_ptr + (1 + entry(table_ptr, matrix, GROUP)) * CONTROL)
+
+
+@triton.jit
+def columns_of(column0, columns, BLOCK: tl.constexpr, ALIGNED: tl.constexpr):
+    """Return the first column of a tile (int64), and which of its columns [1, BLOCK] are inside and its own.
+
+    When ALIGNED (at least BLOCK columns), a last tile that sticks out moves back over its neighbour, so loads need no
+    mask; stores and sums leave the neighbour's columns out.
+    """
+    column0 = tl.multiple_of(column0.to(tl.int64), 16)
+    if ALIGNED:
+        first = tl.multiple_of(tl.minimum(column0, columns - BLOCK), 16)
+        own = (first + tl.arange(0, BLOCK) >= column0)[None, :]
+    else:
+        first = column0
+        own = (first + tl.arange(0, BLOCK) < columns)[None, :]
+    return first, own

@@ -1,0 +1,48 @@
+"""Stores that round without bias: bfloat16 by 16 random bits an element, replayable from seed, step and element.
+
+A bfloat16 is the upper half of a float32: random bits added to the lower half, which is then cut off, round to the
+next value above with the probability that keeps the expectation. A momentum of 0.999 needs it: its increments are
+smaller than half a bfloat16's last bit, and round to nothing.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from celo2.kernels import layout
+
+
+@triton.jit
+def mix(x):
+    """Mix the bits of a uint32 (the finaliser of murmur3, Austin Appleby, public domain)."""
+    x = (x ^ (x >> 16)) * 0x85EBCA6B
+    x = (x ^ (x >> 13)) * 0xC2B2AE35
+    return x ^ (x >> 16)
+
+
+@triton.jit
+def seed_of(table_ptr, matrix):
+    """Return the seed, uint32, of a matrix at the present step of its parameter."""
+    step = tl.load(layout.entry(table_ptr, matrix, layout.RATE_STEP).to(tl.pointer_type(tl.float32)))
+    seed = layout.entry(table_ptr, matrix, layout.SEED).to(tl.uint32)
+    return mix(seed ^ mix(step.to(tl.uint32) + 0x9E3779B9))
+
+
+@triton.jit
+def store(pointer, value, mask, seed, base, offset, STREAM: tl.constexpr):
+    """Store float32 `value` as what `pointer` points to: a bfloat16 stochastically, all else to nearest.
+
+    The bits come from `seed`, the element's number `base` (int64) + `offset` (int32) in the matrix, and STREAM, one for
+    each tensor written in a step.
+    """
+    if pointer.dtype.element_ty == tl.bfloat16:
+        key = mix(seed ^ mix((base >> 32).to(tl.uint32) * 4 + STREAM))
+        noise = mix((base.to(tl.uint32) + offset.to(tl.uint32)) ^ key)
+        bits = value.to(tl.uint32, bitcast=True)
+        rounded = ((bits + (noise & 0xFFFF)) & 0xFFFF0000).to(tl.float32, bitcast=True)
+        # an infinity or a NaN keeps its bits
+        rounded = tl.where((bits & 0x7F800000) == 0x7F800000, value, rounded)
+        tl.store(pointer, rounded.to(tl.bfloat16), mask=mask)
+    else:
+        tl.store(pointer, value.to(pointer.dtype.element_ty), mask=mask)
