@@ -6,38 +6,60 @@ is copied into that form, and low-precision parameters are widened, a bounded nu
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
-from celo2.stochastic_rounding import round_stochastically_
+from celo2.stochastic_rounding import round_stochastically_, rounding_seed
 
 # elements of parameters that may be copied at once
 COPY_LIMIT = 1 << 22
 
 
 class AdamWJob(NamedTuple):
-    """One parameter, its gradient (any float dtype and strides), its state, and the seed of its rounding."""
+    """One parameter, its gradient (any float dtype and strides), its state, and its number in the optimizer."""
 
     parameter: Tensor
     gradient: Tensor
     state: dict[str, Tensor]
-    seed: int
+    position: int
 
 
-def step_adamw(jobs: list[AdamWJob], group: dict[str, Any], scale: float) -> None:
-    """Step the parameters of one group; gradients are multiplied by `scale` first and left as they were."""
-    plain = [job for job in jobs if scale == 1.0 and _fits(job)]
-    _step(plain, [job.parameter for job in plain], [job.gradient for job in plain], group)
-    for chunk in _chunks([job for job in jobs if scale != 1.0 or not _fits(job)]):
+# writes a wide value into the parameter of a job; the job's step counter has advanced
+Round = Callable[[AdamWJob, Tensor], None]
+
+
+def round_on_host(job: AdamWJob, wide: Tensor) -> None:
+    """Round by a generator seeded on the host, which waits for the device."""
+    seed = rounding_seed(job.position, int(job.state["step"])) if job.parameter.dtype == torch.bfloat16 else 0
+    round_stochastically_(job.parameter, wide, seed)
+
+
+def step_adamw(
+    jobs: list[AdamWJob],
+    group: dict[str, Any],
+    scale: float | Tensor = 1.0,
+    *,
+    found_inf: Tensor | None = None,
+    rounding: Round = round_on_host,
+) -> None:
+    """Step the parameters of one group; gradients are multiplied by `scale` first and left as they were.
+
+    On a device `scale` may be a 0-d tensor, and `found_inf`, float32 [1], skips the step when it is not 0.
+    """
+    as_they_are = not isinstance(scale, Tensor) and scale == 1.0
+    plain = [job for job in jobs if as_they_are and _fits(job)]
+    _step(plain, [job.parameter for job in plain], [job.gradient for job in plain], group, found_inf)
+    for chunk in _chunks([job for job in jobs if not (as_they_are and _fits(job))]):
         wide = [job.parameter if _is_wide(job) else _like(job.state["exp_avg"]).copy_(job.parameter) for job in chunk]
         gradients = [_like(job.state["exp_avg"]).copy_(job.gradient).mul_(scale) for job in chunk]
-        _step(chunk, wide, gradients, group)
+        _step(chunk, wide, gradients, group, found_inf)
         for job, target in zip(chunk, wide, strict=True):
             if target is not job.parameter:
-                round_stochastically_(job.parameter, target, job.seed)
+                rounding(job, target)
 
 
 def _like(tensor: Tensor) -> Tensor:
@@ -67,9 +89,16 @@ def _chunks(jobs: list[AdamWJob]) -> Iterator[list[AdamWJob]]:
         yield chunk
 
 
-def _step(jobs: list[AdamWJob], parameters: list[Tensor], gradients: list[Tensor], group: dict[str, Any]) -> None:
+def _step(
+    jobs: list[AdamWJob],
+    parameters: list[Tensor],
+    gradients: list[Tensor],
+    group: dict[str, Any],
+    found_inf: Tensor | None,
+) -> None:
     if not jobs:
         return
+    lr = group["lr"]
     beta1, beta2 = group["adam_betas"]
     decay = group["weight_decay"] if group["adam_weight_decay"] is None else group["adam_weight_decay"]
     adamw(
@@ -83,8 +112,10 @@ def _step(jobs: list[AdamWJob], parameters: list[Tensor], gradients: list[Tensor
         amsgrad=False,
         beta1=beta1,
         beta2=beta2,
-        lr=float(group["lr"]) * group["adam_lr_mult"],
+        # a rate on a device stays there
+        lr=(lr if isinstance(lr, Tensor) and lr.device.type != "cpu" else float(lr)) * group["adam_lr_mult"],
         weight_decay=decay,
         eps=group["adam_eps"],
         maximize=False,
+        found_inf=found_inf,
     )

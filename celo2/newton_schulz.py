@@ -39,18 +39,20 @@ def newton_schulz(direction: Tensor, steps: int = 5) -> Tensor:
     """
     shape = direction.shape
     x = direction.reshape(-1, *shape[-2:])
+    # row by row: a norm over all elements at once is one long float32 sum, which loses digits
+    norm = torch.linalg.vector_norm(torch.linalg.vector_norm(x, dim=-1, keepdim=True), dim=-2, keepdim=True)
+    return iterate(x / (norm + EPS), steps).reshape(shape)
+
+
+def iterate(x: Tensor, steps: int) -> Tensor:
+    """Return `x` [B, m, n], of a norm of at most 1 each, after the iterations; a tall matrix is taken transposed."""
     tall = x.shape[-2] > x.shape[-1]
     if tall:
         x = x.mT
-    # row by row: a norm over all elements at once is one long float32 sum, which loses digits
-    norm = torch.linalg.vector_norm(torch.linalg.vector_norm(x, dim=-1, keepdim=True), dim=-2, keepdim=True)
-    x = x / (norm + EPS)
     a, b, c = COEFFICIENTS
     nothing = x.new_zeros(1, 1, 1)
     for _ in range(steps):
         gram = _symmetric_baddbmm(nothing, x, x.mT, beta=0, alpha=1)
         polynomial = _symmetric_baddbmm(gram, gram, gram, beta=b, alpha=c)
         x = torch.baddbmm(x, polynomial, x, beta=a)
-    if tall:
-        x = x.mT
-    return x.reshape(shape)
+    return x.mT if tall else x

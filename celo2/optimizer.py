@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import difflib
+import importlib.util
 import math
 import os
 import warnings
 from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple, overload
+from typing import TYPE_CHECKING, Any, NamedTuple, overload
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from celo2 import reference
-from celo2.adamw import AdamWJob, step_adamw
+from celo2.adamw import AdamWJob, round_on_host, step_adamw
 from celo2.groups import (
     check_gradient,
     check_options,
@@ -25,6 +26,7 @@ from celo2.groups import (
     named_parameters,
 )
 from celo2.matrices import MatrixView
+from celo2.norms import global_norm
 from celo2.phases import (
     FoldedTheta,
     GradientMoments,
@@ -40,8 +42,14 @@ from celo2.state import MOMENTUM_KEYS, check_saved_state, copy_saved_state, crea
 from celo2.stochastic_rounding import round_stochastically_, rounding_seed
 from celo2.theta import Theta, load_weights
 
+if TYPE_CHECKING:
+    from celo2.kernel_step import KernelStep
+
 # set by learning-rate schedulers and by torch.optim itself
 _FOREIGN_KEYS = frozenset({"params", "param_names", "initial_lr", "max_lr", "min_lr", "swa_lr"})
+
+
+BACKENDS = ("auto", "triton", "torch")
 
 
 class _MatrixJob(NamedTuple):
@@ -77,12 +85,18 @@ class FusedCelo2(Optimizer):
         adam_weight_decay: decay of the AdamW side, None for `weight_decay`.
         max_grad_norm: scale a group's gradients when the norm over all parameters of the optimizer exceeds this.
         ns_steps: Newton-Schulz iterations.
+        backend: `"triton"` steps the learned rule by the kernels of `celo2.kernels`, `"torch"` by `celo2.phases`;
+            `"auto"` takes the kernels for parameters on a GPU where Triton is installed. On a CPU `"triton"` needs
+            `TRITON_INTERPRET=1` in the environment, for tests.
 
     Parameters are float32, float64, bfloat16 (written with stochastic rounding) or float16; the accumulators are
     float32 (float64 for float64). A step with a non-finite gradient leaves parameters and state untouched and is
-    counted in `skipped_steps`. `grad_norm` is the global gradient norm of the last step, before clipping. Both are read
-    on the host; on a CPU that costs nothing. Learning-rate schedulers that cycle a momentum as well (`OneCycleLR`,
-    `CyclicLR`) need `cycle_momentum=False`: the rule's momenta are part of what was learned.
+    counted in `skipped_steps`. `grad_norm` is the global gradient norm of the last step, before clipping. The kernels
+    keep both on the device, and reading them waits for it; no step does. They count a norm that overflows float32 as
+    not finite. A parameter that they cannot take (float64, contiguous along no axis, `max_grad_norm` above 1000) goes
+    through PyTorch, which does wait; `table()` names it. Learning-rate schedulers that cycle a
+    momentum as well (`OneCycleLR`, `CyclicLR`) need `cycle_momentum=False`: the rule's momenta are part of what was
+    learned.
 
     Raises ValueError or TypeError for options out of range, unknown rules, duplicate, sparse, complex, integer or
     sharded parameters or gradients.
@@ -105,7 +119,13 @@ class FusedCelo2(Optimizer):
         adam_weight_decay: float | None = None,
         max_grad_norm: float | None = None,
         ns_steps: int = 5,
+        backend: str = "auto",
     ) -> None:
+        if backend not in BACKENDS:
+            raise ValueError(f"backend={backend!r}, allowed: {', '.join(BACKENDS)}")
+        self.backend = backend
+        if backend == "triton" and not _triton_is_installed():
+            raise ValueError("backend='triton' needs Triton: pip install 'celo2[triton]', or use backend='auto'")
         theta = load_weights(weights)
         self._thetas: dict[str, Theta] = {theta.label.rpartition("@")[2]: theta}
         self._reset_caches()
@@ -135,11 +155,22 @@ class FusedCelo2(Optimizer):
         self._workspaces: dict[tuple[torch.dtype, torch.device], Workspace] = {}
         self._positions: dict[Tensor, int] = {}
         self._loading: dict[str, Any] | None = None
+        self._kernels: _KernelPlan | None = None
 
     @property
     def skipped_steps(self) -> int:
         """Number of steps skipped for a non-finite gradient; part of the state dict."""
+        self._count_skipped()
         return max(int(group["skipped_steps"]) for group in self.param_groups)
+
+    def _count_skipped(self) -> None:
+        """Add what the kernels have counted on the device to the groups."""
+        kernels = self._kernels
+        if kernels is not None and kernels.step is not None:
+            skipped = int(kernels.step.skipped) - kernels.counted
+            kernels.counted += skipped
+            for group in self.param_groups:
+                group["skipped_steps"] += skipped
 
     # groups and state
 
@@ -204,7 +235,13 @@ class FusedCelo2(Optimizer):
         if view != MatrixView() and all("exp_avg" in state for state in states.values()):
             warnings.warn(f"the matrix view of {name} is not used: AdamW steps it whole", stacklevel=3)
         self.state.update(states)
-        self._positions = {}
+        self._count_skipped()
+        self._positions, self._kernels = {}, None
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state and the groups' options, as `torch.optim.Optimizer` does."""
+        self._count_skipped()
+        return super().state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state dict of `state_dict()`; state keeps its own dtype (float32 for a bfloat16 parameter).
@@ -249,7 +286,8 @@ class FusedCelo2(Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what pickling and copying keep: groups, state, defaults and the thetas, not the scratch memory."""
-        return {**super().__getstate__(), "_thetas": self._thetas}
+        self._count_skipped()
+        return {**super().__getstate__(), "_thetas": self._thetas, "backend": self.backend}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         loading = self.__dict__.get("_loading")
@@ -278,6 +316,9 @@ class FusedCelo2(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        if self._take_kernels():
+            self._step_with_kernels()
+            return loss
         # all that can be refused is refused here, and every statistic is known, before anything is written
         learned, vectors, adam = self._collect()
         gradients = [job.matrices.g for job in learned]
@@ -286,7 +327,7 @@ class FusedCelo2(Optimizer):
         if not gradients:
             return loss
         moments = [gradient_moments(job.matrices.g, self._workspace(job.parameter)) for job in learned]
-        norm = _norm([moment.total for moment in moments], gradients)
+        norm = global_norm([moment.total for moment in moments], gradients)
 
         grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         inverse_scale = 1.0 if grad_scale is None else 1.0 / float(grad_scale)
@@ -326,7 +367,7 @@ class FusedCelo2(Optimizer):
                 try:
                     follow_parameter(state, parameter, rule, view)
                     if rule == "adamw":
-                        adam[index].append(AdamWJob(parameter, gradient, state, self._rounding_seed(parameter)))
+                        adam[index].append(AdamWJob(parameter, gradient, state, self._position(parameter)))
                     elif parameter.ndim < 2:
                         vectors.append(_VectorJob(index, parameter, gradient, state, theta))
                     else:
@@ -388,14 +429,120 @@ class FusedCelo2(Optimizer):
         wide = wide - float(group["lr"]) * (update + group["weight_decay"] * wide)
         round_stochastically_(parameter, wide.view(parameter.shape), self._rounding_seed(parameter))
 
+    def _position(self, parameter: Tensor) -> int:
+        if not self._positions:
+            everything = [parameter for group in self.param_groups for parameter in group["params"]]
+            self._positions = {parameter: position for position, parameter in enumerate(everything)}
+        return self._positions[parameter]
+
     def _rounding_seed(self, parameter: Tensor) -> int:
         """Seed of a parameter's stochastic rounding: its position and its step, so that a resumed run replays it."""
         if parameter.dtype != torch.bfloat16:
             return 0
-        if not self._positions:
-            everything = [parameter for group in self.param_groups for parameter in group["params"]]
-            self._positions = {parameter: position for position, parameter in enumerate(everything)}
-        return rounding_seed(self._positions[parameter], int(self.state[parameter]["step"]))
+        return rounding_seed(self._position(parameter), int(self.state[parameter]["step"]))
+
+    # the step through the kernels
+
+    def _take_kernels(self) -> bool:
+        """Whether this step goes through the kernels, and for which parameters: planned again when anything moved."""
+        if self.backend == "torch":
+            return False
+        signature = self._signature()
+        if self._kernels is None or self._kernels.signature != signature:
+            self._count_skipped()
+            self._kernels = self._plan_kernels(signature)
+        return self._kernels.step is not None
+
+    def _signature(self) -> list[object]:
+        """What the plan of the kernels depends on; gradients may move without another plan."""
+        parts: list[object] = []
+        for group in self.param_groups:
+            parts += [group["weights"], group["orthogonalize"], group["ns_steps"], group["max_grad_norm"]]
+            for parameter in group["params"]:
+                gradient = parameter.grad
+                if gradient is None or gradient.layout != torch.strided:
+                    parts.append(gradient)
+                else:
+                    parts.append((parameter.data_ptr(), gradient.dtype, gradient.stride()))
+        return parts
+
+    def _plan_kernels(self, signature: list[object]) -> _KernelPlan:
+        plan = _KernelPlan(signature)
+        learned, vectors, adam = self._collect()
+        jobs = [*learned, *vectors]
+        devices = {job.parameter.device for job in jobs}
+        if self.backend == "auto" and (
+            len(devices) != 1 or next(iter(devices)).type != "cuda" or not _triton_is_installed()
+        ):
+            return plan
+        from celo2 import kernel_step
+
+        if len(devices) > 1:
+            raise ValueError(f"backend='triton': parameters on several devices ({devices}); use backend='auto'")
+        if any(device.type != "cuda" for device in devices) and not kernel_step.interpreted():
+            raise ValueError(
+                f"backend='triton' with parameters on {next(iter(devices))}: the kernels run on GPUs; set "
+                "TRITON_INTERPRET=1 before Python starts to interpret them, or use backend='auto'"
+            )
+        taken = []
+        for job in jobs:
+            group = self.param_groups[job.group]
+            kernel_job = kernel_step.LearnedJob(
+                job.group,
+                job.parameter,
+                job.state,
+                group_view(group),
+                self._position(job.parameter),
+                job.theta,
+                group["orthogonalize"],
+                group["ns_steps"],
+                group["max_grad_norm"],
+            )
+            reason = kernel_step.refusal(kernel_job)
+            if reason is None:
+                taken.append(kernel_job)
+            else:
+                plan.refused[job.parameter] = reason
+        plan.adam = [[job.parameter for job in group] for group in adam]
+        if taken:
+            plan.step = kernel_step.KernelStep(taken, len(self.param_groups))
+            plan.rounding = kernel_step.round_on_device
+        return plan
+
+    def _step_with_kernels(self) -> None:
+        plan = self._kernels
+        assert plan is not None and plan.step is not None
+        rest: list[_MatrixJob] = []
+        rest_vectors: list[_VectorJob] = []
+        if plan.refused:
+            learned, vectors, _ = self._collect()
+            rest = [job for job in learned if job.parameter in plan.refused]
+            rest_vectors = [job for job in vectors if job.parameter in plan.refused]
+        adam = [
+            [
+                AdamWJob(parameter, parameter.grad, self.state[parameter], self._position(parameter))
+                for parameter in parameters
+                if parameter.grad is not None
+            ]
+            for parameters in plan.adam
+        ]
+        others = [job.gradient for jobs in adam for job in jobs] + [parameter.grad for parameter in plan.refused]
+        grad_scale = getattr(self, "grad_scale", None)
+        plan.step.run(self.param_groups, others, grad_scale, getattr(self, "found_inf", None))
+        self.grad_norm = plan.step.grad_norm
+        for index, jobs in enumerate(adam):
+            group = self.param_groups[index]
+            # a factor that is known to be 1 saves the scaled copies
+            scaled = grad_scale is not None or group["max_grad_norm"] is not None
+            scale = plan.step.control[1 + index, 0] if scaled else 1.0
+            step_adamw(jobs, group, scale, found_inf=plan.step.skip, rounding=plan.rounding)
+        if (rest or rest_vectors) and not float(plan.step.skip):
+            scales = plan.step.control[1:, 0].tolist()
+            for job in rest:
+                moments = gradient_moments(job.matrices.g, self._workspace(job.parameter))
+                self._step_matrices(job, moments, scales[job.group])
+            for vector in rest_vectors:
+                self._step_vector(vector, scales[vector.group])
 
     def table(self, *, collapse: bool = False) -> str:
         """Return the routing as text: a line a parameter with name, shape, matrices, rule, learning rate and decay.
@@ -422,6 +569,22 @@ class FusedCelo2(Optimizer):
         return "adamw" if "exp_avg" in self.state[parameter] else "celo2"
 
 
+class _KernelPlan:
+    """What the kernels step and what is left, for as long as `signature` stays."""
+
+    def __init__(self, signature: list[object]) -> None:
+        self.signature = signature
+        self.step: KernelStep | None = None  # None: nothing goes through the kernels
+        self.refused: dict[Tensor, str] = {}  # learned parameters that PyTorch steps, and why
+        self.adam: list[list[Tensor]] = []
+        self.rounding = round_on_host
+        self.counted = 0  # skipped steps of the device that the groups have already
+
+
+def _triton_is_installed() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
 def _matrices(parameter: Tensor, gradient: Tensor, state: dict[str, Tensor], view: MatrixView) -> Matrices:
     """View a parameter, its gradient and its state as batches of matrices; only the gradient may be copied."""
     try:
@@ -432,21 +595,3 @@ def _matrices(parameter: Tensor, gradient: Tensor, state: dict[str, Tensor], vie
     factors = [state[name] if state[name].ndim == 3 else state[name][None] for name in ("row_factor", "column_factor")]
     v = view.matrices(state["second_moment"])
     return Matrices(view.matrices(parameter), g, (fast, medium, slow), v, *factors)
-
-
-def _norm(totals: list[float], gradients: list[Tensor]) -> float:
-    """Global norm of the gradients, given the sums of squares of the first ones; not finite when an element is not."""
-    rest = gradients[len(totals) :]
-    wide = [gradient for gradient in rest if gradient.dtype == torch.float64]
-    narrow = [gradient for gradient in rest if gradient.dtype != torch.float64]
-    norms = torch._foreach_norm(narrow, 2, torch.float32) if narrow else []
-    norms = [*norms, *(torch._foreach_norm(wide) if wide else [])]
-    square = sum(totals) + sum(float(norm) ** 2 for norm in norms)
-    if math.isfinite(square):
-        return math.sqrt(square)
-    if not all(bool(torch.isfinite(gradient).all()) for gradient in gradients):
-        return math.nan
-    # finite elements whose squares overflow
-    largest = max(float(gradient.abs().max()) for gradient in gradients)
-    square = sum(float((gradient.to(torch.float64) / largest).square().sum()) for gradient in gradients)
-    return largest * math.sqrt(square)

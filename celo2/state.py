@@ -25,8 +25,8 @@ def state_dtype(parameter: Tensor) -> torch.dtype:
 def create_state(parameter: Tensor, rule: str, view: MatrixView) -> dict[str, Tensor]:
     """Return all accumulators, zero, on the parameter's device and with its strides.
 
-    They are made at once, also where no gradient ever comes, so that every rank has the same keys. `step` is on the
-    CPU, but for AdamW on a GPU, whose fused kernel reads it there.
+    They are made at once, also where no gradient ever comes, so that every rank has the same keys. On a GPU `step` is
+    there too, where the kernels read and advance it.
     """
     dtype, device = state_dtype(parameter), parameter.device
 
@@ -36,8 +36,7 @@ def create_state(parameter: Tensor, rule: str, view: MatrixView) -> dict[str, Te
     def zeros(*shape: int) -> Tensor:
         return torch.zeros(shape, dtype=dtype, device=device)
 
-    on_device = rule == "adamw" and device.type == "cuda"
-    state = {"step": torch.zeros((), dtype=torch.float32, device=device if on_device else "cpu")}
+    state = {"step": torch.zeros((), dtype=torch.float32, device=device if device.type == "cuda" else "cpu")}
     if rule == "adamw":
         return state | {"exp_avg": like(), "exp_avg_sq": like()}
     state |= {key: like() for key in (*MOMENTUM_KEYS, "second_moment")}

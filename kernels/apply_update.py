@@ -18,10 +18,11 @@ def apply_update_kernel(
     table_ptr,
     tiles_ptr,
     control_ptr,
-    squares_ptr,  # float32: sums of d^2, where the table says
+    squares_ptr,  # float32: sums of d^2 of each tile, or of each matrix when ORTHOGONAL
     rates_ptr,  # float32 [groups, 2]: learning rate, weight decay
     p_like,
     d_like,
+    ORTHOGONAL: tl.constexpr,
     ALIGNED: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     STEP_ROWS: tl.constexpr,
@@ -39,23 +40,27 @@ def apply_update_kernel(
     group = layout.entry(table_ptr, matrix, layout.GROUP)
     lr = tl.load(rates_ptr + group * layout.RATES)
     decay = tl.load(rates_ptr + group * layout.RATES + 1)
-    first_square = layout.entry(table_ptr, matrix, layout.SQUARES)
-    square = sum_of(squares_ptr + first_square, layout.entry(table_ptr, matrix, layout.SQUARES_COUNT), 256)
+    if ORTHOGONAL:
+        square = tl.load(squares_ptr + matrix)
+    else:
+        tiles = layout.entry(table_ptr, matrix, layout.TILES)
+        square = sum_of(squares_ptr + layout.entry(table_ptr, matrix, layout.FIRST_TILE), tiles, 256)
     scale = tl.rsqrt(square / (rows.to(tl.float32) * columns.to(tl.float32)) + layout.NORM_EPS)
 
     p_stride = layout.length_of(table_ptr, matrix, layout.P_STRIDE, ALIGNED)
-    d_stride = layout.length_of(table_ptr, matrix, layout.D_STRIDE, ALIGNED)
     p_ptr = layout.tensor_at(table_ptr, matrix, layout.P, p_like, ALIGNED) + column
     d_ptr = layout.tensor_at(table_ptr, matrix, layout.D, d_like, ALIGNED) + column
     seed = rounding.seed_of(table_ptr, matrix)
     o_column = tl.arange(0, BLOCK_COLUMNS)[None, :]
+    if not ALIGNED:
+        # columns outside repeat the last one
+        o_column = tl.minimum(o_column, (columns - 1 - column).to(tl.int32))
     for first in range(row0, tl.minimum(row0 + BLOCK_ROWS, rows), STEP_ROWS):
         step = tl.arange(0, STEP_ROWS)[:, None]
         mask = (first + step < rows) & own
-        wide = first.to(tl.int64)
         o_row = tl.minimum(step, rows - 1 - first)
         o_p = o_row * p_stride.to(tl.int32) + o_column
-        p = tl.load(p_ptr + wide * p_stride + o_p).to(tl.float32)
-        d = tl.load(d_ptr + wide * d_stride + (o_row * d_stride.to(tl.int32) + o_column)).to(tl.float32)
+        p = tl.load(p_ptr + first * p_stride + o_p).to(tl.float32)
+        d = tl.load(d_ptr + first * columns + (o_row * columns.to(tl.int32) + o_column)).to(tl.float32)
         p -= lr * (d * scale + decay * p)
-        rounding.store(p_ptr + wide * p_stride + o_p, p, mask, seed, wide * p_stride + column, o_p, 0)
+        rounding.store(p_ptr + first * p_stride + o_p, p, mask, seed, first * p_stride + column, o_p, 4)

@@ -25,6 +25,7 @@ def sum_in_fours(x):
 @triton.jit
 def feature_moments_kernel(
     table_ptr,
+    gradients_ptr,  # int64 [matrices]
     tiles_ptr,
     control_ptr,
     vectors_ptr,
@@ -54,7 +55,7 @@ def feature_moments_kernel(
     g_stride = layout.length_of(table_ptr, matrix, layout.G_STRIDE, ALIGNED)
     state_stride = layout.length_of(table_ptr, matrix, layout.STATE_STRIDE, ALIGNED)
     p_ptr = layout.tensor_at(table_ptr, matrix, layout.P, p_like, ALIGNED) + column
-    g_ptr = layout.tensor_at(table_ptr, matrix, layout.G, g_like, ALIGNED) + column
+    g_ptr = layout.gradient_at(gradients_ptr, matrix, g_like, ALIGNED) + column
     m0_ptr = layout.tensor_at(table_ptr, matrix, layout.MOMENTUM, state_like, ALIGNED) + column
     m1_ptr = layout.tensor_at(table_ptr, matrix, layout.MOMENTUM + 1, state_like, ALIGNED) + column
     m2_ptr = layout.tensor_at(table_ptr, matrix, layout.MOMENTUM + 2, state_like, ALIGNED) + column
@@ -73,14 +74,13 @@ def feature_moments_kernel(
     for first in range(row0, tl.minimum(row0 + BLOCK_ROWS, rows), STEP_ROWS):
         step = tl.arange(0, STEP_ROWS)[:, None]
         mask = (first + step < rows) & own
-        wide = first.to(tl.int64)
         # rows outside are masked, but their vectors are read
         o_row = tl.minimum(step, rows - 1 - first)
         o_state = step * state_stride.to(tl.int32) + o_column
-        s = wide * state_stride
-        g = tl.load(g_ptr + wide * g_stride + (step * g_stride.to(tl.int32) + o_column), mask=mask, other=0.0)
+        s = first * state_stride
+        g = tl.load(g_ptr + first * g_stride + (step * g_stride.to(tl.int32) + o_column), mask=mask, other=0.0)
         v = tl.load(v_ptr + s + o_state, mask=mask, other=0.0).to(tl.float32)
-        p = tl.load(p_ptr + wide * p_stride + (step * p_stride.to(tl.int32) + o_column), mask=mask, other=0.0)
+        p = tl.load(p_ptr + first * p_stride + (step * p_stride.to(tl.int32) + o_column), mask=mask, other=0.0)
         momenta = (
             tl.load(m0_ptr + s + o_state, mask=mask, other=0.0).to(tl.float32),
             tl.load(m1_ptr + s + o_state, mask=mask, other=0.0).to(tl.float32),
@@ -197,7 +197,6 @@ def normalisers_kernel(
         size = rows * layout.entry(table_ptr, matrix, layout.COLS).to(tl.float32)
         normalisers = tl.rsqrt(tl.sum(moments, axis=0) / size + layout.NORM_EPS)
         tl.store(normalisers_ptr + matrix * layout.ELEMENT_STRIDE + o_moment, normalisers)
-        step = layout.entry(table_ptr, matrix, layout.STEP)
-        if step != 0:
-            step_ptr = step.to(tl.pointer_type(tl.float32))
-            tl.store(step_ptr, tl.load(step_ptr) + 1)
+        if layout.entry(table_ptr, matrix, layout.COUNTS) != 0:
+            counter_ptr = layout.entry(table_ptr, matrix, layout.COUNTER).to(tl.pointer_type(tl.float32))
+            tl.store(counter_ptr, tl.load(counter_ptr) + 1)

@@ -20,6 +20,7 @@ from celo2.kernels import layout
 @triton.jit
 def gradient_moments_kernel(
     table_ptr,  # int64 [matrices, COLUMNS]
+    gradients_ptr,  # int64 [matrices]
     tiles_ptr,  # int32 [tiles, 3]
     unscale_ptr,  # float32: what the gradients are multiplied by before everything
     sums_ptr,  # float32: partial sums of rows and columns
@@ -39,7 +40,7 @@ def gradient_moments_kernel(
     columns = layout.length_of(table_ptr, matrix, layout.COLS, ALIGNED)
     column, own = layout.columns_of(column0, columns, BLOCK_COLUMNS, ALIGNED)
     stride = layout.length_of(table_ptr, matrix, layout.G_STRIDE, ALIGNED)
-    g_ptr = layout.tensor_at(table_ptr, matrix, layout.G, g_like, ALIGNED)
+    g_ptr = layout.gradient_at(gradients_ptr, matrix, g_like, ALIGNED)
 
     o_row = row0 + tl.arange(0, BLOCK_ROWS)
     o_column = tl.arange(0, BLOCK_COLUMNS)

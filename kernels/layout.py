@@ -2,6 +2,7 @@
 
 A launch steps any number of matrices. `table` is int64 [matrices, COLUMNS] on the device: a row per matrix with the
 addresses of its tensors, its shape, its strides and where its vectors and partial sums lie in the scratch memory.
+Gradients may move from step to step, so their addresses are an array of their own, `gradients`, int64 [matrices].
 `tiles` is int32 [tiles, 3]: matrix, first row, first column. A program takes one tile.
 
 Every matrix is seen with contiguous columns (a transposed one is entered transposed, `ROWS_ARE_SHORT` keeps the rule's
@@ -15,35 +16,31 @@ import triton
 import triton.language as tl
 
 # columns of the table
-P = tl.constexpr(0)
-G = tl.constexpr(1)
-MOMENTUM = tl.constexpr(2)  # three columns
-V = tl.constexpr(5)
-D = tl.constexpr(6)
-ROWS = tl.constexpr(7)
-COLS = tl.constexpr(8)
-P_STRIDE = tl.constexpr(9)
-G_STRIDE = tl.constexpr(10)
-STATE_STRIDE = tl.constexpr(11)
-D_STRIDE = tl.constexpr(12)
-ROW_FACTOR = tl.constexpr(13)  # address of [rows, 3], contiguous
-COLUMN_FACTOR = tl.constexpr(14)  # address of [columns, 3], contiguous
-ROW_SUMS = tl.constexpr(17)  # first partial sum of the rows: [tiles along a row, rows]
-COLUMN_SUMS = tl.constexpr(18)  # [tiles along a column, columns]
-FIRST_TILE = tl.constexpr(19)
-TILES = tl.constexpr(20)
-ROW_CHUNK = tl.constexpr(21)  # first chunk of the rows, and how many
-ROW_CHUNKS = tl.constexpr(22)
-COLUMN_CHUNK = tl.constexpr(23)
-COLUMN_CHUNKS = tl.constexpr(24)
-ROWS_ARE_SHORT = tl.constexpr(25)
-GROUP = tl.constexpr(26)
-STEP = tl.constexpr(27)  # address of the parameter's step counter, float32; 0 for all but its first matrix
-SEED = tl.constexpr(28)  # where its random stream begins
-RATE_STEP = tl.constexpr(29)  # address of the step counter, for every matrix of the parameter
-SQUARES = tl.constexpr(30)  # first partial sum of squares of the direction, and how many
-SQUARES_COUNT = tl.constexpr(31)
-COLUMNS = tl.constexpr(32)
+P = tl.constexpr(0)  # addresses of the first elements
+MOMENTUM = tl.constexpr(1)  # three columns
+V = tl.constexpr(4)
+D = tl.constexpr(5)  # the direction, [rows, columns] without gaps
+ROWS = tl.constexpr(6)
+COLS = tl.constexpr(7)
+P_STRIDE = tl.constexpr(8)
+G_STRIDE = tl.constexpr(9)
+STATE_STRIDE = tl.constexpr(10)
+ROW_FACTOR = tl.constexpr(11)  # address of [rows, 3], contiguous
+COLUMN_FACTOR = tl.constexpr(12)  # address of [columns, 3], contiguous
+ROW_SUMS = tl.constexpr(13)  # first partial sum of the rows: [tiles along a row, rows]
+COLUMN_SUMS = tl.constexpr(14)  # [tiles along a column, columns]
+FIRST_TILE = tl.constexpr(15)  # of the matrix, and how many
+TILES = tl.constexpr(16)
+ROW_CHUNK = tl.constexpr(17)  # first chunk of its rows in `vectors`, and how many
+ROW_CHUNKS = tl.constexpr(18)
+COLUMN_CHUNK = tl.constexpr(19)
+COLUMN_CHUNKS = tl.constexpr(20)
+ROWS_ARE_SHORT = tl.constexpr(21)
+GROUP = tl.constexpr(22)
+SEED = tl.constexpr(23)  # of its random bits, 32 bits
+COUNTER = tl.constexpr(24)  # address of its parameter's step counter, float32
+COUNTS = tl.constexpr(25)  # 1 for the one matrix of a parameter that advances the counter
+COLUMNS = tl.constexpr(26)
 
 # `vectors`, float32 [chunks, PLANES + units, chunk]: new factors, their scales rf or cf, first-layer contributions
 FACTOR = tl.constexpr(0)
@@ -83,6 +80,13 @@ def entry(table_ptr, matrix, COLUMN: tl.constexpr):
 def tensor_at(table_ptr, matrix, COLUMN: tl.constexpr, like, ALIGNED: tl.constexpr):
     """Load an address of the table as a pointer to the element type of the pointer `like`."""
     pointer = entry(table_ptr, matrix, COLUMN).to(like.dtype)
+    return tl.multiple_of(pointer, 16) if ALIGNED else pointer
+
+
+@triton.jit
+def gradient_at(gradients_ptr, matrix, like, ALIGNED: tl.constexpr):
+    """Load the address of a gradient as a pointer to the element type of `like`."""
+    pointer = tl.load(gradients_ptr + matrix).to(like.dtype)
     return tl.multiple_of(pointer, 16) if ALIGNED else pointer
 
 

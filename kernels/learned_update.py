@@ -32,6 +32,7 @@ def accumulate(units, x, WEIGHTS: tl.constexpr, ROW: tl.constexpr):
 @triton.jit
 def learned_update_kernel(
     table_ptr,  # int64 [matrices, COLUMNS]
+    gradients_ptr,  # int64 [matrices]
     tiles_ptr,  # int32 [tiles, 3]: matrix, first row, first column
     control_ptr,  # float32 [1 + groups, 2]
     vectors_ptr,  # float32 [chunks, UNIT + units, BLOCK_COLUMNS]
@@ -67,9 +68,8 @@ def learned_update_kernel(
     p_stride = layout.length_of(table_ptr, matrix, layout.P_STRIDE, ALIGNED)
     g_stride = layout.length_of(table_ptr, matrix, layout.G_STRIDE, ALIGNED)
     state_stride = layout.length_of(table_ptr, matrix, layout.STATE_STRIDE, ALIGNED)
-    d_stride = layout.length_of(table_ptr, matrix, layout.D_STRIDE, ALIGNED)
     p_ptr = layout.tensor_at(table_ptr, matrix, layout.P, p_like, ALIGNED) + column
-    g_ptr = layout.tensor_at(table_ptr, matrix, layout.G, g_like, ALIGNED) + column
+    g_ptr = layout.gradient_at(gradients_ptr, matrix, g_like, ALIGNED) + column
     m0_ptr = layout.tensor_at(table_ptr, matrix, layout.MOMENTUM, state_like, ALIGNED) + column
     m1_ptr = layout.tensor_at(table_ptr, matrix, layout.MOMENTUM + 1, state_like, ALIGNED) + column
     m2_ptr = layout.tensor_at(table_ptr, matrix, layout.MOMENTUM + 2, state_like, ALIGNED) + column
@@ -83,6 +83,9 @@ def learned_update_kernel(
     # as many addresses as elements, so that these loads have the tile's layout and need no exchange between threads
     o_column = tl.arange(0, BLOCK_COLUMNS)[None, :]
     column_ptr = vectors_ptr + column_chunk * CHUNK + tl.broadcast_to(o_column, [STEP_ROWS, BLOCK_COLUMNS])
+    if not ALIGNED:
+        # columns outside repeat the last one
+        o_column = tl.minimum(o_column, (columns - 1 - column).to(tl.int32))
     norm_ptr = normalisers_ptr + matrix * layout.ELEMENT_STRIDE
 
     seed = rounding.seed_of(table_ptr, matrix)
@@ -92,12 +95,11 @@ def learned_update_kernel(
         mask = (first + step < rows) & own
         # a last step that sticks out repeats the last row
         o_row = tl.minimum(step, rows - 1 - first)
-        wide = first.to(tl.int64)
         o_state = o_row * state_stride.to(tl.int32) + o_column
-        s = wide * state_stride
-        g = tl.load(g_ptr + wide * g_stride + (o_row * g_stride.to(tl.int32) + o_column)).to(tl.float32)
+        s = first * state_stride
+        g = tl.load(g_ptr + first * g_stride + (o_row * g_stride.to(tl.int32) + o_column)).to(tl.float32)
         v = tl.load(v_ptr + s + o_state).to(tl.float32)
-        p = tl.load(p_ptr + wide * p_stride + (o_row * p_stride.to(tl.int32) + o_column)).to(tl.float32)
+        p = tl.load(p_ptr + first * p_stride + (o_row * p_stride.to(tl.int32) + o_column)).to(tl.float32)
         momenta = (
             tl.load(m0_ptr + s + o_state).to(tl.float32),
             tl.load(m1_ptr + s + o_state).to(tl.float32),
@@ -143,7 +145,7 @@ def learned_update_kernel(
         for j in tl.static_range(len(BIAS)):
             d += tl.maximum(hidden[j], 0.0) * OUTPUT[j]
         d = d.to(d_like.dtype.element_ty)
-        tl.store(d_ptr + wide * d_stride + (o_row * d_stride.to(tl.int32) + o_column), d, mask=mask)
+        tl.store(d_ptr + first * columns + (o_row * columns.to(tl.int32) + o_column), d, mask=mask)
         written = tl.where(mask, d.to(tl.float32), 0.0)
         total += written * written
     tl.store(squares_ptr + tile, tl.sum(total))

@@ -22,11 +22,16 @@ def mix(x):
 
 
 @triton.jit
-def seed_of(table_ptr, matrix):
-    """Return the seed, uint32, of a matrix at the present step of its parameter."""
-    step = tl.load(layout.entry(table_ptr, matrix, layout.RATE_STEP).to(tl.pointer_type(tl.float32)))
-    seed = layout.entry(table_ptr, matrix, layout.SEED).to(tl.uint32)
+def seed_at(seed, step):
+    """Return the seed, uint32, of a stream of bits at a step (float32)."""
     return mix(seed ^ mix(step.to(tl.uint32) + 0x9E3779B9))
+
+
+@triton.jit
+def seed_of(table_ptr, matrix):
+    """Return the seed of a matrix at the present step of its parameter."""
+    step = tl.load(layout.entry(table_ptr, matrix, layout.COUNTER).to(tl.pointer_type(tl.float32)))
+    return seed_at(layout.entry(table_ptr, matrix, layout.SEED).to(tl.uint32), step)
 
 
 @triton.jit
@@ -46,3 +51,14 @@ def store(pointer, value, mask, seed, base, offset, STREAM: tl.constexpr):
         tl.store(pointer, rounded.to(tl.bfloat16), mask=mask)
     else:
         tl.store(pointer, value.to(pointer.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def round_kernel(target_ptr, value_ptr, counter_ptr, seed, size, BLOCK: tl.constexpr):
+    """Round float32 values into a tensor of the same strides, by the bits of `seed` at the step of the counter."""
+    start = tl.program_id(0).to(tl.int64) * BLOCK
+    offset = tl.arange(0, BLOCK)
+    mask = start + offset < size
+    value = tl.load(value_ptr + start + offset, mask=mask, other=0.0)
+    seed = seed_at(seed.to(tl.uint32), tl.load(counter_ptr))
+    store(target_ptr + start + offset, value, mask, seed, start, offset, 4)
