@@ -42,7 +42,10 @@ PARAMETER_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 @dataclass(frozen=True)
 class Blocks:
-    """Sizes of a program's work: a tile of `rows` x `columns`, of which a kernel takes `step_rows` at a time."""
+    """Sizes of a program's work: a tile of `rows` x `columns`, of which a kernel takes `step_rows` at a time.
+
+    Vectors are cut in chunks of `columns`, so `rows` divides it.
+    """
 
     rows: int = 64
     columns: int = 128
@@ -55,11 +58,12 @@ class Blocks:
     @classmethod
     def choose(cls, columns: int, device: torch.device) -> Blocks:
         """Blocks for a batch whose narrowest matrix has that many columns."""
-        width = 128 if columns >= 128 else 64
         if device.type == "cpu":
             # the interpreter's time is in calls, not in elements
-            return cls(columns=width, step_rows=64, apply_rows=64)
+            width = min(512, max(64, 1 << (columns.bit_length() - 1)))
+            return cls(rows=width, columns=width, step_rows=width, apply_rows=width)
         # 512 elements a step: four a thread
+        width = 128 if columns >= 128 else 64
         return cls(columns=width, step_rows=512 // width)
 
 

@@ -63,4 +63,5 @@ def apply_update_kernel(
         p = tl.load(p_ptr + first * p_stride + o_p).to(tl.float32)
         d = tl.load(d_ptr + first * columns + (o_row * columns.to(tl.int32) + o_column)).to(tl.float32)
         p -= lr * (d * scale + decay * p)
-        rounding.store(p_ptr + first * p_stride + o_p, p, mask, seed, first * p_stride + column, o_p, 4)
+        noise = rounding.noise_of(seed, first * p_stride + column, o_p, 2)
+        rounding.store(p_ptr + first * p_stride + o_p, p, mask, noise, False, False)

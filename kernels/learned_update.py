@@ -25,7 +25,7 @@ def accumulate(units, x, WEIGHTS: tl.constexpr, ROW: tl.constexpr):
     """Return the units plus column `x` [rows, columns] times row ROW of the weights, [inputs * units] in a tuple."""
     result = ()
     for unit in tl.static_range(len(units)):
-        result = result + (units[unit] + x * WEIGHTS[ROW * len(units) + unit],)
+        result = result + (tl.fma(x, WEIGHTS[ROW * len(units) + unit], units[unit]),)
     return result
 
 
@@ -109,7 +109,9 @@ def learned_update_kernel(
         if CLIP:
             g = tl.clamp(g, -layout.GRADIENT_CLIP, layout.GRADIENT_CLIP)
         v = layout.SECOND_MOMENT_DECAY * v + (1 - layout.SECOND_MOMENT_DECAY) * g * g
-        rounding.store(v_ptr + s + o_state, v, mask, seed, s + column, o_state, 3)
+        # finite gradients of at most 1000 keep all accumulators finite
+        noise = rounding.noise_of(seed, s + column, o_state, 0)
+        rounding.store(v_ptr + s + o_state, v, mask, noise, False, True)
         q = tl.rsqrt(v + layout.RMS_EPS)
 
         of_row = row_ptr + (first - row0) + o_row
@@ -128,7 +130,9 @@ def learned_update_kernel(
         for k in tl.static_range(3):
             m = momenta[k] + (1 - layout.DECAYS[k]) * (g - momenta[k])
             m_ptr = m0_ptr if k == 0 else (m1_ptr if k == 1 else m2_ptr)
-            rounding.store(m_ptr + s + o_state, m, mask, seed, s + column, o_state, k)
+            if k == 1:
+                noise = rounding.noise_of(seed, s + column, o_state, 1)
+            rounding.store(m_ptr + s + o_state, m, mask, noise, k != 1, True)
             row_scale = tl.load(of_row + (layout.SCALE + k) * BLOCK_COLUMNS)
             column_scale = tl.load(column_ptr + (layout.SCALE + k) * BLOCK_COLUMNS)
             units = accumulate(units, m * tl.load(norm_ptr + 1 + k), ELEMENT, 1 + k)

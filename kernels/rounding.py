@@ -35,19 +35,27 @@ def seed_of(table_ptr, matrix):
 
 
 @triton.jit
-def store(pointer, value, mask, seed, base, offset, STREAM: tl.constexpr):
+def noise_of(seed, base, offset, STREAM: tl.constexpr):
+    """Return 32 random bits an element, two tensors' worth: uint32, of the shape of `offset`.
+
+    They depend on `seed`, on the element's number `base` (int64) + `offset` (int32) in the matrix, and on STREAM.
+    """
+    key = mix(seed ^ mix((base >> 32).to(tl.uint32) * 4 + STREAM))
+    return mix((base.to(tl.uint32) + offset.to(tl.uint32)) ^ key)
+
+
+@triton.jit
+def store(pointer, value, mask, noise, HALF: tl.constexpr, FINITE: tl.constexpr):
     """Store float32 `value` as what `pointer` points to: a bfloat16 stochastically, all else to nearest.
 
-    The bits come from `seed`, the element's number `base` (int64) + `offset` (int32) in the matrix, and STREAM, one for
-    each tensor written in a step.
+    HALF says which 16 bits of `noise` to use. Unless FINITE, infinities and NaNs keep their bits.
     """
     if pointer.dtype.element_ty == tl.bfloat16:
-        key = mix(seed ^ mix((base >> 32).to(tl.uint32) * 4 + STREAM))
-        noise = mix((base.to(tl.uint32) + offset.to(tl.uint32)) ^ key)
         bits = value.to(tl.uint32, bitcast=True)
-        rounded = ((bits + (noise & 0xFFFF)) & 0xFFFF0000).to(tl.float32, bitcast=True)
-        # an infinity or a NaN keeps its bits
-        rounded = tl.where((bits & 0x7F800000) == 0x7F800000, value, rounded)
+        random = (noise >> 16) if HALF else (noise & 0xFFFF)
+        rounded = ((bits + random) & 0xFFFF0000).to(tl.float32, bitcast=True)
+        if not FINITE:
+            rounded = tl.where((bits & 0x7F800000) == 0x7F800000, value, rounded)
         tl.store(pointer, rounded.to(tl.bfloat16), mask=mask)
     else:
         tl.store(pointer, value.to(pointer.dtype.element_ty), mask=mask)
@@ -61,4 +69,5 @@ def round_kernel(target_ptr, value_ptr, counter_ptr, seed, size, BLOCK: tl.const
     mask = start + offset < size
     value = tl.load(value_ptr + start + offset, mask=mask, other=0.0)
     seed = seed_at(seed.to(tl.uint32), tl.load(counter_ptr))
-    store(target_ptr + start + offset, value, mask, seed, start, offset, 4)
+    noise = noise_of(seed, start, offset, 2)
+    store(target_ptr + start + offset, value, mask, noise, False, False)

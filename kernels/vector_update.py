@@ -114,12 +114,12 @@ def vector_update_kernel(
                 d = tl.full([BLOCK], OUTPUT_BIAS, tl.float32)
                 for j in tl.static_range(len(BIAS)):
                     d += tl.maximum(hidden[j], 0.0) * OUTPUT[j]
-                zero = tl.zeros([], tl.int64)
-                o_state = offset.to(tl.int32)
-                rounding.store(m0_ptr + offset, m0, mask, seed, zero, o_state, 0)
-                rounding.store(m1_ptr + offset, m1, mask, seed, zero, o_state, 1)
-                rounding.store(m2_ptr + offset, m2, mask, seed, zero, o_state, 2)
-                rounding.store(v_ptr + offset, v, mask, seed, zero, o_state, 3)
+                noise = rounding.noise_of(seed, length * 0, offset.to(tl.int32), 0)
+                rounding.store(v_ptr + offset, v, mask, noise, False, True)
+                rounding.store(m0_ptr + offset, m0, mask, noise, True, True)
+                noise = rounding.noise_of(seed, length * 0, offset.to(tl.int32), 1)
+                rounding.store(m1_ptr + offset, m1, mask, noise, False, True)
+                rounding.store(m2_ptr + offset, m2, mask, noise, True, True)
                 for k in tl.static_range(3):
                     tl.store(factor_ptr + offset * 3 + k, factors[k], mask=mask)
                 tl.store(d_ptr + offset, d, mask=mask)
@@ -136,4 +136,5 @@ def vector_update_kernel(
         mask = offset < length
         p = tl.load(p_ptr + offset, mask=mask, other=0.0).to(tl.float32)
         p -= lr * (tl.load(d_ptr + offset, mask=mask, other=0.0) * scale + decay * p)
-        rounding.store(p_ptr + offset, p, mask, seed, tl.zeros([], tl.int64), offset.to(tl.int32), 4)
+        noise = rounding.noise_of(seed, length * 0, offset.to(tl.int32), 2)
+        rounding.store(p_ptr + offset, p, mask, noise, False, False)

@@ -1,0 +1,392 @@
+"""What the kernels cost, read from the compiled code on a machine without a GPU.
+
+    python -m celo2.kernels.report --target sm_90
+
+Compiles every kernel ahead of time and prints registers, spills, shared memory, instructions an element by class, the
+width of global accesses and the bytes an element; then the step: launches, bytes and state bytes a parameter, and what
+a roofline model predicts beside fused AdamW. A prediction is not a measurement: `pytest bench/` measures on a GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from celo2.kernels import layout
+from celo2.kernels.apply_update import apply_update_kernel
+from celo2.kernels.feature_moments import feature_moments_kernel, normalisers_kernel
+from celo2.kernels.gradient_moments import control_kernel, factors_kernel, gradient_moments_kernel
+from celo2.kernels.learned_update import learned_update_kernel
+from celo2.kernels.newton_schulz import start_kernel, symmetric_product_kernel
+from celo2.kernels.rounding import round_kernel
+from celo2.kernels.vector_update import VECTOR_COLUMNS, vector_update_kernel
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+# four elements a thread
+THREADS = 128
+UNITS = 8
+BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
+# one of the four or fewer launches a batch of matrices needs before Newton-Schulz, plus the one for all batches
+STEP = (
+    "gradient_moments_kernel",
+    "control_kernel",
+    "factors_kernel",
+    "feature_moments_kernel",
+    "normalisers_kernel",
+    "learned_update_kernel",
+    "apply_update_kernel",
+)
+PHASES = {
+    "gradient_moments_kernel": 1,
+    "feature_moments_kernel": 2,
+    "learned_update_kernel": 3,
+    "apply_update_kernel": 4,
+}
+
+
+class Dtypes(NamedTuple):
+    """Element types of parameters, gradients, state and direction, in Triton's short names."""
+
+    p: str = "fp32"
+    g: str = "fp32"
+    state: str = "fp32"
+    d: str = "fp32"
+
+    def __str__(self) -> str:
+        return f"p {self.p}, g {self.g}, state {self.state}, d {self.d}"
+
+
+DTYPES = {
+    "float32": Dtypes(),
+    "bfloat16-state": Dtypes(g="bf16", state="bf16", d="bf16"),
+    "bfloat16": Dtypes("bf16", "bf16", "bf16", "bf16"),
+    "mixed": Dtypes("bf16", "bf16", "fp32", "bf16"),
+    "float16": Dtypes("fp16", "fp16", "fp32", "fp32"),
+}
+
+
+class Specialisation(NamedTuple):
+    """One kernel as the optimizer launches it."""
+
+    kernel: Any
+    dtypes: Dtypes
+    constants: dict[str, Any]
+    options: dict[str, int]
+
+    @property
+    def name(self) -> str:
+        return str(self.kernel.fn.__name__)
+
+
+def weights(count: int) -> tuple[float, ...]:
+    """Constants that are neither 0 nor 1, nor equal: what a trained theta compiles to."""
+    return tuple(0.1 + ((index * 37) % 101) / 211 for index in range(count))
+
+
+def specialisations(dtypes: Dtypes, *, aligned: bool = True, columns: int = 128, clip: bool = True) -> Iterator[Specialisation]:
+    """Yield every kernel of a step for matrices of these dtypes, in the order of launches, then the vectors'."""
+    tile = {"ALIGNED": aligned, "BLOCK_ROWS": 64, "BLOCK_COLUMNS": columns}
+    step = {"STEP_ROWS": 512 // columns}
+    mlp = {"HIDDEN": weights(UNITS * UNITS), "BIAS": weights(UNITS), "OUTPUT": weights(UNITS), "OUTPUT_BIAS": 0.1}
+    constants: list[tuple[Any, dict[str, Any], dict[str, int]]] = [
+        (gradient_moments_kernel, {**tile, "CLIP": clip}, {}),
+        (control_kernel, {"BLOCK": 1024}, {}),
+        (factors_kernel, {**tile, "UNITS": UNITS, "PARTS": 16}, {}),
+        (feature_moments_kernel, {**tile, **step, "UNITS": UNITS, "CLIP": clip}, {}),
+        (normalisers_kernel, {"ALIGNED": aligned, "BLOCK_COLUMNS": columns, "UNITS": UNITS, "PARTS": 16}, {}),
+        (
+            learned_update_kernel,
+            {**tile, **step, **mlp, "ELEMENT": weights(18 * UNITS), "UNITS": UNITS, "CLIP": clip},
+            {"maxnreg": 128},
+        ),
+        (apply_update_kernel, {**tile, "STEP_ROWS": 16, "ORTHOGONAL": False}, {}),
+        (
+            vector_update_kernel,
+            {**mlp, "ELEMENT": weights(VECTOR_COLUMNS.value * UNITS), "FIRST_BIAS": weights(UNITS), "BLOCK": 512},
+            {},
+        ),
+        (start_kernel, {"EPS": 1e-8}, {}),
+        (round_kernel, {"BLOCK": 1024}, {}),
+    ]
+    for kernel, values, options in constants:
+        yield Specialisation(kernel, dtypes, values, options)
+    for beta in (0.0, -4.775):
+        product = {"ALPHA": 1.0, "BETA": beta, "PRECISION": "ieee", "BLOCK": 128, "BLOCK_INNER": 32}
+        yield Specialisation(symmetric_product_kernel, dtypes, product, {"num_warps": 8})
+
+
+def compile_for(specialisation: Specialisation, target: GPUTarget) -> Any:
+    """Compile for a GPU that need not be there; raises what Triton's compiler raises."""
+    kernel, dtypes, constants, options = specialisation
+    short = {"p_like": dtypes.p, "g_like": dtypes.g, "state_like": dtypes.state, "d_like": dtypes.d}
+    short |= {"x_ptr": dtypes.d, "add_ptr": dtypes.d, "out_ptr": dtypes.d, "target_ptr": dtypes.p}
+    tables = {"table_ptr": "i64", "gradients_ptr": "i64", "skipped_ptr": "i64", "tiles_ptr": "i32", "chunks_ptr": "i32"}
+    signature: dict[str, str] = {}
+    attributes: dict[tuple[int, ...], list[list[Any]]] = {}
+    for index, name in enumerate(kernel.arg_names):
+        if name in constants:
+            signature[name] = "constexpr"
+        elif name.endswith(("_ptr", "_like")):
+            signature[name] = "*" + (short | tables).get(name, "fp32")
+            # what the launcher finds out from the address of a whole allocation
+            attributes[(index,)] = [["tt.divisibility", 16]]
+        else:
+            signature[name] = "i32"
+            if name in ("size", "inner", "x_batch", "x_row"):
+                attributes[(index,)] = [["tt.divisibility", 16]]
+    values = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
+    if "x_column" in signature:
+        signature["x_column"] = "constexpr"
+        values[(kernel.arg_names.index("x_column"),)] = 1
+        attributes.pop((kernel.arg_names.index("x_column"),), None)
+    options = {"num_warps": THREADS // target.warp_size, **options}
+    if target.backend == "hip":
+        options.pop("maxnreg", None)
+    source = ASTSource(fn=kernel, signature=signature, constexprs=values, attrs=attributes)
+    return triton.compile(source, target=target, options=options)
+
+
+@dataclass
+class Code:
+    """Figures of one compiled kernel; `loop` is its longest loop, `rest` what runs once a tile."""
+
+    name: str
+    registers: int
+    spills: int  # bytes on NVIDIA, registers on AMD
+    shared: int
+    loop: Counter[str] = field(default_factory=Counter)
+    rest: Counter[str] = field(default_factory=Counter)
+    accesses: Counter[str] = field(default_factory=Counter)
+
+    def per_element(self, specialisation: Specialisation) -> Counter[str]:
+        """Instructions a thread issues for each of its elements in a full tile, by class."""
+        constants = specialisation.constants
+        tile = constants["BLOCK_ROWS"] * constants["BLOCK_COLUMNS"] / THREADS
+        step = constants.get("STEP_ROWS", constants["BLOCK_ROWS"]) * constants["BLOCK_COLUMNS"] / THREADS
+        counts: Counter[str] = Counter()
+        for name, count in self.loop.items():
+            counts[name] += count / step  # type: ignore[assignment]
+        for name, count in self.rest.items():
+            counts[name] += count / tile  # type: ignore[assignment]
+        return counts
+
+
+CLASSES = {
+    "multiply-add": ("FFMA", "v_fma", "v_pk_fma", "v_fmac", "v_mac"),
+    "other float": ("FMUL", "FADD", "FMNMX", "FSEL", "FSETP", "v_mul_f", "v_add_f", "v_sub_f", "v_max", "v_min", "v_pk_mul", "v_pk_add", "v_med3"),
+    "special": ("MUFU", "v_rsq", "v_rcp", "v_sqrt"),
+    "memory": ("LDG", "STG", "LDS", "STS", "LDL", "STL", "global_", "buffer_", "ds_", "scratch_", "s_load"),
+}
+
+
+def class_of(opcode: str) -> str:
+    for name, prefixes in CLASSES.items():
+        if opcode.startswith(prefixes):
+            return name
+    return "integer, moves, control"
+
+
+def _longest_loop(code: list[tuple[str, str]], labels: dict[str, int]) -> tuple[int, int]:
+    """Return the range of the longest backward branch in a list of (opcode, whole line)."""
+    best = (0, 0)
+    for index, (opcode, line) in enumerate(code):
+        if opcode.startswith(("BRA", "s_cbranch", "s_branch")):
+            for label in re.findall(r"\.L[\w.$]+", line):
+                start = labels.get(label, index)
+                if start < index and index + 1 - start > best[1] - best[0]:
+                    best = (start, index + 1)
+    return best
+
+
+def _tool(name: str) -> str:
+    return str(getattr(triton.knobs.nvidia, name).path)
+
+
+def inspect(name: str, compiled: Any, target: GPUTarget) -> Code:
+    """Read a compiled kernel: SASS by the tools in the Triton wheel, or AMD's assembly."""
+    code: list[tuple[str, str]] = []
+    labels: dict[str, int] = {}
+    if target.backend == "cuda":
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "kernel.cubin"
+            path.write_bytes(compiled.asm["cubin"])
+            usage = subprocess.run([_tool("cuobjdump"), "-res-usage", path], capture_output=True, text=True, check=True)
+            sass = subprocess.run([_tool("nvdisasm"), "-c", path], capture_output=True, text=True, check=True).stdout
+        match = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", usage.stdout)
+        assert match is not None, usage.stdout
+        registers, spills = int(match[1]), int(match[2]) + int(match[3])
+        for line in sass.splitlines():
+            if label := re.match(r"\s*(\.L[\w.]+):", line):
+                labels[label[1]] = len(code)
+            elif instruction := re.search(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?\w+\s+)?([A-Z][A-Z0-9_.]*)(.*);", line):
+                code.append((instruction[1], line))
+    else:
+        text = compiled.asm["amdgcn"]
+        registers = int(re.search(r"\.vgpr_count:\s*(\d+)", text)[1])  # type: ignore[index]
+        spills = int(re.search(r"\.vgpr_spill_count:\s*(\d+)", text)[1])  # type: ignore[index]
+        for line in text.splitlines():
+            if label := re.match(r"(\.L[\w$]+):", line):
+                labels[label[1]] = len(code)
+            elif instruction := re.match(r"\s+([a-z]+_[a-z0-9_]+)(\s.*)?$", line):
+                code.append((instruction[1], line))
+    start, stop = _longest_loop(code, labels)
+    accesses = Counter(
+        opcode.replace(".E", "").replace(".CONSTANT", "")
+        for opcode, _ in code
+        if opcode.startswith(("LDG", "STG", "global_", "buffer_load", "buffer_store"))
+    )
+    return Code(
+        name,
+        registers,
+        spills,
+        int(compiled.metadata.shared),
+        loop=Counter(class_of(opcode) for opcode, _ in code[start:stop]),
+        rest=Counter(class_of(opcode) for opcode, _ in code[:start] + code[stop:]),
+        accesses=accesses,
+    )
+
+
+def phase_bytes(phase: int, dtypes: Dtypes) -> int:
+    """Bytes of tensors an element moves in a phase, scratch left out."""
+    p, g, state, d = (BYTES[name] for name in dtypes)
+    read = {1: g, 2: g + p + 4 * state, 3: g + p + 4 * state, 4: p + d}
+    written = {1: 0, 2: 0, 3: 4 * state + d, 4: p}
+    return read[phase] + written[phase]
+
+
+def scratch_bytes(columns: int = 128, rows: int = 64, units: int = UNITS) -> float:
+    """Bytes an element of partial sums and vectors, written and read once, for a large square matrix.
+
+    A tile has a sum for each of its rows and columns, twice, 18 moments and three totals. Vectors are read by every
+    tile, from the second-level cache: they are counted where they first come from memory, which is nothing here.
+    """
+    return 2 * 4 * (rows + columns + layout.ELEMENT_STRIDE.value + 3) / (rows * columns)
+
+
+class Gpu(NamedTuple):
+    """Data sheet: bytes a second of memory, and instructions of threads a second (SMs x 128 lanes x boost clock)."""
+
+    name: str
+    target: str
+    bandwidth: float
+    issue: float
+
+
+GPUS = (
+    Gpu("A100 SXM 80 GB", "sm_80", 2.04e12, 108 * 128 * 1.41e9),
+    Gpu("H100 SXM", "sm_90", 3.35e12, 132 * 128 * 1.98e9),
+    Gpu("B200", "sm_100", 8.0e12, 148 * 128 * 1.97e9),
+)
+ADAMW_BYTES = 28
+
+
+def roofline(gpu: Gpu, instructions: dict[int, float], dtypes: Dtypes) -> dict[int, float]:
+    """Seconds a parameter of each phase: the longer of its bytes over bandwidth and its instructions over issue."""
+    return {
+        phase: max(phase_bytes(phase, dtypes) / gpu.bandwidth, instructions[phase] / gpu.issue) for phase in range(1, 5)
+    }
+
+
+def _examine(work: tuple[Dtypes, str, str]) -> Code:
+    dtypes, name, target = work
+    specialisation = next(s for s in specialisations(dtypes) if s.name == name)
+    return inspect(name, compile_for(specialisation, TARGETS[target]), TARGETS[target])
+
+
+def examine(dtypes: Dtypes, target: str, workers: int) -> dict[str, Code]:
+    """Compile and read every kernel of a step, in order."""
+    names = list(dict.fromkeys(s.name for s in specialisations(dtypes)))
+    if workers == 1:
+        codes = [_examine((dtypes, name, target)) for name in names]
+    else:
+        with ProcessPoolExecutor(workers) as pool:
+            codes = list(pool.map(_examine, [(dtypes, name, target) for name in names]))
+    return {code.name: code for code in codes}
+
+
+def print_kernels(target: str, dtypes: Dtypes, codes: dict[str, Code]) -> dict[int, float]:
+    """Print a line a kernel; return the instructions an element of each phase."""
+    spills = "B spilled" if target.startswith("sm_") else "registers spilled"
+    print(f"\n{target}, {dtypes}")
+    instructions: dict[int, float] = {}
+    for specialisation in specialisations(dtypes):
+        code = codes[specialisation.name]
+        if specialisation.name == "symmetric_product_kernel" and specialisation.constants["BETA"]:
+            continue
+        line = f"  {code.name:25} {code.registers:4} registers {code.spills:3} {spills} {code.shared:6} B shared"
+        phase = PHASES.get(code.name)
+        if phase is not None:
+            counts = code.per_element(specialisation)
+            instructions[phase] = sum(counts.values())
+            classes = ", ".join(f"{count:.1f} {name}" for name, count in counts.most_common())
+            line += f"  phase {phase}: {instructions[phase]:6.1f} instructions an element ({classes})"
+            line += f", {phase_bytes(phase, dtypes)} B an element"
+        print(line)
+        print("    " + ", ".join(f"{count} {name}" for name, count in sorted(code.accesses.items())))
+    return instructions
+
+
+def print_step(target: str, dtypes: Dtypes, instructions: dict[int, float]) -> None:
+    total = sum(phase_bytes(phase, dtypes) for phase in range(1, 5))
+    print(f"  a step: {len(STEP)} launches for a batch of any number of matrices, before Newton-Schulz")
+    print(
+        f"    {total} B a parameter ({' + '.join(str(phase_bytes(phase, dtypes)) for phase in range(1, 5))}) and "
+        f"{scratch_bytes():.2f} B of scratch; state {4 * BYTES[dtypes.state]} B a parameter"
+    )
+    for gpu in GPUS:
+        if gpu.target != target:
+            continue
+        phases = roofline(gpu, instructions, dtypes)
+        ours, adamw = sum(phases.values()), ADAMW_BYTES / gpu.bandwidth
+        parts = " + ".join(f"{seconds * 1e12:.1f}" for seconds in phases.values())
+        print(
+            f"    predicted for {gpu.name}: {ours * 1e12:.1f} ps a parameter ({parts}), fused AdamW {adamw * 1e12:.1f}: "
+            f"ratio {ours / adamw:.2f}"
+        )
+        for model, size in (("GPT-2 124M hidden matrices", 84.9e6), ("GPT-3 XL hidden matrices", 1.208e9)):
+            print(f"      {model}, {size / 1e6:.0f}M: {ours * size * 1e3:.2f} ms, fused AdamW {adamw * size * 1e3:.2f} ms")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns the exit status."""
+    parser = argparse.ArgumentParser(description="What the kernels cost, from their compiled code.")
+    parser.add_argument("--target", nargs="+", choices=TARGETS, default=list(TARGETS), help="default: all")
+    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=["float32", "bfloat16-state"])
+    parser.add_argument("--workers", type=int, default=2, metavar="N", help="compilers at once")
+    arguments = parser.parse_args(argv)
+    if not isinstance(learned_update_kernel, triton.JITFunction):
+        print("error: TRITON_INTERPRET is set; the report needs the compiler", file=sys.stderr)
+        return 2
+    print(f"triton {triton.__version__}; compiled ahead of time, nothing here ran on a GPU")
+    print(
+        "model: a phase takes the longer of its bytes over the data sheet's bandwidth and its instructions over "
+        "SMs x 128 lanes x boost clock; no launch overhead, no scratch, full tiles"
+    )
+    for target in arguments.target:
+        for name in arguments.dtypes:
+            dtypes = DTYPES[name]
+            instructions = print_kernels(target, dtypes, examine(dtypes, target, arguments.workers))
+            print_step(target, dtypes, instructions)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
