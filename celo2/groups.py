@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from celo2.matrices import MatrixView
 from celo2.routing import RULES, name_is_adamw
+from celo2.state import STATE_DTYPES
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -74,6 +75,8 @@ def check_options(group: dict[str, Any]) -> None:
         raise ValueError(f"orthogonalize={group['orthogonalize']!r}: must be True, False or None")
     if group["rule"] not in RULES:
         raise ValueError(f"rule={group['rule']!r}, allowed: {', '.join(RULES)}")
+    if group["state_dtype"] not in STATE_DTYPES:
+        raise ValueError(f"state_dtype={group['state_dtype']!r}, allowed: {', '.join(STATE_DTYPES)}")
     group_view(group)
 
 

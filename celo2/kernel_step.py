@@ -26,11 +26,11 @@ from celo2.kernels.apply_update import apply_update_kernel
 from celo2.kernels.feature_moments import feature_moments_kernel, normalisers_kernel
 from celo2.kernels.gradient_moments import control_kernel, factors_kernel, gradient_moments_kernel
 from celo2.kernels.learned_update import learned_update_kernel
-from celo2.kernels.newton_schulz import start_kernel
+from celo2.kernels.newton_schulz import start_kernel, symmetric_product_kernel
 from celo2.kernels.rounding import round_kernel
 from celo2.kernels.vector_update import vector_update_kernel
 from celo2.matrices import MatrixView
-from celo2.newton_schulz import EPS, iterate
+from celo2.newton_schulz import COEFFICIENTS, EPS, iterate
 from celo2.norms import foreach_norm
 from celo2.phases import ELEMENT_ROWS, LONG_ROWS, SHORT_ROWS
 from celo2.state import MOMENTUM_KEYS
@@ -273,11 +273,23 @@ def _seeds(position: int, count: int) -> NDArray[np.int64]:
     return np.array([mix64(mix64(position) ^ index) >> 32 for index in range(count)], dtype=np.int64)
 
 
-def _launch_options(device: torch.device, **options: int) -> dict[str, int]:
-    """Compiler options of a launch; the limit on registers is NVIDIA's."""
-    if device.type == "cpu" or torch.version.hip:
-        options.pop("maxnreg", None)
-    return {} if device.type == "cpu" else options
+def _launch(
+    kernel: Any,
+    grid: tuple[int, ...],
+    table: Tensor,
+    *arguments: Any,
+    maxnreg: int | None = None,
+    num_warps: int = 4,
+    **constants: Any,
+) -> None:
+    """Launch a kernel whose first argument is a tensor, with the options of its device's compiler."""
+    options = {}
+    if table.device.type != "cpu":
+        # AMD's waves are twice as wide, and the limit on registers is NVIDIA's
+        options["num_warps"] = num_warps // 2 if torch.version.hip else num_warps
+        if maxnreg is not None and not torch.version.hip:
+            options["maxnreg"] = maxnreg
+    kernel[grid](table, *arguments, **constants, **options)
 
 
 class _MatrixBatch:
@@ -377,7 +389,7 @@ class _MatrixBatch:
 
     def gradient_moments(self, unscale: Tensor, totals: Tensor) -> None:
         """Phase 1; `totals` [tiles] is this batch's part of the sums of squares of all gradients."""
-        gradient_moments_kernel[(self.tiles,)](
+        _launch(gradient_moments_kernel, (self.tiles,),
             self.table, self.gradients.refresh(), self.tile_list, unscale, self.sums, totals, self.clipped_totals,
             self.g_like, CLIP=self.clips, ALIGNED=self.aligned, BLOCK_ROWS=self.blocks.rows,
             BLOCK_COLUMNS=self.blocks.columns,
@@ -387,30 +399,30 @@ class _MatrixBatch:
         """Phases 2 to 4, once `control` [1 + groups, 2] has the gradients' factors."""
         blocks, gradients = self.blocks, self.gradients.refresh()
         shape = {"ALIGNED": self.aligned, "BLOCK_COLUMNS": blocks.columns}
-        factors_kernel[(self.chunks,)](
+        _launch(factors_kernel, (self.chunks,),
             self.table, self.chunk_list, control, self.sums, self.clipped_totals if self.clips else totals,
             self.vectors, self.chunk_sums, UNITS=self.units, BLOCK_ROWS=blocks.rows, PARTS=blocks.parts, **shape,
         )  # fmt: skip
-        feature_moments_kernel[(self.tiles,)](
+        _launch(feature_moments_kernel, (self.tiles,),
             self.table, gradients, self.tile_list, control, self.vectors, self.moments,
             self.p_like, self.g_like, self.state_like, UNITS=self.units, CLIP=self.clips, BLOCK_ROWS=blocks.rows,
             STEP_ROWS=blocks.step_rows, **shape,
         )  # fmt: skip
-        normalisers_kernel[(self.chunks,)](
+        _launch(normalisers_kernel, (self.chunks,),
             self.table, self.chunk_list, control, self.chunk_sums, self.moments, self.first_layer, self.vectors,
             self.normalisers, UNITS=self.units, PARTS=blocks.parts, **shape,
         )  # fmt: skip
         constants = self.constants
-        learned_update_kernel[(self.tiles,)](
+        _launch(learned_update_kernel, (self.tiles,),
             self.table, gradients, self.tile_list, control, self.vectors, self.normalisers, self.squares,
             self.p_like, self.g_like, self.state_like, self.direction,
             ELEMENT=constants.element, HIDDEN=constants.hidden, BIAS=constants.bias, OUTPUT=constants.output,
             OUTPUT_BIAS=constants.output_bias, UNITS=self.units, CLIP=self.clips, BLOCK_ROWS=blocks.rows,
-            STEP_ROWS=blocks.step_rows, **shape, **_launch_options(self.device, maxnreg=128),
+            STEP_ROWS=blocks.step_rows, **shape, maxnreg=128,
         )  # fmt: skip
         if self.orthogonalize:
             self._orthogonalize()
-        apply_update_kernel[(self.tiles,)](
+        _launch(apply_update_kernel, (self.tiles,),
             self.table, self.tile_list, control, self.matrix_squares if self.orthogonalize else self.squares, rates,
             self.p_like, self.direction, ORTHOGONAL=self.orthogonalize, BLOCK_ROWS=blocks.rows,
             STEP_ROWS=blocks.apply_rows, **shape,
@@ -418,15 +430,46 @@ class _MatrixBatch:
 
     def _orthogonalize(self) -> None:
         """Replace the directions by their orthogonalised form, and note each matrix's sum of squares."""
-        start_kernel[(self.matrices,)](self.table, self.squares, self.starts, EPS=EPS)
+        _launch(start_kernel, (self.matrices,), self.table, self.squares, self.starts, EPS=EPS)
         matrix = element = 0
         for batch, m, n in self.shapes:
             d = self.direction[element : element + batch * m * n].view(batch, m, n)
             x = d * self.starts[matrix : matrix + batch, None, None].to(d.dtype)
-            d.copy_(iterate(x, self.ns_steps))
+            d.copy_(orthogonalize(x, self.ns_steps))
             norm = torch.linalg.vector_norm(d, dim=-1, dtype=torch.float32).square()
             torch.sum(norm, dim=-1, out=self.matrix_squares[matrix : matrix + batch])
             matrix, element = matrix + batch, element + batch * m * n
+
+
+# the shorter side from which half of a symmetric product is worth a kernel of our own
+SYMMETRIC_FROM = 512
+
+
+def orthogonalize(x: Tensor, steps: int, symmetric_from: int = SYMMETRIC_FROM, block: int = 128) -> Tensor:
+    """Newton-Schulz on `x` [B, m, n], of a norm of at most 1 each, in its dtype; small ones and CPUs by PyTorch."""
+    if x.shape[-2] > x.shape[-1]:
+        return orthogonalize(x.mT, steps, symmetric_from, block).mT
+    if x.shape[-2] < symmetric_from or (x.device.type == "cpu" and symmetric_from == SYMMETRIC_FROM):
+        return iterate(x, steps)
+    a, b, c = COEFFICIENTS
+    for _ in range(steps):
+        gram = symmetric_product(x, block=block)
+        x = torch.baddbmm(x, symmetric_product(gram, alpha=c, add=gram, beta=b, block=block), x, beta=a)
+    return x
+
+
+def symmetric_product(
+    x: Tensor, *, alpha: float = 1.0, add: Tensor | None = None, beta: float = 0.0, block: int = 128
+) -> Tensor:
+    """Return alpha X X^T + beta add, [B, m, m], for X [B, m, n] and a symmetric `add` [B, m, m]."""
+    batch, size, inner = x.shape
+    out = x.new_empty(batch, size, size)
+    tiles = -(-size // block)
+    _launch(symmetric_product_kernel, (tiles * (tiles + 1) // 2, batch),
+        x, x if add is None else add, out, size, inner, *x.stride(), ALPHA=alpha, BETA=beta, PRECISION="ieee",
+        BLOCK=block, BLOCK_INNER=32 if x.element_size() == 4 else 64, num_warps=8,
+    )  # fmt: skip
+    return out
 
 
 class _VectorBatch:
@@ -471,7 +514,7 @@ class _VectorBatch:
 
     def update(self, control: Tensor, rates: Tensor) -> None:
         constants = self.constants
-        vector_update_kernel[(self.vectors,)](
+        _launch(vector_update_kernel, (self.vectors,),
             self.table, self.gradients.refresh(), control, rates, self.p_like, self.g_like, self.state_like,
             ELEMENT=constants.vector, FIRST_BIAS=constants.first_bias, HIDDEN=constants.hidden, BIAS=constants.bias,
             OUTPUT=constants.output, OUTPUT_BIAS=constants.output_bias, BLOCK=self.blocks.vector,
@@ -570,7 +613,7 @@ class KernelStep:
             parts.append(self.totals[first : first + batch.tiles])
             batch.gradient_moments(unscale, parts[-1])
             first += batch.tiles
-        control_kernel[(1,)](
+        _launch(control_kernel, (1,),
             self.totals, first, norms, norms.numel(), unscale, found, self.limits, self.groups, self.control,
             self.grad_norm, self.skip, self.skipped, BLOCK=self.blocks.control,
         )  # fmt: skip
@@ -589,7 +632,7 @@ def round_on_device(job: AdamWJob, wide: Tensor) -> None:
     else:
         size = wide.numel()
         seed = int(_seeds(job.position, 1)[0])
-        round_kernel[(-(-size // 1024),)](job.parameter, wide, job.state["step"], seed, size, BLOCK=1024)
+        _launch(round_kernel, (-(-size // 1024),), job.parameter, wide, job.state["step"], seed, size, BLOCK=1024)
 
 
 def _dtypes(job: LearnedJob) -> tuple[torch.dtype, ...]:

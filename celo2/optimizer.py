@@ -38,8 +38,15 @@ from celo2.phases import (
     normalise_direction,
 )
 from celo2.routing import format_table, param_groups, view_options
-from celo2.state import MOMENTUM_KEYS, check_saved_state, copy_saved_state, create_state, follow_parameter, state_dtype
-from celo2.stochastic_rounding import round_stochastically_, rounding_seed
+from celo2.state import (
+    MOMENTUM_KEYS,
+    check_saved_state,
+    compute_dtype,
+    copy_saved_state,
+    create_state,
+    follow_parameter,
+)
+from celo2.stochastic_rounding import mix64, round_stochastically_, rounding_seed
 from celo2.theta import Theta, load_weights
 
 if TYPE_CHECKING:
@@ -85,11 +92,13 @@ class FusedCelo2(Optimizer):
         adam_weight_decay: decay of the AdamW side, None for `weight_decay`.
         max_grad_norm: scale a group's gradients when the norm over all parameters of the optimizer exceeds this.
         ns_steps: Newton-Schulz iterations.
+        state_dtype: `"float32"`, or `"bfloat16"` with stochastic rounding: the learned rule's momenta and second moment
+            take 8 bytes a parameter instead of 16.
         backend: `"triton"` steps the learned rule by the kernels of `celo2.kernels`, `"torch"` by `celo2.phases`;
             `"auto"` takes the kernels for parameters on a GPU where Triton is installed. On a CPU `"triton"` needs
             `TRITON_INTERPRET=1` in the environment, for tests.
 
-    Parameters are float32, float64, bfloat16 (written with stochastic rounding) or float16; the accumulators are
+    Parameters are float32, float64, bfloat16 (written with stochastic rounding) or float16; the rule computes in
     float32 (float64 for float64). A step with a non-finite gradient leaves parameters and state untouched and is
     counted in `skipped_steps`. `grad_norm` is the global gradient norm of the last step, before clipping. The kernels
     keep both on the device, and reading them waits for it; no step does. They count a norm that overflows float32 as
@@ -119,6 +128,7 @@ class FusedCelo2(Optimizer):
         adam_weight_decay: float | None = None,
         max_grad_norm: float | None = None,
         ns_steps: int = 5,
+        state_dtype: str = "float32",
         backend: str = "auto",
     ) -> None:
         if backend not in BACKENDS:
@@ -140,6 +150,7 @@ class FusedCelo2(Optimizer):
             "adam_weight_decay": adam_weight_decay,
             "max_grad_norm": max_grad_norm,
             "ns_steps": ns_steps,
+            "state_dtype": state_dtype,
             "rule": "auto",
             **view_options(MatrixView()),
             "skipped_steps": 0,
@@ -226,7 +237,7 @@ class FusedCelo2(Optimizer):
                 if rule == "celo2":
                     view.check(parameter.shape, name)
                 try:
-                    states[parameter] = create_state(parameter, rule, view)
+                    states[parameter] = create_state(parameter, rule, view, added["state_dtype"])
                 except ValueError as error:
                     raise ValueError(f"{name}: {error}") from error
         except BaseException:
@@ -365,7 +376,7 @@ class FusedCelo2(Optimizer):
                 check_gradient(name, parameter, gradient)
                 state, rule = self.state[parameter], self.rule_of(parameter)
                 try:
-                    follow_parameter(state, parameter, rule, view)
+                    follow_parameter(state, parameter, rule, view, group["state_dtype"])
                     if rule == "adamw":
                         adam[index].append(AdamWJob(parameter, gradient, state, self._position(parameter)))
                     elif parameter.ndim < 2:
@@ -378,7 +389,7 @@ class FusedCelo2(Optimizer):
         return learned, vectors, adam
 
     def _workspace(self, parameter: Tensor) -> Workspace:
-        key = (state_dtype(parameter), parameter.device)
+        key = (compute_dtype(parameter), parameter.device)
         if key not in self._workspaces:
             self._workspaces[key] = Workspace(*key)
         return self._workspaces[key]
@@ -392,7 +403,8 @@ class FusedCelo2(Optimizer):
         clip = not moments.total * scale * scale <= reference.GRADIENT_CLIP**2
         if clip:
             moments = gradient_moments(job.matrices.g, workspace, scale=scale, clip=True)
-        step = MatrixStep(job.matrices, moments, self._folded[key], workspace, scale=scale, clip=clip)
+        seed = mix64(self._position(job.parameter)) ^ mix64(int(job.state["step"]))
+        step = MatrixStep(job.matrices, moments, self._folded[key], workspace, scale=scale, clip=clip, seed=seed)
         direction = step.learned_update(step.feature_scales())
         direction, rms_scale = normalise_direction(
             direction, orthogonalize=group["orthogonalize"], ns_steps=group["ns_steps"]
@@ -411,19 +423,20 @@ class FusedCelo2(Optimizer):
             self.param_groups[job.group],
             job.state,
             job.parameter,
-            state_dtype(job.parameter),
+            compute_dtype(job.parameter),
         )
         key = (job.theta.sha256, dtype, parameter.device)
         if key not in self._unfolded:
             self._unfolded[key] = job.theta.tensors(dtype, parameter.device)
         wide = parameter.reshape(-1).to(dtype)
-        momentum = torch.stack([state[name].reshape(-1) for name in MOMENTUM_KEYS], dim=-1)
-        old = reference.VectorState(momentum, state["second_moment"].reshape(-1), state["factor"])
+        momentum = torch.stack([state[name].reshape(-1).to(dtype) for name in MOMENTUM_KEYS], dim=-1)
+        old = reference.VectorState(momentum, state["second_moment"].reshape(-1).to(dtype), state["factor"])
         gradient = job.gradient.reshape(-1).to(dtype) * scale
         update, new = reference.vector_update(self._unfolded[key], wide, gradient, old)
+        seed = mix64(self._position(parameter)) ^ mix64(int(state["step"]))
         for index, name in enumerate(MOMENTUM_KEYS):
-            state[name].copy_(new.momentum[:, index].view(parameter.shape))
-        state["second_moment"].copy_(new.second_moment.view(parameter.shape))
+            round_stochastically_(state[name], new.momentum[:, index].view(parameter.shape), mix64(seed + index) >> 32)
+        round_stochastically_(state["second_moment"], new.second_moment.view(parameter.shape), mix64(seed + 3) >> 32)
         state["factor"].copy_(new.factor)
         state["step"] += 1
         wide = wide - float(group["lr"]) * (update + group["weight_decay"] * wide)

@@ -31,6 +31,7 @@ from celo2.reference import (
     SECOND_MOMENT_DECAY,
     SQUARE_EPS,
 )
+from celo2.stochastic_rounding import mix64, round_stochastically_
 from celo2.theta import Theta
 
 # elements of a block: large enough to hide the cost of about 40 calls and to give each thread its share (PyTorch splits
@@ -113,8 +114,9 @@ class FoldedTheta:
 class Matrices:
     """One parameter as B matrices, with its accumulators as views of the optimizer's state.
 
-    `p`, `g`, `momenta` (three) and `v` are [B, m, n]; `row_factor` is [B, m, 3], `column_factor` [B, n, 3]. The
-    accumulators are float32 (float64 for a float64 parameter); `p` and `g` may be of lower precision.
+    `p`, `g`, `momenta` (three) and `v` are [B, m, n]; `row_factor` is [B, m, 3], `column_factor` [B, n, 3]. The factors
+    are float32 (float64 for a float64 parameter); the rest may be of lower precision, and accumulators in bfloat16 are
+    rounded stochastically.
     """
 
     p: Tensor
@@ -141,6 +143,11 @@ def _scaled_gradient(g: Tensor, scale: float, clip: bool, out: Tensor) -> Tensor
     if scale != 1.0:
         out.mul_(scale)
     return out.clamp_(-GRADIENT_CLIP, GRADIENT_CLIP) if clip else out
+
+
+def _wide(accumulator: Tensor, out: Tensor) -> Tensor:
+    """Return the accumulator, or its values in `out` when it is of lower precision."""
+    return accumulator if accumulator.dtype == out.dtype else out.copy_(accumulator)
 
 
 def gradient_moments(
@@ -174,7 +181,7 @@ class MatrixStep:
     """Phases 2 to 4 for one parameter, given its gradient moments; nothing is written before `learned_update`.
 
     `scale` multiplies the gradient (loss unscaling and global-norm clipping), then the rule's elementwise clip applies
-    where `clip` says that an element may exceed it.
+    where `clip` says that an element may exceed it. `seed` is that of the rounding of bfloat16 accumulators.
     """
 
     def __init__(
@@ -186,9 +193,11 @@ class MatrixStep:
         *,
         scale: float = 1.0,
         clip: bool = False,
+        seed: int = 0,
         block: int = BLOCK,
         statistics_block: int = STATISTICS_BLOCK,
     ) -> None:
+        self.seed = seed
         self.matrices, self.theta, self.workspace = matrices, theta, workspace
         self.scale, self.clip = scale, clip
         self.block, self.statistics_block = block, statistics_block
@@ -217,8 +226,9 @@ class MatrixStep:
         momenta, v, q = x[1:4], x[16], x[17]
         g = _scaled_gradient(source.g[b, r, c], self.scale, self.clip, out=x[0])
         for k, decay in enumerate(MOMENTUM_DECAYS):
-            torch.lerp(source.momenta[k][b, r, c], g, 1 - decay, out=momenta[k])
-        torch.mul(source.v[b, r, c], SECOND_MOMENT_DECAY, out=v).addcmul_(g, g, value=1 - SECOND_MOMENT_DECAY)
+            torch.lerp(_wide(source.momenta[k][b, r, c], momenta[k]), g, 1 - decay, out=momenta[k])
+        old_v = _wide(source.v[b, r, c], v)
+        torch.mul(old_v, SECOND_MOMENT_DECAY, out=v).addcmul_(g, g, value=1 - SECOND_MOMENT_DECAY)
         torch.add(v, RMS_EPS, out=q).rsqrt_()
         torch.mul(x[0:4], q, out=x[4:8])
         factors = x[11:14]
@@ -244,9 +254,9 @@ class MatrixStep:
             x = self.workspace.take("x", 12, *source.p[b, r, c].shape)
             g = _scaled_gradient(source.g[b, r, c], self.scale, self.clip, out=x[0])
             for k, decay in enumerate(MOMENTUM_DECAYS):
-                torch.lerp(source.momenta[k][b, r, c], g, 1 - decay, out=x[1 + k])
+                torch.lerp(_wide(source.momenta[k][b, r, c], x[1 + k]), g, 1 - decay, out=x[1 + k])
             linear = x[0:4].square_()
-            torch.lerp(source.v[b, r, c], linear[0], 1 - SECOND_MOMENT_DECAY, out=x[10])
+            torch.lerp(_wide(source.v[b, r, c], x[10]), linear[0], 1 - SECOND_MOMENT_DECAY, out=x[10])
             torch.add(x[10], RMS_EPS, out=x[11]).reciprocal_()
             torch.mul(linear, x[11], out=x[4:8])
             torch.clamp_max(linear[0], FEATURE_CLIP**2, out=x[8])
@@ -275,12 +285,12 @@ class MatrixStep:
         column_term = self._vector_contribution(self.column_factor, column_weights) + theta.bias0[:, None, None]
         direction = take("direction", batch, m, n)
         h, k = theta.element.shape[1], theta.hidden.shape[0]
-        for where in iterate_blocks(source.p.shape, self.block):
+        for index, where in enumerate(iterate_blocks(source.p.shape, self.block)):
             b, r, c = where
             x = self._features(where)
-            for j, momentum in enumerate(source.momenta):
-                momentum[b, r, c].copy_(x[1 + j])
-            source.v[b, r, c].copy_(x[16])
+            for j, accumulator in enumerate((*source.momenta, source.v)):
+                seed = mix64(self.seed ^ mix64(4 * index + j)) >> 32 if accumulator.dtype == torch.bfloat16 else 0
+                round_stochastically_(accumulator[b, r, c], x[1 + j] if j < 3 else x[16], seed)
             shape = x.shape[1:]
             size = shape.numel()
             if shape[0] == 1:

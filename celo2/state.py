@@ -17,29 +17,33 @@ from celo2.matrices import MatrixView
 MOMENTUM_KEYS = ("momentum_fast", "momentum_medium", "momentum_slow")
 
 
-def state_dtype(parameter: Tensor) -> torch.dtype:
-    """float32, or float64 for a float64 parameter: a momentum of 0.999 has no place in bfloat16."""
+STATE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def compute_dtype(parameter: Tensor) -> torch.dtype:
+    """float32, or float64 for a float64 parameter: what the rule computes in."""
     return torch.float64 if parameter.dtype == torch.float64 else torch.float32
 
 
-def create_state(parameter: Tensor, rule: str, view: MatrixView) -> dict[str, Tensor]:
+def create_state(parameter: Tensor, rule: str, view: MatrixView, dtype: str = "float32") -> dict[str, Tensor]:
     """Return all accumulators, zero, on the parameter's device and with its strides.
 
+    `dtype` is that of the learned rule's momenta and second moment; factors and AdamW's moments are always wide.
     They are made at once, also where no gradient ever comes, so that every rank has the same keys. On a GPU `step` is
     there too, where the kernels read and advance it.
     """
-    dtype, device = state_dtype(parameter), parameter.device
+    wide, device = compute_dtype(parameter), parameter.device
 
-    def like() -> Tensor:
+    def like(dtype: torch.dtype = wide) -> Tensor:
         return torch.zeros_like(parameter, dtype=dtype, memory_format=torch.preserve_format, requires_grad=False)
 
     def zeros(*shape: int) -> Tensor:
-        return torch.zeros(shape, dtype=dtype, device=device)
+        return torch.zeros(shape, dtype=wide, device=device)
 
     state = {"step": torch.zeros((), dtype=torch.float32, device=device if device.type == "cuda" else "cpu")}
     if rule == "adamw":
         return state | {"exp_avg": like(), "exp_avg_sq": like()}
-    state |= {key: like() for key in (*MOMENTUM_KEYS, "second_moment")}
+    state |= {key: like(_accumulator_dtype(parameter, rule, dtype)) for key in (*MOMENTUM_KEYS, "second_moment")}
     if parameter.ndim < 2:
         return state | {"factor": zeros(parameter.numel(), 3)}
     batch, rows, columns = view.matrices(parameter.detach()).shape
@@ -47,12 +51,20 @@ def create_state(parameter: Tensor, rule: str, view: MatrixView) -> dict[str, Te
     return state | {"row_factor": zeros(*lead, rows, 3), "column_factor": zeros(*lead, columns, 3)}
 
 
-def follow_parameter(state: dict[str, Tensor], parameter: Tensor, rule: str, view: MatrixView) -> None:
+def _accumulator_dtype(parameter: Tensor, rule: str, dtype: str) -> torch.dtype:
+    wide = compute_dtype(parameter)
+    return wide if rule == "adamw" or wide == torch.float64 else STATE_DTYPES[dtype]
+
+
+def follow_parameter(
+    state: dict[str, Tensor], parameter: Tensor, rule: str, view: MatrixView, dtype: str = "float32"
+) -> None:
     """Move the state to where the parameter is, when `module.to(...)` changed its dtype, device or strides."""
     like = state["exp_avg" if rule == "adamw" else "second_moment"]
-    if like.device == parameter.device and like.dtype == state_dtype(parameter) and _like(like, parameter):
+    expected = _accumulator_dtype(parameter, rule, dtype)
+    if like.device == parameter.device and like.dtype == expected and _like(like, parameter):
         return
-    moved = create_state(parameter, rule, view)
+    moved = create_state(parameter, rule, view, dtype)
     for key, value in moved.items():
         value.copy_(state[key])
     state.update(moved)

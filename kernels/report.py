@@ -101,7 +101,9 @@ def weights(count: int) -> tuple[float, ...]:
     return tuple(0.1 + ((index * 37) % 101) / 211 for index in range(count))
 
 
-def specialisations(dtypes: Dtypes, *, aligned: bool = True, columns: int = 128, clip: bool = True) -> Iterator[Specialisation]:
+def specialisations(
+    dtypes: Dtypes, *, aligned: bool = True, columns: int = 128, clip: bool = True
+) -> Iterator[Specialisation]:
     """Yield every kernel of a step for matrices of these dtypes, in the order of launches, then the vectors'."""
     tile = {"ALIGNED": aligned, "BLOCK_ROWS": 64, "BLOCK_COLUMNS": columns}
     step = {"STEP_ROWS": 512 // columns}
@@ -191,7 +193,21 @@ class Code:
 
 CLASSES = {
     "multiply-add": ("FFMA", "v_fma", "v_pk_fma", "v_fmac", "v_mac"),
-    "other float": ("FMUL", "FADD", "FMNMX", "FSEL", "FSETP", "v_mul_f", "v_add_f", "v_sub_f", "v_max", "v_min", "v_pk_mul", "v_pk_add", "v_med3"),
+    "other float": (
+        "FMUL",
+        "FADD",
+        "FMNMX",
+        "FSEL",
+        "FSETP",
+        "v_mul_f",
+        "v_add_f",
+        "v_sub_f",
+        "v_max",
+        "v_min",
+        "v_pk_mul",
+        "v_pk_add",
+        "v_med3",
+    ),
     "special": ("MUFU", "v_rsq", "v_rcp", "v_sqrt"),
     "memory": ("LDG", "STG", "LDS", "STS", "LDL", "STL", "global_", "buffer_", "ds_", "scratch_", "s_load"),
 }
@@ -362,7 +378,9 @@ def print_step(target: str, dtypes: Dtypes, instructions: dict[int, float]) -> N
             f"ratio {ours / adamw:.2f}"
         )
         for model, size in (("GPT-2 124M hidden matrices", 84.9e6), ("GPT-3 XL hidden matrices", 1.208e9)):
-            print(f"      {model}, {size / 1e6:.0f}M: {ours * size * 1e3:.2f} ms, fused AdamW {adamw * size * 1e3:.2f} ms")
+            print(
+                f"      {model}, {size / 1e6:.0f}M: {ours * size * 1e3:.2f} ms, fused AdamW {adamw * size * 1e3:.2f} ms"
+            )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
