@@ -48,7 +48,7 @@ def step_adamw(
 ) -> None:
     """Step the parameters of one group; gradients are multiplied by `scale` first and left as they were.
 
-    On a device `scale` may be a 0-d tensor, and `found_inf`, float32 [1], skips the step when it is not 0.
+    On a device `scale` may be a 0-d tensor, and `found_inf`, float32, skips the step when it is not 0.
     """
     as_they_are = not isinstance(scale, Tensor) and scale == 1.0
     plain = [job for job in jobs if as_they_are and _fits(job)]

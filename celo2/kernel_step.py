@@ -524,7 +524,7 @@ class _VectorBatch:
 class KernelStep:
     """All parameters of one device that the kernels step, and what they share: control, rates and counters.
 
-    `run` updates them and leaves on the device `grad_norm` (float32, before clipping), `skip` (float32 [1], 1 when the
+    `run` updates them and leaves on the device `grad_norm` (float32, before clipping), `skip` (float32, 1 when the
     step was skipped), `skipped` (int64 [1], how often that was) and `control`, whose row 1 + i has what the gradients
     of group i are multiplied by.
     """
@@ -571,7 +571,7 @@ class KernelStep:
         )
         self.limits, self._limits = scratch(groups), np.zeros(groups, np.float32)
         self.grad_norm = scratch()
-        self.skip = scratch(1)
+        self.skip = scratch()
         self.skipped = scratch(1, dtype=torch.int64)
         self.one, self.zero = torch.ones(1, dtype=torch.float32, device=device), scratch(1)
 

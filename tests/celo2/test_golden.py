@@ -24,16 +24,23 @@ def _names(data: dict[str, np.ndarray], variant: str) -> list[str]:
     return [key.removeprefix(prefix) for key in data if key.startswith(prefix)]
 
 
+@pytest.mark.parametrize("backend", ["torch", "triton"])
 @pytest.mark.parametrize("variant", TOLERANCE)
 @pytest.mark.parametrize("file", FILES)
-def test_optimizer_reproduces_golden_updates_and_state(file, variant, golden):
+def test_optimizer_reproduces_golden_updates_and_state(file, variant, backend, golden):
+    if backend == "triton":
+        pytest.importorskip("triton")
     data = golden(file)
     names = _names(data, variant)
     assert len(names) >= 3
     params = [(name, torch.nn.Parameter(torch.tensor(data[f"param/{name}"]))) for name in names]
     # at lr 1 the step writes p - u, so the update can be read off without loss of digits
     optimizer = FusedCelo2(
-        [{"params": params, "rule": "celo2"}], lr=1.0, weights=_theta(data), orthogonalize=variant == "celo2"
+        [{"params": params, "rule": "celo2"}],
+        lr=1.0,
+        weights=_theta(data),
+        orthogonalize=variant == "celo2",
+        backend=backend,
     )
     worst = 0.0
     for step in range(len(data[f"grad/{names[0]}"])):
@@ -83,7 +90,10 @@ def test_float64_oracle_agrees_with_golden(file, variant, golden):
     assert worst <= TOLERANCE[variant]
 
 
-def test_deployed_optimizer_reproduces_golden_parameters(golden):
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_deployed_optimizer_reproduces_golden_parameters(backend, golden):
+    if backend == "triton":
+        pytest.importorskip("triton")
     data = golden("deployed_with_adamw_and_schedule")
     names = [key.removeprefix("param/") for key in data if key.startswith("param/")]
     params = [(name, torch.nn.Parameter(torch.tensor(data[f"param/{name}"]))) for name in names]
@@ -96,6 +106,7 @@ def test_deployed_optimizer_reproduces_golden_parameters(golden):
         weight_decay=float(data["weight_decay"]),
         adam_lr_mult=float(data["adam_lr_mult"]),
         adam_betas=tuple(float(beta) for beta in data["adam_betas"]),
+        backend=backend,
     )
     for step, lr in enumerate(data["lr"]):
         for group in optimizer.param_groups:

@@ -1,0 +1,45 @@
+"""Kernels run on a GPU where there is one, else in Triton's interpreter; NaN poisons what nobody has written."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.fixture
+def device() -> torch.device:
+    return DEVICE
+
+
+@pytest.fixture(autouse=True)
+def poisoned_empties(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fill every new float tensor of the step with NaN: what is read before it is written shows."""
+    from celo2 import kernel_step
+
+    empty = torch.empty
+
+    def poisoned(*args: Any, **kwargs: Any) -> torch.Tensor:
+        tensor = empty(*args, **kwargs)
+        return tensor.fill_(torch.nan) if tensor.is_floating_point() else tensor
+
+    monkeypatch.setattr(kernel_step.torch, "empty", poisoned)
+
+
+@pytest.fixture
+def gpu_blocks(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
+    """Cut matrices in the interpreter as on a GPU: several tiles a matrix, several steps a tile."""
+    from celo2.kernel_step import Blocks
+
+    def use(columns: int = 64) -> None:
+        monkeypatch.setattr(
+            Blocks, "choose", classmethod(lambda cls, _columns, _device: cls(columns=columns, step_rows=512 // columns))
+        )
+
+    return use

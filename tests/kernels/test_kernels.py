@@ -1,0 +1,123 @@
+"""The pieces: constants, Newton-Schulz products, the compiled code, and a model trained through the kernels."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from celo2 import FusedCelo2, reference
+from celo2.newton_schulz import newton_schulz
+from celo2.phases import ELEMENT_COLUMNS
+
+
+def test_constants_are_the_rules():
+    from celo2.kernels import layout
+
+    for name in ("GRADIENT_CLIP", "FEATURE_CLIP", "SECOND_MOMENT_DECAY", "SQUARE_EPS", "FACTOR_EPS", "RMS_EPS", "NORM_EPS"):
+        assert getattr(layout, name).value == getattr(reference, name), name
+    assert layout.DECAYS.value == reference.MOMENTUM_DECAYS == reference.FACTOR_DECAYS
+    assert layout.ELEMENT_COLUMNS.value == ELEMENT_COLUMNS
+
+
+@pytest.mark.parametrize("shape", [(2, 70, 100), (1, 64, 64), (3, 100, 33), (1, 1, 5)])
+def test_symmetric_products_and_newton_schulz(shape, device):
+    from celo2.kernel_step import orthogonalize, symmetric_product
+
+    x = torch.randn(shape).to(device)
+    x /= torch.linalg.matrix_norm(x, keepdim=True)
+    for y in (x, x.mT):
+        gram = symmetric_product(y, block=32)
+        torch.testing.assert_close(gram, y @ y.mT, rtol=0, atol=1e-5)
+        assert torch.equal(gram, gram.mT)
+        mixed = symmetric_product(gram, alpha=2.0, add=gram, beta=-3.0, block=32)
+        torch.testing.assert_close(mixed, 2 * gram @ gram - 3 * gram, rtol=0, atol=1e-5)
+    expected = newton_schulz(x.double())
+    result = orthogonalize(x, 5, symmetric_from=1, block=32)
+    torch.testing.assert_close(result.double(), expected, rtol=0, atol=5e-5)
+
+
+def run_report(*arguments: str) -> str:
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "celo2.kernels.report", *arguments]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+def test_compiled_code_for_sm_90_meets_its_limits():
+    text = run_report("--target", "sm_90", "--dtypes", "float32")
+    lines = {line.split()[0]: line for line in text.splitlines() if line.startswith("  ") and "_kernel" in line.split()[0]}
+    accesses = dict(zip(lines, re.findall(r"^    (\d.*)$", text, re.MULTILINE), strict=False))
+
+    def number(kernel: str, pattern: str) -> float:
+        match = re.search(pattern, lines[kernel])
+        assert match, lines[kernel]
+        return float(match[1])
+
+    assert number("learned_update_kernel", r"([\d.]+) instructions") <= 340
+    assert number("learned_update_kernel", r"(\d+) registers") <= 128
+    assert number("feature_moments_kernel", r"([\d.]+) instructions") <= 90
+    for kernel in lines:
+        assert number(kernel, r"(\d+) B spilled") == 0, kernel
+    # six tensors and eleven vectors are read, and five tensors written, 16 bytes at a time
+    assert "17 LDG.128" in accesses["learned_update_kernel"] and "5 STG.128" in accesses["learned_update_kernel"]
+    assert "LDG.128" in accesses["feature_moments_kernel"] and "LDG.128" in accesses["gradient_moments_kernel"]
+    assert "84 B a parameter" in text and "7 launches" in text and "predicted for H100 SXM" in text
+
+
+@pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100", "gfx942"])
+def test_every_specialisation_compiles(target):
+    """Dtypes, alignments and widths that the optimizer may launch, for a GPU that is not there."""
+    program = f"""
+from celo2.kernels.report import DTYPES, TARGETS, compile_for, specialisations
+count = 0
+for dtypes in DTYPES.values():
+    for aligned, columns, clip in ((True, 128, True), (True, 64, False), (False, 128, True)):
+        if dtypes != DTYPES["float32"] and (columns == 64 or not aligned):
+            continue
+        for specialisation in specialisations(dtypes, aligned=aligned, columns=columns, clip=clip):
+            compile_for(specialisation, TARGETS["{target}"])
+            count += 1
+print(count)
+"""
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    result = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert int(result.stdout) > 80
+
+
+def test_nano_gpt_trains_through_the_kernels(device):
+    from celo2.pretrain.model import GPT
+    from celo2.pretrain.recipes import recipe_for
+
+    losses = []
+    for backend in ("torch", "triton"):
+        model = GPT(recipe_for("nano", "celo2").model).to(device)
+        model.init_weights(0)
+        optimizer = FusedCelo2(model, lr=1e-3, max_grad_norm=1.0, backend=backend)
+        run = []
+        for step in range(4):
+            generator = torch.Generator().manual_seed(step)
+            tokens = torch.randint(256, (4, 65), generator=generator).to(device)
+            loss = model(tokens[:, :-1], tokens[:, 1:])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            run.append(float(loss.detach()))
+        losses.append(run)
+    print("torch ", losses[0], "\ntriton", losses[1])
+    assert losses[0][-1] < losses[0][0] - 0.05
+    assert losses[1] == pytest.approx(losses[0], abs=1e-5)
+
+
+def test_import_needs_no_triton(tmp_path):
+    (tmp_path / "triton").mkdir()
+    (tmp_path / "triton" / "__init__.py").write_text("raise ImportError('no triton here')")
+    program = "import sys, celo2, torch\ncelo2.FusedCelo2([torch.nn.Parameter(torch.ones(4, 4))])\nassert 'triton' not in sys.modules"
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    subprocess.run([sys.executable, "-c", program], env=environment, check=True)
