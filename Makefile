@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help setup train meta evaluate test lint bench data clean
+.PHONY: help setup train meta evaluate test test-kernels lint bench report gpu-check data clean
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
@@ -8,7 +8,7 @@ TYPECHECK := build/typecheck
 ARGS ?=
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-9s%s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-13s%s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -26,8 +26,11 @@ meta: $(INSTALLED) ## meta-train a theta for 400 outer steps on the embedded ima
 evaluate: $(INSTALLED) ## test the bundled thetas beside tuned baselines, some hours; writes docs/results.md
 	$(BIN)/python -m celo2.meta.evaluate $(ARGS)
 
-test: $(INSTALLED) ## run the tests (ARGS="-k golden")
-	$(BIN)/python -m pytest -q $(ARGS)
+test: $(INSTALLED) ## run the tests, but for the kernels (ARGS="-k golden")
+	$(BIN)/python -m pytest -q -m "not kernels" $(ARGS)
+
+test-kernels: $(INSTALLED) ## run the tests of the kernels, on a GPU or in the interpreter, some minutes
+	$(BIN)/python -m pytest -q -m kernels $(ARGS)
 
 lint: $(INSTALLED) ## ruff and mypy
 	$(BIN)/ruff check .
@@ -39,6 +42,12 @@ lint: $(INSTALLED) ## ruff and mypy
 
 bench: $(INSTALLED) ## time the optimizer step and the inner steps of meta-training
 	$(BIN)/python -m pytest bench/ -q $(ARGS)
+
+report: $(INSTALLED) ## compile the kernels for four GPUs and print what they cost (ARGS="--target sm_90")
+	$(BIN)/python -m celo2.kernels.report $(ARGS)
+
+gpu-check: $(INSTALLED) ## on a machine with a GPU: kernel tests and benchmarks, one report in docs/gpu/
+	$(BIN)/python bench/gpu_check.py $(ARGS)
 
 data: $(INSTALLED) ## token shards of the embedded text, for nano (bytes) and the other sizes (GPT-2 BPE)
 	$(BIN)/python pretrain/prepare_data.py --embedded --tokenizer bytes --out data/wikipedia-bytes

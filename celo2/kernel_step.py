@@ -163,9 +163,10 @@ class _Oriented(NamedTuple):
             g,
             tuple(oriented(state[name]) for name in MOMENTUM_KEYS),
             oriented(state["second_moment"]),
-            *(reversed(factors) if swap else factors),
-            rows_are_short=(p.shape[1] <= p.shape[2]) != swap,
-            buffer=buffer,
+            factors[1] if swap else factors[0],
+            factors[0] if swap else factors[1],
+            (p.shape[1] <= p.shape[2]) != swap,
+            buffer,
         )
 
     def aligned(self, columns: int) -> bool:

@@ -482,7 +482,7 @@ class FusedCelo2(Optimizer):
     def _plan_kernels(self, signature: list[object]) -> _KernelPlan:
         plan = _KernelPlan(signature)
         learned, vectors, adam = self._collect()
-        jobs = [*learned, *vectors]
+        jobs: list[_MatrixJob | _VectorJob] = [*learned, *vectors]
         devices = {job.parameter.device for job in jobs}
         if self.backend == "auto" and (
             len(devices) != 1 or next(iter(devices)).type != "cuda" or not _triton_is_installed()
@@ -539,7 +539,8 @@ class FusedCelo2(Optimizer):
             ]
             for parameters in plan.adam
         ]
-        others = [job.gradient for jobs in adam for job in jobs] + [parameter.grad for parameter in plan.refused]
+        others = [job.gradient for jobs in adam for job in jobs]
+        others += [parameter.grad for parameter in plan.refused if parameter.grad is not None]
         grad_scale = getattr(self, "grad_scale", None)
         plan.step.run(self.param_groups, others, grad_scale, getattr(self, "found_inf", None))
         self.grad_norm = plan.step.grad_norm

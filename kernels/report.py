@@ -44,7 +44,7 @@ TARGETS = {
 THREADS = 128
 UNITS = 8
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
-# one of the four or fewer launches a batch of matrices needs before Newton-Schulz, plus the one for all batches
+# the launches of a step before Newton-Schulz; with several batches all but control are repeated
 STEP = (
     "gradient_moments_kernel",
     "control_kernel",
@@ -185,9 +185,9 @@ class Code:
         step = constants.get("STEP_ROWS", constants["BLOCK_ROWS"]) * constants["BLOCK_COLUMNS"] / THREADS
         counts: Counter[str] = Counter()
         for name, count in self.loop.items():
-            counts[name] += count / step  # type: ignore[assignment]
+            counts[name] += count / step
         for name, count in self.rest.items():
-            counts[name] += count / tile  # type: ignore[assignment]
+            counts[name] += count / tile
         return counts
 
 
@@ -374,8 +374,8 @@ def print_step(target: str, dtypes: Dtypes, instructions: dict[int, float]) -> N
         ours, adamw = sum(phases.values()), ADAMW_BYTES / gpu.bandwidth
         parts = " + ".join(f"{seconds * 1e12:.1f}" for seconds in phases.values())
         print(
-            f"    predicted for {gpu.name}: {ours * 1e12:.1f} ps a parameter ({parts}), fused AdamW {adamw * 1e12:.1f}: "
-            f"ratio {ours / adamw:.2f}"
+            f"    predicted for {gpu.name}: {ours * 1e12:.1f} ps a parameter ({parts}), fused AdamW "
+            f"{adamw * 1e12:.1f}: ratio {ours / adamw:.2f}"
         )
         for model, size in (("GPT-2 124M hidden matrices", 84.9e6), ("GPT-3 XL hidden matrices", 1.208e9)):
             print(

@@ -24,7 +24,7 @@ def _names(data: dict[str, np.ndarray], variant: str) -> list[str]:
     return [key.removeprefix(prefix) for key in data if key.startswith(prefix)]
 
 
-@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("backend", ["torch", pytest.param("triton", marks=pytest.mark.kernels)])
 @pytest.mark.parametrize("variant", TOLERANCE)
 @pytest.mark.parametrize("file", FILES)
 def test_optimizer_reproduces_golden_updates_and_state(file, variant, backend, golden):
@@ -90,7 +90,7 @@ def test_float64_oracle_agrees_with_golden(file, variant, golden):
     assert worst <= TOLERANCE[variant]
 
 
-@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("backend", ["torch", pytest.param("triton", marks=pytest.mark.kernels)])
 def test_deployed_optimizer_reproduces_golden_parameters(backend, golden):
     if backend == "triton":
         pytest.importorskip("triton")

@@ -139,7 +139,9 @@ def test_gradients_above_the_rules_clip(limit, device, random_theta):
 
 
 def snapshot(optimizer):
-    return copy.deepcopy([[p.detach(), optimizer.state[p]] for group in optimizer.param_groups for p in group["params"]])
+    return copy.deepcopy(
+        [[p.detach(), optimizer.state[p]] for group in optimizer.param_groups for p in group["params"]]
+    )
 
 
 def equal(a, b):
@@ -210,7 +212,7 @@ def test_bitwise_equal_in_two_runs_and_in_any_order(orthogonalize, device, gpu_b
         for step in range(2):
             set_gradients(params, step)
             optimizer.step()
-        results.append([(p.detach(), {k: v for k, v in optimizer.state[p].items()}) for p in params])
+        results.append([(p.detach(), dict(optimizer.state[p])) for p in params])
     assert equal(results[0], results[1]) and equal(results[0], results[2])
 
 
@@ -386,7 +388,9 @@ def test_eight_launches_for_any_number_of_matrices(device, random_theta, monkeyp
     names = []
     launch = kernel_step._launch
     monkeypatch.setattr(
-        kernel_step, "_launch", lambda kernel, *args, **kwargs: (names.append(kernel), launch(kernel, *args, **kwargs))[1]
+        kernel_step,
+        "_launch",
+        lambda kernel, *args, **kwargs: (names.append(kernel), launch(kernel, *args, **kwargs))[1],
     )
     counts = []
     for matrices in (1, 12):

@@ -18,7 +18,15 @@ from celo2.phases import ELEMENT_COLUMNS
 def test_constants_are_the_rules():
     from celo2.kernels import layout
 
-    for name in ("GRADIENT_CLIP", "FEATURE_CLIP", "SECOND_MOMENT_DECAY", "SQUARE_EPS", "FACTOR_EPS", "RMS_EPS", "NORM_EPS"):
+    for name in (
+        "GRADIENT_CLIP",
+        "FEATURE_CLIP",
+        "SECOND_MOMENT_DECAY",
+        "SQUARE_EPS",
+        "FACTOR_EPS",
+        "RMS_EPS",
+        "NORM_EPS",
+    ):
         assert getattr(layout, name).value == getattr(reference, name), name
     assert layout.DECAYS.value == reference.MOMENTUM_DECAYS == reference.FACTOR_DECAYS
     assert layout.ELEMENT_COLUMNS.value == ELEMENT_COLUMNS
@@ -51,7 +59,9 @@ def run_report(*arguments: str) -> str:
 
 def test_compiled_code_for_sm_90_meets_its_limits():
     text = run_report("--target", "sm_90", "--dtypes", "float32")
-    lines = {line.split()[0]: line for line in text.splitlines() if line.startswith("  ") and "_kernel" in line.split()[0]}
+    lines = {
+        line.split()[0]: line for line in text.splitlines() if line.startswith("  ") and "_kernel" in line.split()[0]
+    }
     accesses = dict(zip(lines, re.findall(r"^    (\d.*)$", text, re.MULTILINE), strict=False))
 
     def number(kernel: str, pattern: str) -> float:
@@ -92,18 +102,16 @@ print(count)
 
 
 def test_nano_gpt_trains_through_the_kernels(device):
-    from celo2.pretrain.model import GPT
-    from celo2.pretrain.recipes import recipe_for
+    from celo2.pretrain.model import GPT, model_config
 
     losses = []
     for backend in ("torch", "triton"):
-        model = GPT(recipe_for("nano", "celo2").model).to(device)
+        model = GPT(model_config("nano")).to(device)
         model.init_weights(0)
         optimizer = FusedCelo2(model, lr=1e-3, max_grad_norm=1.0, backend=backend)
         run = []
-        for step in range(4):
-            generator = torch.Generator().manual_seed(step)
-            tokens = torch.randint(256, (4, 65), generator=generator).to(device)
+        tokens = torch.randint(256, (4, 65), generator=torch.Generator().manual_seed(0)).to(device)
+        for _ in range(4):
             loss = model(tokens[:, :-1], tokens[:, 1:])
             optimizer.zero_grad()
             loss.backward()
@@ -118,6 +126,10 @@ def test_nano_gpt_trains_through_the_kernels(device):
 def test_import_needs_no_triton(tmp_path):
     (tmp_path / "triton").mkdir()
     (tmp_path / "triton" / "__init__.py").write_text("raise ImportError('no triton here')")
-    program = "import sys, celo2, torch\ncelo2.FusedCelo2([torch.nn.Parameter(torch.ones(4, 4))])\nassert 'triton' not in sys.modules"
+    program = (
+        "import sys, celo2, torch\n"
+        "celo2.FusedCelo2([torch.nn.Parameter(torch.ones(4, 4))])\n"
+        "assert 'triton' not in sys.modules"
+    )
     environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
     subprocess.run([sys.executable, "-c", program], env=environment, check=True)
