@@ -33,7 +33,7 @@ from celo2.matrices import MatrixView
 from celo2.newton_schulz import COEFFICIENTS, EPS, iterate
 from celo2.norms import foreach_norm
 from celo2.phases import ELEMENT_ROWS, LONG_ROWS, SHORT_ROWS
-from celo2.state import MOMENTUM_KEYS
+from celo2.state import MOMENTUM_KEYS, is_transposed
 from celo2.stochastic_rounding import mix64
 from celo2.theta import Theta
 
@@ -96,12 +96,6 @@ class LearnedJob(NamedTuple):
         return self.max_grad_norm is None
 
 
-def _transposed(matrices: Tensor) -> bool:
-    """Whether [B, m, n] is stored by columns."""
-    _, m, n = matrices.shape
-    return matrices.stride(-2) == 1 and m > 1 and (matrices.stride(-1) != 1 or n == 1)
-
-
 def refusal(job: LearnedJob) -> str | None:
     """Return why the kernels cannot take a parameter, or None when they can."""
     parameter, moment = job.parameter, job.state["second_moment"]
@@ -113,10 +107,10 @@ def refusal(job: LearnedJob) -> str | None:
     if parameter.ndim < 2:
         return None if parameter.is_contiguous() and moment.is_contiguous() else "a vector with gaps"
     p, v = job.view.matrices(parameter.detach()), job.view.matrices(moment)
-    if _transposed(p) != _transposed(v):
+    if is_transposed(p) != is_transposed(v):
         return "a parameter and a state that are transposed to each other"
     for tensor in (p, v):
-        oriented = tensor.mT if _transposed(tensor) else tensor
+        oriented = tensor.mT if is_transposed(tensor) else tensor
         if oriented.stride(-1) != 1 and oriented.shape[-1] != 1:
             return f"strides {tuple(parameter.stride())}: contiguous along no axis of its matrices"
         if oriented.stride(-2) >= 1 << 24 and oriented.shape[-2] > 1:
@@ -140,7 +134,7 @@ class _Oriented(NamedTuple):
     def of(cls, job: LearnedJob) -> _Oriented:
         state, view = job.state, job.view
         p = view.matrices(job.parameter.detach())
-        swap = _transposed(p)
+        swap = is_transposed(p)
 
         def oriented(tensor: Tensor) -> Tensor:
             matrices = view.matrices(tensor)
@@ -175,6 +169,8 @@ class _Oriented(NamedTuple):
         return (
             self.p.shape[-1] % 16 == 0
             and self.p.shape[-1] >= columns
+            # a scale's columns must not straddle a tile
+            and (self.momenta[0].dtype != torch.int8 or self.p.shape[-1] % layout.QUANTUM.value == 0)
             and all(tensor.stride(-2) % 16 == 0 or tensor.shape[-2] == 1 for tensor in tensors)
             and all(int(address) % 16 == 0 for tensor in tensors for address in _addresses(tensor))
         )
@@ -305,7 +301,8 @@ class _MatrixBatch:
         self.device, self.blocks, self.aligned = device, blocks, aligned
         self.constants = _Constants.of(first.theta)
         self.units = len(self.constants.first_bias)
-        self.p_like, self.g_like, self.state_like = first.parameter, views[0].g, first.state["second_moment"]
+        self.p_like, self.g_like = first.parameter, views[0].g
+        self.m_like, self.v_like = first.state[MOMENTUM_KEYS[0]], first.state["second_moment"]
         self.gradients = _Gradients(jobs, [view.g for view in views], [view.buffer for view in views])
         self.matrices = sum(view.p.shape[0] for view in views)
         self.direction = torch.empty(sum(view.p.numel() for view in views), dtype=direction_dtype, device=device)
@@ -354,6 +351,8 @@ class _MatrixBatch:
                 COUNTER=job.state["step"].data_ptr(),
                 COUNTS=(steps == 0).astype(np.int64),
             )
+            if "momentum_scale" in job.state:
+                _fill(table, matrix, batch, MOMENTUM_SCALE=_addresses(job.state["momentum_scale"]))
             for k, momentum in enumerate(view.momenta):
                 table[matrix : matrix + batch, layout.MOMENTUM.value + k] = _addresses(momentum)
             for index in range(matrix, matrix + batch):
@@ -406,8 +405,8 @@ class _MatrixBatch:
         )  # fmt: skip
         _launch(feature_moments_kernel, (self.tiles,),
             self.table, gradients, self.tile_list, control, self.vectors, self.moments,
-            self.p_like, self.g_like, self.state_like, UNITS=self.units, CLIP=self.clips, BLOCK_ROWS=blocks.rows,
-            STEP_ROWS=blocks.step_rows, **shape,
+            self.p_like, self.g_like, self.m_like, self.v_like, UNITS=self.units, CLIP=self.clips,
+            BLOCK_ROWS=blocks.rows, STEP_ROWS=blocks.step_rows, **shape,
         )  # fmt: skip
         _launch(normalisers_kernel, (self.chunks,),
             self.table, self.chunk_list, control, self.chunk_sums, self.moments, self.first_layer, self.vectors,
@@ -416,7 +415,7 @@ class _MatrixBatch:
         constants = self.constants
         _launch(learned_update_kernel, (self.tiles,),
             self.table, gradients, self.tile_list, control, self.vectors, self.normalisers, self.squares,
-            self.p_like, self.g_like, self.state_like, self.direction,
+            self.p_like, self.g_like, self.m_like, self.v_like, self.direction,
             ELEMENT=constants.element, HIDDEN=constants.hidden, BIAS=constants.bias, OUTPUT=constants.output,
             OUTPUT_BIAS=constants.output_bias, UNITS=self.units, CLIP=self.clips, BLOCK_ROWS=blocks.rows,
             STEP_ROWS=blocks.step_rows, **shape, maxnreg=128,
@@ -550,7 +549,7 @@ class KernelStep:
             batches.setdefault(key, []).append(job)
         low = torch.bfloat16 if device.type == "cuda" else torch.float32
         self.batches = [
-            _MatrixBatch(batch, self.blocks, key[-1], low if key[-4] else torch.float32)
+            _MatrixBatch(batch, self.blocks, key[-1], low if batch[0].orthogonalize else torch.float32)
             for key, batch in batches.items()
         ]
         vectors: dict[tuple[Any, ...], list[LearnedJob]] = {}
@@ -637,7 +636,8 @@ def round_on_device(job: AdamWJob, wide: Tensor) -> None:
 
 
 def _dtypes(job: LearnedJob) -> tuple[torch.dtype, ...]:
-    return job.parameter.dtype, job.gradient.dtype, job.state["second_moment"].dtype
+    accumulators = job.state[MOMENTUM_KEYS[0]].dtype, job.state["second_moment"].dtype
+    return job.parameter.dtype, job.gradient.dtype, *accumulators
 
 
 def _on_device(lr: float | Tensor) -> bool:

@@ -2,7 +2,8 @@
 
 Learned rule: `momentum_fast`, `momentum_medium`, `momentum_slow` and `second_moment` like the parameter, and
 `row_factor` [rows, 3] and `column_factor` [columns, 3] (with a leading axis for several matrices), or `factor` [n, 3]
-for fewer than two axes. AdamW: `exp_avg` and `exp_avg_sq`. Both: `step`.
+for fewer than two axes; momenta of 8 bits have `momentum_scale` [matrices, rows, quanta, 3]. AdamW: `exp_avg` and
+`exp_avg_sq`. Both: `step`.
 """
 
 from __future__ import annotations
@@ -13,11 +14,18 @@ import torch
 from torch import Tensor
 
 from celo2.matrices import MatrixView
+from celo2.quantisation import dequantise, quanta, quantise_
+from celo2.stochastic_rounding import mix64
 
 MOMENTUM_KEYS = ("momentum_fast", "momentum_medium", "momentum_slow")
 
 
-STATE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+# of momenta and of the second moment
+STATE_DTYPES = {
+    "float32": (torch.float32, torch.float32),
+    "bfloat16": (torch.bfloat16, torch.bfloat16),
+    "int8": (torch.int8, torch.bfloat16),
+}
 
 
 def compute_dtype(parameter: Tensor) -> torch.dtype:
@@ -43,30 +51,80 @@ def create_state(parameter: Tensor, rule: str, view: MatrixView, dtype: str = "f
     state = {"step": torch.zeros((), dtype=torch.float32, device=device if device.type == "cuda" else "cpu")}
     if rule == "adamw":
         return state | {"exp_avg": like(), "exp_avg_sq": like()}
-    state |= {key: like(_accumulator_dtype(parameter, rule, dtype)) for key in (*MOMENTUM_KEYS, "second_moment")}
+    momentum, second = _accumulator_dtypes(parameter, dtype)
+    state |= {key: like(momentum) for key in MOMENTUM_KEYS} | {"second_moment": like(second)}
     if parameter.ndim < 2:
         return state | {"factor": zeros(parameter.numel(), 3)}
     batch, rows, columns = view.matrices(parameter.detach()).shape
     lead = () if batch == 1 else (batch,)
+    if momentum == torch.int8:
+        levels = quantised_matrices(view, state[MOMENTUM_KEYS[0]], state[MOMENTUM_KEYS[0]])
+        state["momentum_scale"] = zeros(batch, levels.shape[1], quanta(levels.shape[2]), 3)
     return state | {"row_factor": zeros(*lead, rows, 3), "column_factor": zeros(*lead, columns, 3)}
 
 
-def _accumulator_dtype(parameter: Tensor, rule: str, dtype: str) -> torch.dtype:
+def _accumulator_dtypes(parameter: Tensor, dtype: str) -> tuple[torch.dtype, torch.dtype]:
+    """Dtypes of the momenta and of the second moment; a vector is too short for 8 bits to matter."""
     wide = compute_dtype(parameter)
-    return wide if rule == "adamw" or wide == torch.float64 else STATE_DTYPES[dtype]
+    if wide == torch.float64:
+        return wide, wide
+    return (wide, wide) if parameter.ndim < 2 and dtype == "int8" else STATE_DTYPES[dtype]
+
+
+def is_transposed(matrices: Tensor) -> bool:
+    """Whether [B, m, n] is stored by columns."""
+    _, m, n = matrices.shape
+    return matrices.stride(-2) == 1 and m > 1 and (matrices.stride(-1) != 1 or n == 1)
+
+
+def quantised_matrices(view: MatrixView, tensor: Tensor, momentum: Tensor) -> Tensor:
+    """View `tensor` as matrices whose rows are those that lie in the memory of `momentum` as rows.
+
+    The columns that share a scale are neighbours there.
+    """
+    matrices = view.matrices(tensor)
+    return matrices.mT if is_transposed(view.matrices(momentum)) else matrices
+
+
+def read_momenta(state: dict[str, Tensor], view: MatrixView) -> list[Tensor]:
+    """Return the three momenta as they are, or the values of 8-bit ones in float32 tensors of their own."""
+    momenta = [state[key] for key in MOMENTUM_KEYS]
+    if "momentum_scale" not in state:
+        return momenta
+    values = []
+    for k, momentum in enumerate(momenta):
+        value = torch.empty_like(momentum, dtype=torch.float32)
+        levels = quantised_matrices(view, momentum, momentum)
+        quantised_matrices(view, value, momentum).copy_(dequantise(levels, state["momentum_scale"][..., k]))
+        values.append(value)
+    return values
+
+
+def write_momenta(state: dict[str, Tensor], view: MatrixView, values: list[Tensor], seed: int) -> None:
+    """Store the values of 8-bit momenta, rounded by random bits of `seed` (below 2**64)."""
+    for k, (key, value) in enumerate(zip(MOMENTUM_KEYS, values, strict=True)):
+        momentum, scale = state[key], state["momentum_scale"][..., k]
+        levels = quantised_matrices(view, momentum, momentum)
+        quantise_(levels, scale, quantised_matrices(view, value, momentum), mix64(seed + k) >> 32)
 
 
 def follow_parameter(
     state: dict[str, Tensor], parameter: Tensor, rule: str, view: MatrixView, dtype: str = "float32"
 ) -> None:
     """Move the state to where the parameter is, when `module.to(...)` changed its dtype, device or strides."""
-    like = state["exp_avg" if rule == "adamw" else "second_moment"]
-    expected = _accumulator_dtype(parameter, rule, dtype)
+    like = state["exp_avg" if rule == "adamw" else MOMENTUM_KEYS[0]]
+    expected = compute_dtype(parameter) if rule == "adamw" else _accumulator_dtypes(parameter, dtype)[0]
     if like.device == parameter.device and like.dtype == expected and _like(like, parameter):
         return
     moved = create_state(parameter, rule, view, dtype)
+    quantised = "momentum_scale" in moved
+    values = {} if rule == "adamw" else dict(zip(MOMENTUM_KEYS, read_momenta(state, view), strict=True))
     for key, value in moved.items():
-        value.copy_(state[key])
+        if key != "momentum_scale" and not (quantised and key in values):
+            value.copy_(values.get(key, state[key]))
+    if quantised:
+        write_momenta(moved, view, [value.to(parameter.device) for value in values.values()], seed=0)
+    state.clear()
     state.update(moved)
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from celo2.kernels import layout
+from celo2.kernels import layout, rounding
 from celo2.kernels.gradient_moments import chunk_of
 
 
@@ -32,7 +32,8 @@ def feature_moments_kernel(
     moments_ptr,  # float32 [tiles, 32], written
     p_like,
     g_like,
-    state_like,
+    m_like,
+    v_like,
     UNITS: tl.constexpr,
     CLIP: tl.constexpr,
     ALIGNED: tl.constexpr,
@@ -56,10 +57,10 @@ def feature_moments_kernel(
     state_stride = layout.length_of(table_ptr, matrix, layout.STATE_STRIDE, ALIGNED)
     p_ptr = layout.tensor_at(table_ptr, matrix, layout.P, p_like, ALIGNED) + column
     g_ptr = layout.gradient_at(gradients_ptr, matrix, g_like, ALIGNED) + column
-    m0_ptr = layout.tensor_at(table_ptr, matrix, layout.MOMENTUM, state_like, ALIGNED) + column
-    m1_ptr = layout.tensor_at(table_ptr, matrix, layout.MOMENTUM + 1, state_like, ALIGNED) + column
-    m2_ptr = layout.tensor_at(table_ptr, matrix, layout.MOMENTUM + 2, state_like, ALIGNED) + column
-    v_ptr = layout.tensor_at(table_ptr, matrix, layout.V, state_like, ALIGNED) + column
+    m0_ptr = layout.tensor_at(table_ptr, matrix, layout.MOMENTUM, m_like, ALIGNED) + column
+    m1_ptr = layout.tensor_at(table_ptr, matrix, layout.MOMENTUM + 1, m_like, ALIGNED) + column
+    m2_ptr = layout.tensor_at(table_ptr, matrix, layout.MOMENTUM + 2, m_like, ALIGNED) + column
+    v_ptr = layout.tensor_at(table_ptr, matrix, layout.V, v_like, ALIGNED) + column
 
     CHUNK: tl.constexpr = (layout.UNIT + UNITS) * BLOCK_COLUMNS
     row_chunk = layout.entry(table_ptr, matrix, layout.ROW_CHUNK) + row0 // BLOCK_COLUMNS
@@ -68,6 +69,10 @@ def feature_moments_kernel(
     o_column = tl.arange(0, BLOCK_COLUMNS)[None, :]
     column_ptr = vectors_ptr + column_chunk * CHUNK + tl.broadcast_to(o_column, [STEP_ROWS, BLOCK_COLUMNS])
 
+    QUANTISED: tl.constexpr = m_like.dtype.element_ty == tl.int8
+    quanta = tl.cdiv(columns, layout.QUANTUM)
+    o_quantum = (column // layout.QUANTUM + tl.arange(0, BLOCK_COLUMNS // layout.QUANTUM))[None, :]
+    scale_ptr = layout.entry(table_ptr, matrix, layout.MOMENTUM_SCALE).to(tl.pointer_type(tl.float32))
     sums = ()
     for _ in tl.static_range(layout.ELEMENT_COLUMNS):
         sums = sums + (tl.zeros([STEP_ROWS, BLOCK_COLUMNS // 4], tl.float32),)
@@ -86,6 +91,13 @@ def feature_moments_kernel(
             tl.load(m1_ptr + s + o_state, mask=mask, other=0.0).to(tl.float32),
             tl.load(m2_ptr + s + o_state, mask=mask, other=0.0).to(tl.float32),
         )
+        if QUANTISED:
+            scales_ptr = scale_ptr + ((first + o_row) * quanta + tl.minimum(o_quantum, quanta - 1)) * 3
+            momenta = (
+                rounding.scaled(momenta[0], tl.load(scales_ptr)),
+                rounding.scaled(momenta[1], tl.load(scales_ptr + 1)),
+                rounding.scaled(momenta[2], tl.load(scales_ptr + 2)),
+            )
         g = g.to(tl.float32) * gradient_scale
         if CLIP:
             g = tl.clamp(g, -layout.GRADIENT_CLIP, layout.GRADIENT_CLIP)

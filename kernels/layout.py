@@ -40,7 +40,8 @@ GROUP = tl.constexpr(22)
 SEED = tl.constexpr(23)  # of its random bits, 32 bits
 COUNTER = tl.constexpr(24)  # address of its parameter's step counter, float32
 COUNTS = tl.constexpr(25)  # 1 for the one matrix of a parameter that advances the counter
-COLUMNS = tl.constexpr(26)
+MOMENTUM_SCALE = tl.constexpr(26)  # address of [rows, quanta, 3], for 8-bit momenta
+COLUMNS = tl.constexpr(27)
 
 # `vectors`, float32 [chunks, PLANES + units, chunk]: new factors, their scales rf or cf, first-layer contributions
 FACTOR = tl.constexpr(0)
@@ -58,6 +59,9 @@ ELEMENT_STRIDE = tl.constexpr(32)
 CONTROL = tl.constexpr(2)
 # `rates`, float32 [groups, 2]: learning rate and weight decay
 RATES = tl.constexpr(2)
+
+# columns of a row that share the scale of their 8-bit momenta
+QUANTUM = tl.constexpr(64)
 
 # constants of the rule
 GRADIENT_CLIP = tl.constexpr(1000.0)

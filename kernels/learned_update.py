@@ -40,7 +40,8 @@ def learned_update_kernel(
     squares_ptr,  # float32 [tiles]: sums of d^2, written here
     p_like,  # pointers that only name a dtype
     g_like,
-    state_like,
+    m_like,
+    v_like,
     d_like,
     ELEMENT: tl.constexpr,  # weights of the 18 per-element columns, [18 * units]
     HIDDEN: tl.constexpr,  # second layer, [units * hidden]
@@ -70,10 +71,10 @@ def learned_update_kernel(
     state_stride = layout.length_of(table_ptr, matrix, layout.STATE_STRIDE, ALIGNED)
     p_ptr = layout.tensor_at(table_ptr, matrix, layout.P, p_like, ALIGNED) + column
     g_ptr = layout.gradient_at(gradients_ptr, matrix, g_like, ALIGNED) + column
-    m0_ptr = layout.tensor_at(table_ptr, matrix, layout.MOMENTUM, state_like, ALIGNED) + column
-    m1_ptr = layout.tensor_at(table_ptr, matrix, layout.MOMENTUM + 1, state_like, ALIGNED) + column
-    m2_ptr = layout.tensor_at(table_ptr, matrix, layout.MOMENTUM + 2, state_like, ALIGNED) + column
-    v_ptr = layout.tensor_at(table_ptr, matrix, layout.V, state_like, ALIGNED) + column
+    m0_ptr = layout.tensor_at(table_ptr, matrix, layout.MOMENTUM, m_like, ALIGNED) + column
+    m1_ptr = layout.tensor_at(table_ptr, matrix, layout.MOMENTUM + 1, m_like, ALIGNED) + column
+    m2_ptr = layout.tensor_at(table_ptr, matrix, layout.MOMENTUM + 2, m_like, ALIGNED) + column
+    v_ptr = layout.tensor_at(table_ptr, matrix, layout.V, v_like, ALIGNED) + column
     d_ptr = layout.tensor_at(table_ptr, matrix, layout.D, d_like, ALIGNED) + column
 
     CHUNK: tl.constexpr = (layout.UNIT + UNITS) * BLOCK_COLUMNS
@@ -86,6 +87,10 @@ def learned_update_kernel(
     if not ALIGNED:
         # columns outside repeat the last one
         o_column = tl.minimum(o_column, (columns - 1 - column).to(tl.int32))
+    QUANTISED: tl.constexpr = m_like.dtype.element_ty == tl.int8
+    quanta = tl.cdiv(columns, layout.QUANTUM)
+    o_quantum = (column // layout.QUANTUM + tl.arange(0, BLOCK_COLUMNS // layout.QUANTUM))[None, :]
+    scale_ptr = layout.entry(table_ptr, matrix, layout.MOMENTUM_SCALE).to(tl.pointer_type(tl.float32))
     norm_ptr = normalisers_ptr + matrix * layout.ELEMENT_STRIDE
 
     seed = rounding.seed_of(table_ptr, matrix)
@@ -105,6 +110,15 @@ def learned_update_kernel(
             tl.load(m1_ptr + s + o_state).to(tl.float32),
             tl.load(m2_ptr + s + o_state).to(tl.float32),
         )
+        if QUANTISED:
+            scales_ptr = scale_ptr + ((first + o_row) * quanta + tl.minimum(o_quantum, quanta - 1)) * 3
+            momenta = (
+                rounding.scaled(momenta[0], tl.load(scales_ptr)),
+                rounding.scaled(momenta[1], tl.load(scales_ptr + 1)),
+                rounding.scaled(momenta[2], tl.load(scales_ptr + 2)),
+            )
+            mine = (o_quantum * layout.QUANTUM >= column0) & (o_quantum < quanta)
+            scale_mask = (first + step < rows) & mine
         g = g * gradient_scale
         if CLIP:
             g = tl.clamp(g, -layout.GRADIENT_CLIP, layout.GRADIENT_CLIP)
@@ -132,7 +146,10 @@ def learned_update_kernel(
             m_ptr = m0_ptr if k == 0 else (m1_ptr if k == 1 else m2_ptr)
             if k == 1:
                 noise = rounding.noise_of(seed, s + column, o_state, 1)
-            rounding.store(m_ptr + s + o_state, m, mask, noise, k != 1, True)
+            if QUANTISED:
+                rounding.store_8_bits(m_ptr + s + o_state, m, mask, noise, k != 1, scales_ptr + k, scale_mask)
+            else:
+                rounding.store(m_ptr + s + o_state, m, mask, noise, k != 1, True)
             row_scale = tl.load(of_row + (layout.SCALE + k) * BLOCK_COLUMNS)
             column_scale = tl.load(column_ptr + (layout.SCALE + k) * BLOCK_COLUMNS)
             units = accumulate(units, m * tl.load(norm_ptr + 1 + k), ELEMENT, 1 + k)

@@ -43,7 +43,7 @@ TARGETS = {
 # four elements a thread
 THREADS = 128
 UNITS = 8
-BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
+BYTES = {"fp32": 4, "bf16": 2, "fp16": 2, "i8": 1}
 # the launches of a step before Newton-Schulz; with several batches all but control are repeated
 STEP = (
     "gradient_moments_kernel",
@@ -63,23 +63,31 @@ PHASES = {
 
 
 class Dtypes(NamedTuple):
-    """Element types of parameters, gradients, state and direction, in Triton's short names."""
+    """Element types of parameters, gradients, momenta, second moment and direction, in Triton's short names."""
 
     p: str = "fp32"
     g: str = "fp32"
-    state: str = "fp32"
+    m: str = "fp32"
+    v: str = "fp32"
     d: str = "fp32"
 
     def __str__(self) -> str:
-        return f"p {self.p}, g {self.g}, state {self.state}, d {self.d}"
+        return f"p {self.p}, g {self.g}, momenta {self.m}, v {self.v}, d {self.d}"
+
+    @property
+    def state_bytes(self) -> float:
+        """Bytes of state a parameter, with the scales of 8-bit momenta and without the factors."""
+        scales = 3 * 4 / layout.QUANTUM.value if self.m == "i8" else 0
+        return 3 * BYTES[self.m] + BYTES[self.v] + scales
 
 
 DTYPES = {
     "float32": Dtypes(),
-    "bfloat16-state": Dtypes(g="bf16", state="bf16", d="bf16"),
-    "bfloat16": Dtypes("bf16", "bf16", "bf16", "bf16"),
-    "mixed": Dtypes("bf16", "bf16", "fp32", "bf16"),
-    "float16": Dtypes("fp16", "fp16", "fp32", "fp32"),
+    "bfloat16-state": Dtypes("fp32", "bf16", "bf16", "bf16", "bf16"),
+    "int8-state": Dtypes("fp32", "bf16", "i8", "bf16", "bf16"),
+    "bfloat16": Dtypes("bf16", "bf16", "bf16", "bf16", "bf16"),
+    "mixed": Dtypes("bf16", "bf16", "fp32", "fp32", "bf16"),
+    "float16": Dtypes("fp16", "fp16", "fp32", "fp32", "fp32"),
 }
 
 
@@ -138,7 +146,14 @@ def specialisations(
 def compile_for(specialisation: Specialisation, target: GPUTarget) -> Any:
     """Compile for a GPU that need not be there; raises what Triton's compiler raises."""
     kernel, dtypes, constants, options = specialisation
-    short = {"p_like": dtypes.p, "g_like": dtypes.g, "state_like": dtypes.state, "d_like": dtypes.d}
+    short = {
+        "p_like": dtypes.p,
+        "g_like": dtypes.g,
+        "m_like": dtypes.m,
+        "v_like": dtypes.v,
+        "state_like": "fp32" if dtypes.m == "i8" else dtypes.m,
+        "d_like": dtypes.d,
+    }
     short |= {"x_ptr": dtypes.d, "add_ptr": dtypes.d, "out_ptr": dtypes.d, "target_ptr": dtypes.p}
     tables = {"table_ptr": "i64", "gradients_ptr": "i64", "skipped_ptr": "i64", "tiles_ptr": "i32", "chunks_ptr": "i32"}
     signature: dict[str, str] = {}
@@ -280,11 +295,12 @@ def inspect(name: str, compiled: Any, target: GPUTarget) -> Code:
     )
 
 
-def phase_bytes(phase: int, dtypes: Dtypes) -> int:
+def phase_bytes(phase: int, dtypes: Dtypes) -> float:
     """Bytes of tensors an element moves in a phase, scratch left out."""
-    p, g, state, d = (BYTES[name] for name in dtypes)
-    read = {1: g, 2: g + p + 4 * state, 3: g + p + 4 * state, 4: p + d}
-    written = {1: 0, 2: 0, 3: 4 * state + d, 4: p}
+    p, g, _, _, d = (BYTES[name] for name in dtypes)
+    state = dtypes.state_bytes
+    read = {1: g, 2: g + p + state, 3: g + p + state, 4: p + d}
+    written = {1: 0, 2: 0, 3: state + d, 4: p}
     return read[phase] + written[phase]
 
 
@@ -354,7 +370,7 @@ def print_kernels(target: str, dtypes: Dtypes, codes: dict[str, Code]) -> dict[i
             instructions[phase] = sum(counts.values())
             classes = ", ".join(f"{count:.1f} {name}" for name, count in counts.most_common())
             line += f"  phase {phase}: {instructions[phase]:6.1f} instructions an element ({classes})"
-            line += f", {phase_bytes(phase, dtypes)} B an element"
+            line += f", {phase_bytes(phase, dtypes):g} B an element"
         print(line)
         print("    " + ", ".join(f"{count} {name}" for name, count in sorted(code.accesses.items())))
     return instructions
@@ -364,8 +380,8 @@ def print_step(target: str, dtypes: Dtypes, instructions: dict[int, float]) -> N
     total = sum(phase_bytes(phase, dtypes) for phase in range(1, 5))
     print(f"  a step: {len(STEP)} launches for a batch of any number of matrices, before Newton-Schulz")
     print(
-        f"    {total} B a parameter ({' + '.join(str(phase_bytes(phase, dtypes)) for phase in range(1, 5))}) and "
-        f"{scratch_bytes():.2f} B of scratch; state {4 * BYTES[dtypes.state]} B a parameter"
+        f"    {total:g} B a parameter ({' + '.join(f'{phase_bytes(phase, dtypes):g}' for phase in range(1, 5))}) and "
+        f"{scratch_bytes():.2f} B of scratch; state {dtypes.state_bytes:g} B a parameter"
     )
     for gpu in GPUS:
         if gpu.target != target:

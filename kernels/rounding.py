@@ -1,4 +1,4 @@
-"""Stores that round without bias: bfloat16 by 16 random bits an element, replayable from seed, step and element.
+"""Stores that round without bias: bfloat16 and 8 bits by 16 random bits an element, replayable from seed and step.
 
 A bfloat16 is the upper half of a float32: random bits added to the lower half, which is then cut off, round to the
 next value above with the probability that keeps the expectation. A momentum of 0.999 needs it: its increments are
@@ -11,6 +11,8 @@ import triton
 import triton.language as tl
 
 from celo2.kernels import layout
+
+LARGEST = tl.constexpr(127.0)
 
 
 @triton.jit
@@ -59,6 +61,27 @@ def store(pointer, value, mask, noise, HALF: tl.constexpr, FINITE: tl.constexpr)
         tl.store(pointer, rounded.to(tl.bfloat16), mask=mask)
     else:
         tl.store(pointer, value.to(pointer.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def scaled(x, scale):
+    """Return [rows, columns] times the scale [rows, quanta] of its quantum of columns."""
+    blocks = tl.reshape(x, [x.shape[0], x.shape[1] // layout.QUANTUM, layout.QUANTUM])
+    return tl.reshape(blocks * scale[:, :, None], [x.shape[0], x.shape[1]])
+
+
+@triton.jit
+def store_8_bits(pointer, value, mask, noise, HALF: tl.constexpr, scale_ptr, scale_mask):
+    """Store float32 `value` as 8 bits, stochastically rounded multiples of a scale: the largest of a quantum / 127."""
+    inside = tl.abs(tl.where(mask, value, 0.0))
+    blocks = tl.reshape(inside, [value.shape[0], value.shape[1] // layout.QUANTUM, layout.QUANTUM])
+    largest = tl.max(blocks, axis=2)
+    tl.store(scale_ptr, largest / LARGEST, mask=scale_mask)
+    random = (noise >> 16) if HALF else (noise & 0xFFFF)
+    level = scaled(value, tl.where(largest > 0, LARGEST / largest, 0.0)) + random.to(tl.float32) * (1.0 / 65536)
+    # the largest may come out a little above 127
+    level = tl.clamp(tl.floor(level), -LARGEST, LARGEST)
+    tl.store(pointer, level.to(tl.int8), mask=mask)
 
 
 @triton.jit

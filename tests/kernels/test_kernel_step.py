@@ -10,7 +10,9 @@ import torch
 from torch import nn
 
 from celo2 import FusedCelo2
+from celo2.matrices import MatrixView
 from celo2.reference import MatrixState, VectorState, matrix_update, vector_update
+from celo2.state import read_momenta
 
 # several matrices, several tiles each way, masked tails, tall, wide, square, single rows and columns
 SHAPES = [(70, 128), (128, 70), (96, 96), (2, 64, 192), (130, 33), (1, 70), (70, 1), (1, 1), (3, 5, 7), (9,), (1,), ()]
@@ -471,3 +473,70 @@ def test_offsets_beyond_two_to_the_31(device, random_theta):
         assert not optimizer._kernels.refused
     # rounded by other bits, so equal up to one spacing
     torch.testing.assert_close(p.detach().contiguous(), dense.detach(), rtol=2.0**-7, atol=1e-7)
+
+
+@pytest.mark.parametrize("stored", ["rows", "columns"])
+def test_8_bit_momenta_equal_the_wide_rule_up_to_a_level(stored, device, gpu_blocks, random_theta):
+    gpu_blocks(128)
+    theta, results = random_theta(), []
+    for shapes in ([(40, 192), (2, 33, 70), (9, 5), (6,)],):
+        params = parameters(shapes, device)
+        if stored == "columns":
+            params = [nn.Parameter(p.detach().mT.contiguous().mT) if p.ndim > 1 else p for p in params]
+        wide = [nn.Parameter(p.detach().clone()) for p in params]
+        eight, exact = build(params, theta, lr=1e-2, state_dtype="int8"), build(wide, theta, lr=1e-2)
+        for step in range(3):
+            set_gradients(params, step)
+            for p, w in zip(params, wide, strict=True):
+                w.grad = p.grad.clone()
+                # the wide rule goes on from what the 8 bits hold
+                state = eight.state[p]
+                for key, value in zip(
+                    ("momentum_fast", "momentum_medium", "momentum_slow"),
+                    read_momenta(state, MatrixView()),
+                    strict=True,
+                ):
+                    exact.state[w][key].copy_(value)
+                for key in ("second_moment", "row_factor", "column_factor", "factor"):
+                    if key in state:
+                        exact.state[w][key].copy_(state[key])
+                w.data.copy_(p.detach())
+            eight.step()
+            exact.step()
+            for p, w in zip(params, wide, strict=True):
+                torch.testing.assert_close(p, w, rtol=0, atol=1e-6)
+                if p.ndim < 2:
+                    continue
+                state = eight.state[p]
+                levels = state["momentum_slow"]
+                assert levels.dtype == torch.int8 and state["second_moment"].dtype == torch.bfloat16
+                assert int(levels.max()) > 100 and int(levels.min()) < -100 and state["momentum_scale"].ndim == 4
+                for k, (key, value) in enumerate(
+                    zip(
+                        ("momentum_fast", "momentum_medium", "momentum_slow"),
+                        read_momenta(state, MatrixView()),
+                        strict=True,
+                    )
+                ):
+                    level = state["momentum_scale"][..., k].max()
+                    error = (value - exact.state[w][key]).abs().max()
+                    assert 0 < float(error) <= 1.01 * float(level), (p.shape, key)
+        results.append(params)
+
+
+def test_8_bit_state_dict_and_replay(device, random_theta):
+    runs = []
+    for resumes in (False, True):
+        params = parameters([(40, 64), (7,)], device)
+        optimizer = build(params, random_theta(), lr=1e-2, state_dtype="int8")
+        for step in range(4):
+            if resumes and step == 2:
+                saved = copy.deepcopy(optimizer.state_dict())
+                optimizer = build(params, random_theta(), lr=1e-2, state_dtype="int8")
+                optimizer.load_state_dict(saved)
+            set_gradients(params, step)
+            optimizer.step()
+        runs.append(snapshot(optimizer))
+    assert equal(*runs)
+    with pytest.raises(ValueError, match="saved with state_dtype='int8'"):
+        build(params, random_theta(), lr=1e-2).load_state_dict(optimizer.state_dict())
