@@ -5,8 +5,12 @@ from __future__ import annotations
 import platform
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+
+from celo2 import Theta
+from celo2.theta import GROUP_COLUMNS
 
 _REPORT = pytest.StashKey[list[str]]()
 
@@ -24,6 +28,15 @@ def _cpu_name() -> str:
 def _machine() -> str:
     capability = torch.backends.cpu.get_cpu_capability()
     return f"torch {torch.__version__}, {torch.get_num_threads()} threads, {_cpu_name()} ({capability})"
+
+
+@pytest.fixture
+def theta() -> Theta:
+    """A theta in which every column and every unit counts, unlike in the closed forms."""
+    rng = np.random.default_rng(0)
+    shapes = {f"w0__{i}": (columns, 8) for i, columns in enumerate(GROUP_COLUMNS)}
+    shapes |= {"b0": (8,), "w1": (8, 8), "b1": (8,), "w2": (8, 3), "b2": (3,)}
+    return Theta.from_arrays({name: 0.4 * rng.standard_normal(shape) for name, shape in shapes.items()})
 
 
 @pytest.fixture

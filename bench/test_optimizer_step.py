@@ -9,7 +9,6 @@ from __future__ import annotations
 import statistics
 import time
 
-import numpy as np
 import pytest
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
@@ -18,21 +17,12 @@ from torch.optim import AdamW, Optimizer
 from celo2 import FusedCelo2, Theta
 from celo2.reference import MatrixState, matrix_update
 from celo2.routing import format_table
-from celo2.theta import GROUP_COLUMNS
 
 # one GPT-2 124M block: query, key, value and output projections, then the two of the MLP
 SHAPES = [(768, 768)] * 4 + [(768, 3072), (3072, 768)]
 ROUNDS = 11
 TOLERANCE = 3e-5
 BASELINE = "AdamW(fused=True)"
-
-
-def dense_theta() -> Theta:
-    """Return a theta in which every column and every unit counts, unlike in the closed forms."""
-    rng = np.random.default_rng(0)
-    shapes = {f"w0__{i}": (columns, 8) for i, columns in enumerate(GROUP_COLUMNS)}
-    shapes |= {"b0": (8,), "w1": (8, 8), "b1": (8,), "w2": (8, 3), "b2": (3,)}
-    return Theta.from_arrays({name: 0.4 * rng.standard_normal(shape) for name, shape in shapes.items()})
 
 
 def parameters(shapes: list[tuple[int, int]]) -> list[torch.nn.Parameter]:
@@ -45,9 +35,8 @@ def parameters(shapes: list[tuple[int, int]]) -> list[torch.nn.Parameter]:
 
 
 @pytest.fixture
-def celo2_is_correct() -> None:
+def celo2_is_correct(theta: Theta) -> None:
     """The gate: two steps of FusedCelo2 agree with the float64 oracle, or nothing is timed."""
-    theta = dense_theta()
     for orthogonalize in (False, True):
         # several blocks, and wide: five float32 Newton-Schulz iterations on a square matrix are off by more than 3e-5
         (p,) = parameters([(96, 2304)])
@@ -63,8 +52,7 @@ def celo2_is_correct() -> None:
 
 
 @pytest.mark.usefixtures("celo2_is_correct")
-def test_step_time(benchmark: BenchmarkFixture, report: list[str]) -> None:
-    theta = dense_theta()
+def test_step_time(theta: Theta, benchmark: BenchmarkFixture, report: list[str]) -> None:
     optimizers: dict[str, Optimizer] = {
         "FusedCelo2": FusedCelo2(parameters(SHAPES), lr=1e-4, weights=theta, orthogonalize=False),
         "FusedCelo2, Newton-Schulz": FusedCelo2(parameters(SHAPES), lr=1e-4, weights=theta, orthogonalize=True),

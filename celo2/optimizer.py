@@ -573,7 +573,8 @@ class FusedCelo2(Optimizer):
     def table(self, *, collapse: bool = False) -> str:
         """Return the routing as text: a line a parameter with name, shape, matrices, rule, learning rate and decay.
 
-        With `collapse`, numbered blocks that are alike share a line.
+        With `collapse`, numbered blocks that are alike share a line. Below it is what the kernels could not take in the
+        last step, and why.
         """
         header = ("parameter", "shape", "matrices", "rule", "lr", "weight decay")
         rows: list[tuple[str, ...]] = []
@@ -588,7 +589,14 @@ class FusedCelo2(Optimizer):
                     batch, m, n = group_view(group).matrices(parameter.detach()).shape
                     matrices = f"{batch} x [{m}, {n}]"
                 rows.append((name, str(list(parameter.shape)), matrices, rule, f"{lr:.3g}", f"{decay:g}"))
-        return format_table(header, rows, collapse=collapse)
+        refused = {} if self._kernels is None else self._kernels.refused
+        notes = [
+            f"{name}: stepped by PyTorch, {refused[parameter]}"
+            for group in self.param_groups
+            for name, parameter in named_parameters(group)
+            if parameter in refused
+        ]
+        return "\n".join([format_table(header, rows, collapse=collapse), *notes])
 
     def rule_of(self, parameter: Tensor) -> str:
         """Return the rule that steps a parameter of this optimizer, `"celo2"` or `"adamw"`."""

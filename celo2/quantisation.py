@@ -32,7 +32,7 @@ def quantise_(levels: Tensor, scale: Tensor, value: Tensor, seed: int) -> None:
     """Write float32 `value` [B, m, n] as int8 `levels` and their scales, by random bits of `seed` (below 2**32)."""
     columns = value.shape[-1]
     padded = torch.nn.functional.pad(value, (0, quanta(columns) * QUANTUM - columns))
-    largest = padded.unflatten(-1, (-1, QUANTUM)).abs().amax(-1)
+    largest = padded.reshape(*value.shape[:-1], -1, QUANTUM).abs().amax(-1)
     scale.copy_(largest / LARGEST)
     inverse = torch.where(largest > 0, LARGEST / largest, 0.0)
     generator = torch.Generator(device=value.device).manual_seed(seed)

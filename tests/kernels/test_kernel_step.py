@@ -425,6 +425,8 @@ def test_parameters_that_do_not_fit_go_through_pytorch(device, random_theta):
         results.append([narrow, double, huge])
         if backend == "triton":
             assert set(optimizer._kernels.refused) == {double, huge}
+            assert "parameter 1: stepped by PyTorch, torch.float64" in optimizer.table()
+            assert "parameter 0: stepped by PyTorch, max_grad_norm=10000.0, above" in optimizer.table()
             narrow.grad[0, 0] = math.nan
             before = snapshot(optimizer)
             optimizer.step()
@@ -540,3 +542,30 @@ def test_8_bit_state_dict_and_replay(device, random_theta):
     assert equal(*runs)
     with pytest.raises(ValueError, match="saved with state_dtype='int8'"):
         build(params, random_theta(), lr=1e-2).load_state_dict(optimizer.state_dict())
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
+def test_a_step_is_captured_in_a_cuda_graph(device, random_theta):
+    results = []
+    for captured in (False, True):
+        params = parameters([(96, 128), (70, 128), (9,)], device)
+        optimizer = build(params, random_theta(), lr=torch.tensor(1e-2, device=device), orthogonalize=True)
+        for p in params:
+            p.grad = torch.zeros_like(p)
+        graph = torch.cuda.CUDAGraph()
+        for step in range(5):
+            generator = torch.Generator().manual_seed(step)
+            for p in params:
+                p.grad.copy_(1e-3 * torch.randn(p.shape, generator=generator))
+            optimizer.param_groups[0]["lr"].fill_(1e-2 / (1 + step))
+            if step == 2 and captured:
+                before = snapshot(optimizer)
+                with torch.cuda.graph(graph):
+                    optimizer.step()
+                assert equal(snapshot(optimizer), before)
+            if step >= 2 and captured:
+                graph.replay()
+            else:
+                optimizer.step()
+        results.append(snapshot(optimizer))
+    assert equal(*results)
