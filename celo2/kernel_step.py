@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -149,9 +150,7 @@ class _Oriented(NamedTuple):
         if not fits:
             buffer = torch.empty_like(state["second_moment"], dtype=job.gradient.dtype)
             g = oriented(buffer)
-        factors = [
-            state[name] if state[name].ndim == 3 else state[name][None] for name in ("row_factor", "column_factor")
-        ]
+        factors = [view.factors(state[name], p.shape[0]) for name in ("row_factor", "column_factor")]
         return cls(
             oriented(job.parameter.detach()),
             g,
@@ -186,10 +185,28 @@ def _row_stride(matrices: Tensor) -> int:
     return matrices.stride(-2) if matrices.shape[-2] > 1 else 0
 
 
+def on(device: torch.device) -> AbstractContextManager[Any]:
+    """Make a GPU the present one: Triton launches there, whatever the tensors' device."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
 def _pinned(array: NDArray[Any], device: torch.device) -> Tensor:
     """Return a copy on the host from which a transfer need not wait: the allocator keeps it until it is over."""
     tensor = torch.from_numpy(array.copy())
     return tensor.pin_memory() if device.type == "cuda" else tensor
+
+
+def _send(target: Tensor, array: NDArray[Any], captured: list[Tensor]) -> bool:
+    """Copy to the device without waiting; returns whether it will be there before the next step.
+
+    A copy that a CUDA graph captures happens at every replay instead, from memory that `captured` keeps.
+    """
+    source = _pinned(array, target.device)
+    target.copy_(source, non_blocking=True)
+    if target.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        captured.append(source)
+        return False
+    return True
 
 
 def _upload(array: NDArray[Any], device: torch.device) -> Tensor:
@@ -208,6 +225,7 @@ class _Gradients:
             for job, view, buffer in zip(jobs, views, buffers, strict=True)
         ]
         self._bases: list[int] = []
+        self._captured: list[Tensor] = []
         self._addresses = torch.zeros(
             sum(offset.size for offset in self._offsets), dtype=torch.int64, device=jobs[0].parameter.device
         )
@@ -222,8 +240,8 @@ class _Gradients:
             bases.append((parameter.grad if buffer is None else buffer).data_ptr())
         if bases != self._bases:
             table = np.concatenate([base + offset for base, offset in zip(bases, self._offsets, strict=True)])
-            self._addresses.copy_(_pinned(table, self._addresses.device), non_blocking=True)
-            self._bases = bases
+            sent = _send(self._addresses, table, self._captured)
+            self._bases = bases if sent else []
         return self._addresses
 
 
@@ -301,8 +319,10 @@ class _MatrixBatch:
         self.device, self.blocks, self.aligned = device, blocks, aligned
         self.constants = _Constants.of(first.theta)
         self.units = len(self.constants.first_bias)
-        self.p_like, self.g_like = first.parameter, views[0].g
-        self.m_like, self.v_like = first.state[MOMENTUM_KEYS[0]], first.state["second_moment"]
+        # they only name a dtype: no gradient or state is kept alive by them
+        self.p_like, self.g_like, self.m_like, self.v_like = (
+            torch.empty(16, dtype=dtype, device=device) for dtype in _dtypes(first)
+        )
         self.gradients = _Gradients(jobs, [view.g for view in views], [view.buffer for view in views])
         self.matrices = sum(view.p.shape[0] for view in views)
         self.direction = torch.empty(sum(view.p.numel() for view in views), dtype=direction_dtype, device=device)
@@ -389,15 +409,16 @@ class _MatrixBatch:
 
     def gradient_moments(self, unscale: Tensor, totals: Tensor) -> None:
         """Phase 1; `totals` [tiles] is this batch's part of the sums of squares of all gradients."""
+        self._addresses = self.gradients.refresh()
         _launch(gradient_moments_kernel, (self.tiles,),
-            self.table, self.gradients.refresh(), self.tile_list, unscale, self.sums, totals, self.clipped_totals,
+            self.table, self._addresses, self.tile_list, unscale, self.sums, totals, self.clipped_totals,
             self.g_like, CLIP=self.clips, ALIGNED=self.aligned, BLOCK_ROWS=self.blocks.rows,
             BLOCK_COLUMNS=self.blocks.columns,
         )  # fmt: skip
 
     def update(self, control: Tensor, rates: Tensor, totals: Tensor) -> None:
         """Phases 2 to 4, once `control` [1 + groups, 2] has the gradients' factors."""
-        blocks, gradients = self.blocks, self.gradients.refresh()
+        blocks, gradients = self.blocks, self._addresses
         shape = {"ALIGNED": self.aligned, "BLOCK_COLUMNS": blocks.columns}
         _launch(factors_kernel, (self.chunks,),
             self.table, self.chunk_list, control, self.sums, self.clipped_totals if self.clips else totals,
@@ -479,7 +500,9 @@ class _VectorBatch:
         device = jobs[0].parameter.device
         self.blocks, self.vectors = blocks, len(jobs)
         self.constants = _Constants.of(jobs[0].theta)
-        self.p_like, self.state_like = jobs[0].parameter, jobs[0].state["second_moment"]
+        self.p_like, self.g_like, self.state_like, _ = (
+            torch.empty(16, dtype=dtype, device=device) for dtype in _dtypes(jobs[0])
+        )
         buffers = [
             None
             if job.gradient.is_contiguous()
@@ -487,7 +510,6 @@ class _VectorBatch:
             for job in jobs
         ]
         sources = [job.gradient if buffer is None else buffer for job, buffer in zip(jobs, buffers, strict=True)]
-        self.g_like = sources[0]
         self.gradients = _Gradients(jobs, [source.reshape(1, -1) for source in sources], buffers)
         self.direction = torch.empty(sum(job.parameter.numel() for job in jobs), dtype=torch.float32, device=device)
         table = np.zeros((len(jobs), layout.COLUMNS.value), dtype=np.int64)
@@ -529,8 +551,9 @@ class KernelStep:
     of group i are multiplied by.
     """
 
-    def __init__(self, jobs: list[LearnedJob], groups: int) -> None:
+    def __init__(self, jobs: list[LearnedJob], groups: int, skipped: Tensor | None = None) -> None:
         device = self.device = jobs[0].parameter.device
+        self.parameters = [job.parameter for job in jobs]
         matrices = [job for job in jobs if job.parameter.ndim > 1]
         views = [_Oriented.of(job) for job in matrices]
         # narrow heads take narrow tiles, and all matrices then share them: fewer launches
@@ -565,32 +588,30 @@ class KernelStep:
 
         self.groups = groups
         self.control = scratch(1 + groups, layout.CONTROL.value)
-        self.rates, self._rates = (
-            scratch(groups, layout.RATES.value),
-            np.zeros((groups, layout.RATES.value), np.float32),
-        )
-        self.limits, self._limits = scratch(groups), np.zeros(groups, np.float32)
+        # on the device, and as last sent there
+        self.rates, self.limits = scratch(groups, layout.RATES.value), scratch(groups)
+        self._rates: NDArray[np.float32] | None = None
+        self._limits: NDArray[np.float32] | None = None
+        self._captured: list[Tensor] = []
         self.grad_norm = scratch()
         self.skip = scratch()
-        self.skipped = scratch(1, dtype=torch.int64)
+        self.skipped = scratch(1, dtype=torch.int64) if skipped is None else skipped
         self.one, self.zero = torch.ones(1, dtype=torch.float32, device=device), scratch(1)
 
     def _set(self, groups: Sequence[dict[str, Any]]) -> None:
         """Bring learning rates, decays and limits to the device where they have changed."""
-        rates = np.zeros_like(self._rates)
+        rates = np.zeros((self.groups, layout.RATES.value), np.float32)
         for index, group in enumerate(groups):
             lr = group["lr"]
             # a rate on the device is copied there, below
-            rates[index] = (0.0 if _on_device(lr) else float(lr)), group["weight_decay"]
+            rates[index] = (math.nan if _on_device(lr) else float(lr)), group["weight_decay"]
         limits = np.array(
             [math.inf if group["max_grad_norm"] is None else group["max_grad_norm"] for group in groups], np.float32
         )
-        if not np.array_equal(rates, self._rates):
-            self.rates.copy_(_pinned(rates, self.device), non_blocking=True)
-            self._rates = rates
-        if not np.array_equal(limits, self._limits):
-            self.limits.copy_(_pinned(limits, self.device), non_blocking=True)
-            self._limits = limits
+        if self._rates is None or not np.array_equal(rates, self._rates, equal_nan=True):
+            self._rates = rates if _send(self.rates, rates, self._captured) else None
+        if self._limits is None or not np.array_equal(limits, self._limits):
+            self._limits = limits if _send(self.limits, limits, self._captured) else None
         for index, group in enumerate(groups):
             if _on_device(group["lr"]):
                 self.rates[index, 0].copy_(group["lr"], non_blocking=True)
@@ -603,6 +624,18 @@ class KernelStep:
         found_inf: Tensor | None,
     ) -> None:
         """Step; `others` are the gradients that are not the kernels' own, part of the global norm."""
+        with on(self.device):
+            self._run(groups, others, grad_scale, found_inf)
+        # autograd must not take what it saved for unchanged
+        torch.autograd.graph.increment_version(self.parameters)
+
+    def _run(
+        self,
+        groups: Sequence[dict[str, Any]],
+        others: Sequence[Tensor],
+        grad_scale: Tensor | None,
+        found_inf: Tensor | None,
+    ) -> None:
         self._set(groups)
         unscale = self.one if grad_scale is None else grad_scale.to(self.device, torch.float32).reshape(1).reciprocal()
         found = self.zero if found_inf is None else found_inf.to(self.device, torch.float32).reshape(1)
@@ -632,7 +665,9 @@ def round_on_device(job: AdamWJob, wide: Tensor) -> None:
     else:
         size = wide.numel()
         seed = int(_seeds(job.position, 1)[0])
-        _launch(round_kernel, (-(-size // 1024),), job.parameter, wide, job.state["step"], seed, size, BLOCK=1024)
+        with on(wide.device):
+            _launch(round_kernel, (-(-size // 1024),), job.parameter, wide, job.state["step"], seed, size, BLOCK=1024)
+        torch.autograd.graph.increment_version(job.parameter)
 
 
 def _dtypes(job: LearnedJob) -> tuple[torch.dtype, ...]:

@@ -84,3 +84,23 @@ class MatrixView:
         if self.axis == 0:
             return tensor.view(self.blocks, rows // self.blocks, columns)
         return tensor.view(rows, self.blocks, columns // self.blocks).transpose(0, 1)
+
+    def factor_shapes(self, shape: torch.Size) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Return the shapes of the row and column factors of a parameter, [..., rows, 3] and [..., columns, 3].
+
+        They have the parameter's own axes where they can, so that they shard as it does: an axis that is cut into
+        blocks stays whole, and leading axes stay.
+        """
+        if len(shape) > 2 and not self.flatten:
+            return (*shape[:-1], 3), (*shape[:-2], shape[-1], 3)
+        rows, columns = shape[0], shape[1:].numel()
+        if self.blocks == 1:
+            return (rows, 3), (columns, 3)
+        if self.axis == 0:
+            return (rows, 3), (self.blocks, columns, 3)
+        return (self.blocks, rows, 3), (columns, 3)
+
+    @staticmethod
+    def factors(factor: Tensor, batch: int) -> Tensor:
+        """View a row or column factor as [matrices, rows or columns, 3]."""
+        return factor.view(batch, -1, 3) if batch else factor.view(0, factor.shape[-2], 3)

@@ -181,8 +181,8 @@ class FusedCelo2(Optimizer):
     def _count_skipped(self) -> None:
         """Add what the kernels have counted on the device to the groups."""
         kernels = self._kernels
-        if kernels is not None and kernels.step is not None:
-            skipped = int(kernels.step.skipped) - kernels.counted
+        if kernels is not None and kernels.skipped is not None:
+            skipped = int(kernels.skipped) - kernels.counted
             kernels.counted += skipped
             for group in self.param_groups:
                 group["skipped_steps"] += skipped
@@ -416,6 +416,7 @@ class FusedCelo2(Optimizer):
             matrices = dataclasses.replace(matrices, momenta=(fast, medium, slow))
         step = MatrixStep(matrices, moments, self._folded[key], workspace, scale=scale, clip=clip, seed=seed)
         direction = step.learned_update(step.feature_scales())
+        step.commit_factors()
         if values is not None:
             write_momenta(job.state, group_view(group), values, seed)
         direction, rms_scale = normalise_direction(
@@ -474,39 +475,58 @@ class FusedCelo2(Optimizer):
             return False
         signature = self._signature()
         if self._kernels is None or self._kernels.signature != signature:
-            self._count_skipped()
-            self._kernels = self._plan_kernels(signature)
+            old, self._kernels = self._kernels, None
+            self._kernels = self._plan_kernels(signature, old)
         return self._kernels.step is not None
 
     def _signature(self) -> list[object]:
-        """What the plan of the kernels depends on; gradients may move without another plan."""
+        """What the plan of the kernels depends on; gradients may move, unless their alignment changes."""
         parts: list[object] = []
         for group in self.param_groups:
-            parts += [group["weights"], group["orthogonalize"], group["ns_steps"], group["max_grad_norm"]]
+            parts += [group[key] for key in ("weights", "orthogonalize", "ns_steps", "max_grad_norm", "state_dtype")]
+            parts += [group[key] for key in ("split", "heads", "axis", "flatten")]
             for parameter in group["params"]:
                 gradient = parameter.grad
                 if gradient is None or gradient.layout != torch.strided:
                     parts.append(gradient)
                 else:
-                    parts.append((parameter.data_ptr(), gradient.dtype, gradient.stride()))
+                    parts.append((parameter.data_ptr(), parameter.dtype, parameter.stride()))
+                    parts.append((gradient.dtype, gradient.stride(), gradient.data_ptr() % 16))
+                    parts.append([value.data_ptr() for value in self.state[parameter].values()])
         return parts
 
-    def _plan_kernels(self, signature: list[object]) -> _KernelPlan:
+    def _plan_kernels(self, signature: list[object], old: _KernelPlan | None) -> _KernelPlan:
         plan = _KernelPlan(signature)
+        skipped = None
+        if old is not None:
+            skipped, plan.counted = old.skipped, old.counted
+            plan.skipped = skipped
         learned, vectors, adam = self._collect()
+        # the collection may have moved state to its parameters
+        plan.signature = self._signature()
         jobs: list[_MatrixJob | _VectorJob] = [*learned, *vectors]
         devices = {job.parameter.device for job in jobs}
-        if self.backend == "auto" and (
-            len(devices) != 1 or next(iter(devices)).type != "cuda" or not _triton_is_installed()
+        devices |= {job.parameter.device for group in adam for job in group}
+        if not jobs or (
+            self.backend == "auto"
+            and (len(devices) != 1 or next(iter(devices)).type != "cuda" or not _triton_is_installed())
         ):
             return plan
         from celo2 import kernel_step
 
         if len(devices) > 1:
             raise ValueError(f"backend='triton': parameters on several devices ({devices}); use backend='auto'")
-        if any(device.type != "cuda" for device in devices) and not kernel_step.interpreted():
+        device = next(iter(devices))
+        if device.type == "cuda" and kernel_step.interpreted():
+            if self.backend == "auto":
+                return plan
             raise ValueError(
-                f"backend='triton' with parameters on {next(iter(devices))}: the kernels run on GPUs; set "
+                f"backend='triton' with parameters on {device}: TRITON_INTERPRET is set, and the interpreter reads the "
+                "host's memory; unset it, or use backend='torch'"
+            )
+        if device.type != "cuda" and not kernel_step.interpreted():
+            raise ValueError(
+                f"backend='triton' with parameters on {device}: the kernels run on GPUs; set "
                 "TRITON_INTERPRET=1 before Python starts to interpret them, or use backend='auto'"
             )
         taken = []
@@ -530,7 +550,10 @@ class FusedCelo2(Optimizer):
                 plan.refused[job.parameter] = reason
         plan.adam = [[job.parameter for job in group] for group in adam]
         if taken:
-            plan.step = kernel_step.KernelStep(taken, len(self.param_groups))
+            # an inference tensor could not be written in a later step outside of inference mode
+            with torch.inference_mode(False):
+                plan.step = kernel_step.KernelStep(taken, len(self.param_groups), skipped)
+            plan.skipped = plan.step.skipped
             plan.rounding = kernel_step.round_on_device
         return plan
 
@@ -555,7 +578,8 @@ class FusedCelo2(Optimizer):
         others += [parameter.grad for parameter in plan.refused if parameter.grad is not None]
         grad_scale = getattr(self, "grad_scale", None)
         plan.step.run(self.param_groups, others, grad_scale, getattr(self, "found_inf", None))
-        self.grad_norm = plan.step.grad_norm
+        # the plan's own is overwritten by the next step
+        self.grad_norm = plan.step.grad_norm.clone()
         for index, jobs in enumerate(adam):
             group = self.param_groups[index]
             # a factor that is known to be 1 saves the scaled copies
@@ -612,7 +636,8 @@ class _KernelPlan:
         self.refused: dict[Tensor, str] = {}  # learned parameters that PyTorch steps, and why
         self.adam: list[list[Tensor]] = []
         self.rounding = round_on_host
-        self.counted = 0  # skipped steps of the device that the groups have already
+        self.skipped: Tensor | None = None  # skipped steps counted on the device, int64 [1]
+        self.counted = 0  # how many of them the groups have already
 
 
 def _triton_is_installed() -> bool:
@@ -626,6 +651,6 @@ def _matrices(parameter: Tensor, gradient: Tensor, state: dict[str, Tensor], vie
     except ValueError:
         g = view.matrices(gradient.contiguous())
     fast, medium, slow = (view.matrices(state[name]) for name in MOMENTUM_KEYS)
-    factors = [state[name] if state[name].ndim == 3 else state[name][None] for name in ("row_factor", "column_factor")]
+    factors = [view.factors(state[name], g.shape[0]) for name in ("row_factor", "column_factor")]
     v = view.matrices(state["second_moment"])
     return Matrices(view.matrices(parameter), g, (fast, medium, slow), v, *factors)

@@ -1,6 +1,6 @@
 """The rule in four phases over blocks that stay in cache: the path that runs on a CPU, in plain PyTorch.
 
-Phase 1 (`gradient_moments`) reads the gradient and gives row and column means of g^2. Phase 2 (`feature_scales`) gives
+Phase 1 (`gradient_moments`) reads the gradient and gives row and column sums of g^2. Phase 2 (`feature_scales`) gives
 the normaliser of each of the 18 per-element columns and writes nothing. Phase 3 (`learned_update`) advances the
 accumulators and writes the direction. Phase 4 (`apply_update`) normalises the direction and moves the parameter.
 
@@ -129,11 +129,30 @@ class Matrices:
 
 @dataclass(frozen=True)
 class GradientMoments:
-    """Means of g^2 over each row [B, m] and column [B, n], and the sum over all elements, of the raw gradient."""
+    """Sums of g^2 over each row [B, m] and column [B, n], and over all elements, of the raw gradient."""
 
-    row_mean: Tensor
-    column_mean: Tensor
+    row_sum: Tensor
+    column_sum: Tensor
     total: float
+
+
+@dataclass(frozen=True)
+class Factors:
+    """The new factored second moments of the rows [B, r, 3] and columns [B, c, 3] at hand, and of what they are part.
+
+    `shape` is that of the whole matrices; `short_mean` [B, 1, 3] the mean over all of the factor of the shorter axis.
+    """
+
+    row: Tensor
+    column: Tensor
+    shape: tuple[int, int]
+    short_mean: Tensor
+
+
+def advance_factor(old: Tensor, square_sum: Tensor, length: int, square_scale: float) -> Tensor:
+    """Return the new factor [..., L, 3], given sums of g^2 [..., L] over an axis of `length` elements."""
+    decay = torch.tensor(FACTOR_DECAYS, dtype=old.dtype, device=old.device)
+    return decay * old + (1 - decay) * (square_sum[..., None] / length * square_scale + SQUARE_EPS)
 
 
 def _scaled_gradient(g: Tensor, scale: float, clip: bool, out: Tensor) -> Tensor:
@@ -153,7 +172,7 @@ def _wide(accumulator: Tensor, out: Tensor) -> Tensor:
 def gradient_moments(
     g: Tensor, workspace: Workspace, *, scale: float = 1.0, clip: bool = False, block: int = STATISTICS_BLOCK
 ) -> GradientMoments:
-    """Phase 1: row and column means of g^2 for g [B, m, n]; reads g once.
+    """Phase 1: row and column sums of g^2 for g [B, m, n]; reads g once.
 
     With `clip`, of clamp(scale * g, -1000, 1000) instead of g: needed only when an element may exceed the clip, which a
     sum of squares of at most 1e6 rules out.
@@ -174,23 +193,26 @@ def gradient_moments(
         column_sum[b, c] += square.sum(-2)
     # on the host: Apple's GPUs have no float64
     total = float(row_sum.cpu().sum(dtype=torch.float64))
-    return GradientMoments(row_sum / n, column_sum / m, total)
+    return GradientMoments(row_sum, column_sum, total)
 
 
 class MatrixStep:
     """Phases 2 to 4 for one parameter, given its gradient moments; nothing is written before `learned_update`.
 
     `scale` multiplies the gradient (loss unscaling and global-norm clipping), then the rule's elementwise clip applies
-    where `clip` says that an element may exceed it. `seed` is that of the rounding of bfloat16 accumulators.
+    where `clip` says that an element may exceed it. `seed` is that of the rounding of bfloat16 accumulators. With
+    `factors`, the matrices are parts of larger ones, and `moments` is not read: sums and normalisers over the whole are
+    the caller's.
     """
 
     def __init__(
         self,
         matrices: Matrices,
-        moments: GradientMoments,
+        moments: GradientMoments | None,
         theta: FoldedTheta,
         workspace: Workspace,
         *,
+        factors: Factors | None = None,
         scale: float = 1.0,
         clip: bool = False,
         seed: int = 0,
@@ -201,18 +223,19 @@ class MatrixStep:
         self.matrices, self.theta, self.workspace = matrices, theta, workspace
         self.scale, self.clip = scale, clip
         self.block, self.statistics_block = block, statistics_block
-        # moments of a clipped gradient are taken after scaling
-        square_scale = 1.0 if clip else scale * scale
-        decay = torch.tensor(FACTOR_DECAYS, dtype=workspace.dtype, device=workspace.device)
-        row = moments.row_mean[..., None] * square_scale + SQUARE_EPS
-        column = moments.column_mean[..., None] * square_scale + SQUARE_EPS
-        self.row_factor = decay * matrices.row_factor + (1 - decay) * row
-        self.column_factor = decay * matrices.column_factor + (1 - decay) * column
-
+        if factors is None:
+            assert moments is not None
+            # moments of a clipped gradient are taken after scaling
+            square_scale = 1.0 if clip else scale * scale
+            m, n = matrices.p.shape[-2:]
+            row = advance_factor(matrices.row_factor, moments.row_sum, n, square_scale)
+            column = advance_factor(matrices.column_factor, moments.column_sum, m, square_scale)
+            factors = Factors(row, column, (m, n), (row if m <= n else column).mean(-2, keepdim=True))
+        self.row_factor, self.column_factor = factors.row, factors.column
         # the shorter axis carries R, the longer one C; a square matrix counts axis 0 as the shorter
-        m, n = matrices.p.shape[-2:]
+        m, n = self.shape = factors.shape
         short, long = (self.row_factor, self.column_factor) if m <= n else (self.column_factor, self.row_factor)
-        rf = torch.rsqrt((short / (short.mean(-2, keepdim=True) + FACTOR_EPS)).clamp_min(FACTOR_EPS))
+        rf = torch.rsqrt((short / (factors.short_mean + FACTOR_EPS)).clamp_min(FACTOR_EPS))
         cf = torch.rsqrt(long.clamp_min(FACTOR_EPS))
         row_scale, column_scale = (rf, cf) if m <= n else (cf, rf)
         self.row_scale = row_scale.permute(2, 0, 1).contiguous()  # [3, B, m]
@@ -240,13 +263,18 @@ class MatrixStep:
         return x
 
     def feature_scales(self) -> Tensor:
-        """Phase 2: the normalisers rsqrt(mean(x^2) + 1e-9) of the 18 columns, [18, B]; reads p, g and accumulators.
+        """Phase 2: the normalisers rsqrt(mean(x^2) + 1e-9) of the 18 columns of whole matrices, [18, B]."""
+        m, n = self.shape
+        return torch.rsqrt(self.feature_sums() / (m * n) + NORM_EPS)
+
+    def feature_sums(self) -> Tensor:
+        """Sums of the squares of the 18 columns, [18, B]; reads p, g and accumulators.
 
         Only squares are formed, so no root is taken: q^2 = 1 / (v + eps), clip(g)^2 = min(g^2, clip^2), and the six
         sums with factors are sum_ij x_ij^2 rf_i^2 cf_j^2, a product of matrices.
         """
         source = self.matrices
-        batch, m, n = source.p.shape
+        batch = source.p.shape[0]
         row_square, column_square = (scale.square().transpose(0, 1) for scale in (self.row_scale, self.column_scale))
         total = torch.zeros(ELEMENT_COLUMNS, batch, dtype=self.workspace.dtype, device=self.workspace.device)
         for b, r, c in iterate_blocks(source.p.shape, self.statistics_block):
@@ -268,21 +296,27 @@ class MatrixStep:
             total[8:11, b] += factored[0].T
             total[11:14, b] += factored[1:4].diagonal(dim1=0, dim2=2).T
             total[14:18, b] += sums[8:12]
-        return torch.rsqrt(total / (m * n) + NORM_EPS)
+        return total
 
-    def _vector_contribution(self, factor: Tensor, weights: Tensor) -> Tensor:
-        """First-layer contribution [h, B, length] of F_k and rsqrt(F_k + eps) of a factor [B, length, 3]."""
-        columns = torch.cat([factor, torch.rsqrt(factor + RMS_EPS)], dim=-1)
-        columns = columns * torch.rsqrt(columns.square().mean(-2, keepdim=True) + NORM_EPS)
-        return (columns @ weights).permute(2, 0, 1).contiguous()
+    def vector_scales(self) -> tuple[Tensor, Tensor]:
+        """Normalisers [B, 6] of the columns of rows and of columns, of whole matrices."""
+        m, n = self.shape
+        row, column = vector_sums(self.row_factor), vector_sums(self.column_factor)
+        return torch.rsqrt(row / m + NORM_EPS), torch.rsqrt(column / n + NORM_EPS)
 
-    def learned_update(self, scales: Tensor) -> Tensor:
-        """Phase 3: write the new accumulators and return the direction d [B, m, n] (scratch, valid until reused)."""
+    def learned_update(self, scales: Tensor, vector_scales: tuple[Tensor, Tensor] | None = None) -> Tensor:
+        """Phase 3: write momenta and second moment, return the direction d [B, m, n] (scratch, valid until reused).
+
+        `scales` [18, B] and `vector_scales` (rows and columns, [B, 6] each) are normalisers over the whole matrices.
+        """
         source, theta, take = self.matrices, self.theta, self.workspace.take
         batch, m, n = source.p.shape
-        row_weights, column_weights = (theta.short, theta.long) if m <= n else (theta.long, theta.short)
-        row_term = self._vector_contribution(self.row_factor, row_weights)
-        column_term = self._vector_contribution(self.column_factor, column_weights) + theta.bias0[:, None, None]
+        rows_are_short = self.shape[0] <= self.shape[1]
+        row_weights, column_weights = (theta.short, theta.long) if rows_are_short else (theta.long, theta.short)
+        row_scale, column_scale = self.vector_scales() if vector_scales is None else vector_scales
+        row_term = _vector_contribution(self.row_factor, row_scale, row_weights)
+        column_term = _vector_contribution(self.column_factor, column_scale, column_weights)
+        column_term += theta.bias0[:, None, None]
         direction = take("direction", batch, m, n)
         h, k = theta.element.shape[1], theta.hidden.shape[0]
         for index, where in enumerate(iterate_blocks(source.p.shape, self.block)):
@@ -305,9 +339,27 @@ class MatrixStep:
             hidden = torch.mm(theta.hidden, hidden, out=take("hidden1", k, size)).add_(theta.bias1).relu_()
             output = torch.mm(theta.output, hidden, out=take("output", 1, size))
             torch.add(output.view(shape), theta.bias2, out=direction[b, r, c])
-        source.row_factor.copy_(self.row_factor)
-        source.column_factor.copy_(self.column_factor)
         return direction
+
+    def commit_factors(self) -> None:
+        """Write the new factors of whole matrices."""
+        self.matrices.row_factor.copy_(self.row_factor)
+        self.matrices.column_factor.copy_(self.column_factor)
+
+
+def _vector_columns(factor: Tensor) -> Tensor:
+    """Return F_k and rsqrt(F_k + eps), [B, length, 6], of a factor [B, length, 3]."""
+    return torch.cat([factor, torch.rsqrt(factor + RMS_EPS)], dim=-1)
+
+
+def vector_sums(factor: Tensor) -> Tensor:
+    """Sums of the squares, [B, 6], of the six columns that depend on a row or a column only."""
+    return _vector_columns(factor).square().sum(-2)
+
+
+def _vector_contribution(factor: Tensor, scale: Tensor, weights: Tensor) -> Tensor:
+    """First-layer contribution [h, B, length] of a factor [B, length, 3], given its normalisers [B, 6]."""
+    return ((_vector_columns(factor) * scale[:, None]) @ weights).permute(2, 0, 1).contiguous()
 
 
 def normalise_direction(direction: Tensor, *, orthogonalize: bool, ns_steps: int) -> tuple[Tensor, Tensor]:

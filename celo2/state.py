@@ -1,9 +1,9 @@
 """The optimizer state of a parameter: its accumulators under either rule, and the checks on saved ones.
 
-Learned rule: `momentum_fast`, `momentum_medium`, `momentum_slow` and `second_moment` like the parameter, and
-`row_factor` [rows, 3] and `column_factor` [columns, 3] (with a leading axis for several matrices), or `factor` [n, 3]
-for fewer than two axes; momenta of 8 bits have `momentum_scale` [matrices, rows, quanta, 3]. AdamW: `exp_avg` and
-`exp_avg_sq`. Both: `step`.
+Learned rule: `momentum_fast`, `momentum_medium`, `momentum_slow` and `second_moment` like the parameter; `row_factor`
+[..., rows, 3] and `column_factor` [..., columns, 3] (`MatrixView.factor_shapes`), or `factor` [n, 3] for fewer than two
+axes; with momenta of 8 bits `momentum_scale` [matrices, rows, quanta, 3]. AdamW: `exp_avg` and `exp_avg_sq`. Both:
+`step`. The state of a sharded parameter is sharded as it is.
 """
 
 from __future__ import annotations
@@ -55,12 +55,12 @@ def create_state(parameter: Tensor, rule: str, view: MatrixView, dtype: str = "f
     state |= {key: like(momentum) for key in MOMENTUM_KEYS} | {"second_moment": like(second)}
     if parameter.ndim < 2:
         return state | {"factor": zeros(parameter.numel(), 3)}
-    batch, rows, columns = view.matrices(parameter.detach()).shape
-    lead = () if batch == 1 else (batch,)
     if momentum == torch.int8:
         levels = quantised_matrices(view, state[MOMENTUM_KEYS[0]], state[MOMENTUM_KEYS[0]])
-        state["momentum_scale"] = zeros(batch, levels.shape[1], quanta(levels.shape[2]), 3)
-    return state | {"row_factor": zeros(*lead, rows, 3), "column_factor": zeros(*lead, columns, 3)}
+        state["momentum_scale"] = zeros(levels.shape[0], levels.shape[1], quanta(levels.shape[2]), 3)
+    view.matrices(parameter.detach())  # raises for a layout without such a view
+    row, column = view.factor_shapes(parameter.shape)
+    return state | {"row_factor": zeros(*row), "column_factor": zeros(*column)}
 
 
 def _accumulator_dtypes(parameter: Tensor, dtype: str) -> tuple[torch.dtype, torch.dtype]:
@@ -114,7 +114,9 @@ def follow_parameter(
     """Move the state to where the parameter is, when `module.to(...)` changed its dtype, device or strides."""
     like = state["exp_avg" if rule == "adamw" else MOMENTUM_KEYS[0]]
     expected = compute_dtype(parameter) if rule == "adamw" else _accumulator_dtypes(parameter, dtype)[0]
-    if like.device == parameter.device and like.dtype == expected and _like(like, parameter):
+    # the kernels read the counter on the device
+    counted = parameter.device.type != "cuda" or state["step"].device == parameter.device
+    if like.device == parameter.device and like.dtype == expected and _like(like, parameter) and counted:
         return
     moved = create_state(parameter, rule, view, dtype)
     quantised = "momentum_scale" in moved

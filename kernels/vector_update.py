@@ -62,7 +62,6 @@ def vector_update_kernel(
     d_ptr = layout.entry(table_ptr, vector, layout.D).to(tl.pointer_type(tl.float32))
     counter_ptr = layout.entry(table_ptr, vector, layout.COUNTER).to(tl.pointer_type(tl.float32))
     count = tl.load(counter_ptr) + 1
-    tl.store(counter_ptr, count)
     seed = rounding.seed_at(layout.entry(table_ptr, vector, layout.SEED).to(tl.uint32), count)
 
     # pass 1 only sums, pass 2 advances the accumulators by the same formulas
@@ -138,3 +137,5 @@ def vector_update_kernel(
         p -= lr * (tl.load(d_ptr + offset, mask=mask, other=0.0) * scale + decay * p)
         noise = rounding.noise_of(seed, length * 0, offset.to(tl.int32), 2)
         rounding.store(p_ptr + offset, p, mask, noise, False, False)
+    # last, behind the barriers of the sums: every thread has read the old count
+    tl.store(counter_ptr, count)

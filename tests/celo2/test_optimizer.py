@@ -643,6 +643,6 @@ def test_views_are_kept_in_the_state_dict():
     view = MatrixView(split=3, heads=2)
     p = nn.Parameter(torch.randn(12, 4))
     optimizer = FusedCelo2([{"params": [p], "split": view.split, "heads": view.heads}], weights="momentum")
-    assert optimizer.state[p]["row_factor"].shape == (6, 2, 3)
+    assert optimizer.state[p]["row_factor"].shape == (12, 3)
     with pytest.raises(ValueError, match="saved with split=3"):
         FusedCelo2([p], weights="momentum").load_state_dict(optimizer.state_dict())

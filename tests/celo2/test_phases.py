@@ -37,6 +37,7 @@ def _run(matrices, theta, block, *, scale=1.0, clip=False, dtype=torch.float64):
         matrices, moments, folded, workspace, scale=scale, clip=clip, block=block, statistics_block=block
     )
     direction = step.learned_update(step.feature_scales())
+    step.commit_factors()
     direction, rms_scale = phases.normalise_direction(direction, orthogonalize=False, ns_steps=5)
     return direction * rms_scale
 

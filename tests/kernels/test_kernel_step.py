@@ -376,11 +376,50 @@ def test_a_plan_is_made_once(device, random_theta, monkeypatch):
     optimizer = build(params, random_theta())
     calls = []
     original = optimizer._plan_kernels
-    monkeypatch.setattr(optimizer, "_plan_kernels", lambda signature: (calls.append(1), original(signature))[1])
+    monkeypatch.setattr(optimizer, "_plan_kernels", lambda *args: (calls.append(1), original(*args))[1])
     for step in range(3):
         set_gradients(params, step)
         optimizer.step()
     assert len(calls) == 1
+
+
+def test_what_moves_makes_another_plan(device, random_theta):
+    """A gradient of another alignment, a state tensor that was replaced: the tables' addresses must follow."""
+    results = []
+    for moves in (False, True):
+        params = parameters([(40, 64), (7,)], device)
+        optimizer = build(params, random_theta(), lr=1e-2)
+        for step in range(4):
+            set_gradients(params, step)
+            if moves and step == 1:
+                value = params[0].grad
+                flat = torch.zeros(1 + value.numel(), device=device)
+                params[0].grad = flat[1:].view(40, 64).copy_(value)
+            if moves and step == 2:
+                for p in params:
+                    optimizer.state[p] = {key: value.clone() for key, value in optimizer.state[p].items()}
+            before = [p._version for p in params]
+            optimizer.step()
+            assert all(p._version > version for p, version in zip(params, before, strict=True))
+        results.append(snapshot(optimizer))
+    for a, b in zip(*results, strict=True):
+        # the aligned and the unaligned kernel may differ in the last bit
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
+
+
+def test_steps_in_and_out_of_inference_mode(device, random_theta):
+    params = parameters([(40, 64), (7,)], device)
+    optimizer = build(params, random_theta(), lr=1e-2, orthogonalize=True)
+    for step in range(3):
+        set_gradients(params, step)
+        with torch.inference_mode(step == 0):
+            optimizer.step()
+    norms = []
+    for step in range(2):
+        set_gradients(params, step, scale=10.0**-step)
+        optimizer.step()
+        norms.append(optimizer.grad_norm)
+    assert float(norms[0]) > 5 * float(norms[1])
 
 
 def test_eight_launches_for_any_number_of_matrices(device, random_theta, monkeypatch):
