@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help setup train meta evaluate test test-kernels lint bench report gpu-check data clean
+.PHONY: help setup train meta evaluate test test-dist test-kernels lint bench report gpu-check data clean
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
@@ -26,8 +26,11 @@ meta: $(INSTALLED) ## meta-train a theta for 400 outer steps on the embedded ima
 evaluate: $(INSTALLED) ## test the bundled thetas beside tuned baselines, some hours; writes docs/results.md
 	$(BIN)/python -m celo2.meta.evaluate $(ARGS)
 
-test: $(INSTALLED) ## run the tests, but for the kernels (ARGS="-k golden")
-	$(BIN)/python -m pytest -q -m "not kernels" $(ARGS)
+test: $(INSTALLED) ## run the tests, but for the two below (ARGS="-k golden")
+	$(BIN)/python -m pytest -q -m "not kernels and not dist" $(ARGS)
+
+test-dist: $(INSTALLED) ## run the tests of the sharded step, on 1 to 4 processes, two minutes
+	$(BIN)/python -m pytest -q -m dist $(ARGS)
 
 test-kernels: $(INSTALLED) ## run the tests of the kernels, on a GPU or in the interpreter, some minutes
 	$(BIN)/python -m pytest -q -m kernels $(ARGS)

@@ -113,10 +113,9 @@ def check_parameters(parameters: list[Any]) -> None:
         # a tensor can only be sharded by a module that is loaded; importing it costs half of `import celo2`
         sharded = sys.modules.get("torch.distributed.tensor")
         if sharded is not None and isinstance(parameter, sharded.DTensor):
-            raise ValueError(
-                f"{label} is sharded (DTensor): this version steps whole parameters only, and statistics of a shard "
-                "would be wrong; train on one process or with DDP"
-            )
+            from celo2.sharding import placing_of
+
+            placing_of(parameter, name)
         if parameter.layout != torch.strided:
             raise ValueError(f"{label} has layout {parameter.layout}: only dense (strided) parameters are supported")
         if parameter.dtype not in DTYPES:

@@ -63,6 +63,15 @@ class MatrixView:
                     f"split * heads = {self.split} * {self.heads} = {self.blocks} equal blocks"
                 )
 
+    def shape(self, shape: torch.Size) -> tuple[int, int, int]:
+        """Return the shape [matrices, rows, columns] of a parameter of `shape` seen like this."""
+        if len(shape) > 2 and not self.flatten:
+            return shape[:-2].numel(), shape[-2], shape[-1]
+        rows, columns = shape[0], shape[1:].numel()
+        if self.axis == 0:
+            return self.blocks, rows // self.blocks, columns
+        return self.blocks, rows, columns // self.blocks
+
     def matrices(self, tensor: Tensor) -> Tensor:
         """View `tensor` as `[matrices, rows, columns]` on the same storage.
 

@@ -8,7 +8,7 @@ import importlib.util
 import math
 import os
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, overload
 
 import torch
@@ -46,6 +46,7 @@ from celo2.state import (
     copy_saved_state,
     create_state,
     follow_parameter,
+    is_dtensor,
     read_momenta,
     write_momenta,
 )
@@ -54,12 +55,15 @@ from celo2.theta import Theta, load_weights
 
 if TYPE_CHECKING:
     from celo2.kernel_step import KernelStep
+    from celo2.sharded_step import ShardedStep
+    from celo2.sharding import Placing
 
 # set by learning-rate schedulers and by torch.optim itself
 _FOREIGN_KEYS = frozenset({"params", "param_names", "initial_lr", "max_lr", "min_lr", "swa_lr"})
 
 
 BACKENDS = ("auto", "triton", "torch")
+WIRE_DTYPES = ("bfloat16", "float32")
 
 
 class _MatrixJob(NamedTuple):
@@ -68,6 +72,7 @@ class _MatrixJob(NamedTuple):
     matrices: Matrices
     state: dict[str, Tensor]
     theta: Theta
+    position: int
 
 
 class _VectorJob(NamedTuple):
@@ -76,6 +81,7 @@ class _VectorJob(NamedTuple):
     gradient: Tensor
     state: dict[str, Tensor]
     theta: Theta
+    position: int
 
 
 class FusedCelo2(Optimizer):
@@ -101,6 +107,8 @@ class FusedCelo2(Optimizer):
         backend: `"triton"` steps the learned rule by the kernels of `celo2.kernels`, `"torch"` by `celo2.phases`;
             `"auto"` takes the kernels for parameters on a GPU where Triton is installed. On a CPU `"triton"` needs
             `TRITON_INTERPRET=1` in the environment, for tests.
+        wire_dtype: what directions of sharded parameters travel in to the rank that orthogonalises them and back:
+            `"bfloat16"`, or `"float32"` for results that differ from one process's by the order of sums only.
 
     Parameters are float32, float64, bfloat16 (written with stochastic rounding) or float16; the rule computes in
     float32 (float64 for float64). A step with a non-finite gradient leaves parameters and state untouched and is
@@ -111,8 +119,12 @@ class FusedCelo2(Optimizer):
     momentum as well (`OneCycleLR`, `CyclicLR`) need `cycle_momentum=False`: the rule's momenta are part of what was
     learned.
 
-    Raises ValueError or TypeError for options out of range, unknown rules, duplicate, sparse, complex, integer or
-    sharded parameters or gradients.
+    Parameters sharded by `fully_shard` (FSDP2, HSDP) are stepped by their ranks together: `step` is collective then,
+    and its results do not depend on the number of ranks but for the order of sums and `wire_dtype`. They go through
+    PyTorch for now, not through the kernels.
+
+    Raises ValueError or TypeError for options out of range, unknown rules, duplicate, sparse, complex or integer
+    parameters or gradients, and parameters sharded on two axes.
     """
 
     # GradScaler hands over `grad_scale` and `found_inf` instead of unscaling the gradients itself
@@ -134,7 +146,11 @@ class FusedCelo2(Optimizer):
         ns_steps: int = 5,
         state_dtype: str = "float32",
         backend: str = "auto",
+        wire_dtype: str = "bfloat16",
     ) -> None:
+        if wire_dtype not in WIRE_DTYPES:
+            raise ValueError(f"wire_dtype={wire_dtype!r}, allowed: {', '.join(WIRE_DTYPES)}")
+        self.wire_dtype = wire_dtype
         if backend not in BACKENDS:
             raise ValueError(f"backend={backend!r}, allowed: {', '.join(BACKENDS)}")
         self.backend = backend
@@ -171,6 +187,7 @@ class FusedCelo2(Optimizer):
         self._positions: dict[Tensor, int] = {}
         self._loading: dict[str, Any] | None = None
         self._kernels: _KernelPlan | None = None
+        self._sharded: ShardedStep | None = None
 
     @property
     def skipped_steps(self) -> int:
@@ -251,7 +268,7 @@ class FusedCelo2(Optimizer):
             warnings.warn(f"the matrix view of {name} is not used: AdamW steps it whole", stacklevel=3)
         self.state.update(states)
         self._count_skipped()
-        self._positions, self._kernels = {}, None
+        self._positions, self._kernels, self._sharded = {}, None, None
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state and the groups' options, as `torch.optim.Optimizer` does."""
@@ -302,7 +319,12 @@ class FusedCelo2(Optimizer):
     def __getstate__(self) -> dict[str, Any]:
         """Return what pickling and copying keep: groups, state, defaults and the thetas, not the scratch memory."""
         self._count_skipped()
-        return {**super().__getstate__(), "_thetas": self._thetas, "backend": self.backend}
+        return {
+            **super().__getstate__(),
+            "_thetas": self._thetas,
+            "backend": self.backend,
+            "wire_dtype": self.wire_dtype,
+        }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         loading = self.__dict__.get("_loading")
@@ -331,6 +353,9 @@ class FusedCelo2(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        if any(is_dtensor(parameter) for group in self.param_groups for parameter in group["params"]):
+            self._step_sharded()
+            return loss
         if self._take_kernels():
             self._step_with_kernels()
             return loss
@@ -378,16 +403,23 @@ class FusedCelo2(Optimizer):
                 if gradient is None or parameter.numel() == 0:
                     continue
                 check_gradient(name, parameter, gradient)
-                state, rule = self.state[parameter], self.rule_of(parameter)
+                state, rule, position = self.state[parameter], self.rule_of(parameter), self._position(parameter)
                 try:
                     follow_parameter(state, parameter, rule, view, group["state_dtype"])
+                    if is_dtensor(parameter):
+                        if not _same_placing(parameter, gradient):
+                            raise ValueError("its gradient is not placed on the mesh as the parameter is")
+                        if rule == "celo2" and _placing_of(parameter) is not None:
+                            continue
+                        parameter, gradient = _local(parameter), _local(gradient)
+                        state = {key: _local(value) for key, value in state.items()}
                     if rule == "adamw":
-                        adam[index].append(AdamWJob(parameter, gradient, state, self._position(parameter)))
+                        adam[index].append(AdamWJob(parameter, gradient, state, position))
                     elif parameter.ndim < 2:
-                        vectors.append(_VectorJob(index, parameter, gradient, state, theta))
+                        vectors.append(_VectorJob(index, parameter, gradient, state, theta, position))
                     else:
                         matrices = _matrices(parameter, gradient, state, view)
-                        learned.append(_MatrixJob(index, parameter, matrices, state, theta))
+                        learned.append(_MatrixJob(index, parameter, matrices, state, theta, position))
                 except ValueError as error:
                     raise ValueError(f"{name}: {error}") from error
         return learned, vectors, adam
@@ -407,7 +439,7 @@ class FusedCelo2(Optimizer):
         clip = not moments.total * scale * scale <= reference.GRADIENT_CLIP**2
         if clip:
             moments = gradient_moments(job.matrices.g, workspace, scale=scale, clip=True)
-        seed = mix64(self._position(job.parameter)) ^ mix64(int(job.state["step"]))
+        seed = mix64(job.position) ^ mix64(int(job.state["step"]))
         matrices, values = job.matrices, None
         if "momentum_scale" in job.state:
             view = group_view(group)
@@ -429,7 +461,7 @@ class FusedCelo2(Optimizer):
         else:
             wide = p.to(workspace.dtype)
             apply_update(wide, direction, rms_scale, **options)
-            round_stochastically_(p, wide, self._rounding_seed(job.parameter))
+            round_stochastically_(p, wide, _rounding_seed(p, job))
 
     def _step_vector(self, job: _VectorJob, scale: float) -> None:
         group, state, parameter, dtype = (
@@ -446,14 +478,14 @@ class FusedCelo2(Optimizer):
         old = reference.VectorState(momentum, state["second_moment"].reshape(-1).to(dtype), state["factor"])
         gradient = job.gradient.reshape(-1).to(dtype) * scale
         update, new = reference.vector_update(self._unfolded[key], wide, gradient, old)
-        seed = mix64(self._position(parameter)) ^ mix64(int(state["step"]))
+        seed = mix64(job.position) ^ mix64(int(state["step"]))
         for index, name in enumerate(MOMENTUM_KEYS):
             round_stochastically_(state[name], new.momentum[:, index].view(parameter.shape), mix64(seed + index) >> 32)
         round_stochastically_(state["second_moment"], new.second_moment.view(parameter.shape), mix64(seed + 3) >> 32)
         state["factor"].copy_(new.factor)
         state["step"] += 1
         wide = wide - float(group["lr"]) * (update + group["weight_decay"] * wide)
-        round_stochastically_(parameter, wide.view(parameter.shape), self._rounding_seed(parameter))
+        round_stochastically_(parameter, wide.view(parameter.shape), _rounding_seed(parameter, job))
 
     def _position(self, parameter: Tensor) -> int:
         if not self._positions:
@@ -461,11 +493,77 @@ class FusedCelo2(Optimizer):
             self._positions = {parameter: position for position, parameter in enumerate(everything)}
         return self._positions[parameter]
 
-    def _rounding_seed(self, parameter: Tensor) -> int:
-        """Seed of a parameter's stochastic rounding: its position and its step, so that a resumed run replays it."""
-        if parameter.dtype != torch.bfloat16:
-            return 0
-        return rounding_seed(self._position(parameter), int(self.state[parameter]["step"]))
+    # the step of sharded parameters
+
+    def _step_sharded(self) -> None:
+        learned, vectors, adam = self._collect()
+        if self._sharded is None:
+            self._sharded = self._plan_sharded()
+        step = self._sharded
+        whole = [job.matrices.g for job in learned] + [job.gradient for job in vectors]
+        sharded: list[Tensor] = []
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None and self.rule_of(parameter) == "adamw":
+                    is_sharded = is_dtensor(parameter) and _placing_of(parameter) is not None
+                    (sharded if is_sharded else whole).append(_local(parameter.grad))
+        grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+        inverse_scale = 1.0 if grad_scale is None else 1.0 / float(_local(grad_scale))
+
+        def meanwhile(scales: Sequence[float], norm: float) -> None:
+            for job in learned:
+                moments = gradient_moments(job.matrices.g, self._workspace(job.parameter))
+                self._step_matrices(job, moments, scales[job.group])
+            for vector in vectors:
+                self._step_vector(vector, scales[vector.group])
+            for index, jobs in enumerate(adam):
+                step_adamw(jobs, self.param_groups[index], scales[index])
+
+        norm, scales = step.run(
+            self.param_groups,
+            sharded,
+            global_norm([], whole) ** 2,
+            found_inf is not None and float(_local(found_inf)) != 0,
+            inverse_scale,
+            meanwhile,
+        )
+        self.grad_norm = torch.tensor(norm, dtype=torch.float32)
+        if scales is None:
+            for group in self.param_groups:
+                group["skipped_steps"] += 1
+
+    def _plan_sharded(self) -> ShardedStep:
+        from celo2.sharded_step import ShardedJob, ShardedStep
+
+        jobs, process_groups = [], []
+        for index, group in enumerate(self.param_groups):
+            for name, parameter in named_parameters(group):
+                placing = _placing_of(parameter) if is_dtensor(parameter) else None
+                if placing is None:
+                    continue
+                if placing.group not in process_groups:
+                    process_groups.append(placing.group)
+                if self.rule_of(parameter) == "celo2":
+                    theta = self._theta(group["weights"])
+                    jobs.append(
+                        ShardedJob(
+                            name,
+                            index,
+                            parameter,
+                            self.state[parameter],
+                            group_view(group),
+                            placing,
+                            self._position(parameter),
+                            theta,
+                            group["orthogonalize"] and parameter.ndim > 1,
+                            group["ns_steps"],
+                        )
+                    )
+        if len(process_groups) != 1:
+            raise ValueError(
+                f"parameters are sharded over {len(process_groups)} process groups: one optimizer needs one mesh"
+            )
+        return ShardedStep(jobs, process_groups[0], self.wire_dtype)
 
     # the step through the kernels
 
@@ -537,7 +635,7 @@ class FusedCelo2(Optimizer):
                 job.parameter,
                 job.state,
                 group_view(group),
-                self._position(job.parameter),
+                job.position,
                 job.theta,
                 group["orthogonalize"],
                 group["ns_steps"],
@@ -610,7 +708,7 @@ class FusedCelo2(Optimizer):
                     lr *= group["adam_lr_mult"]
                     decay = decay if group["adam_weight_decay"] is None else group["adam_weight_decay"]
                 elif parameter.ndim > 1:
-                    batch, m, n = group_view(group).matrices(parameter.detach()).shape
+                    batch, m, n = group_view(group).shape(parameter.shape)
                     matrices = f"{batch} x [{m}, {n}]"
                 rows.append((name, str(list(parameter.shape)), matrices, rule, f"{lr:.3g}", f"{decay:g}"))
         refused = {} if self._kernels is None else self._kernels.refused
@@ -625,6 +723,29 @@ class FusedCelo2(Optimizer):
     def rule_of(self, parameter: Tensor) -> str:
         """Return the rule that steps a parameter of this optimizer, `"celo2"` or `"adamw"`."""
         return "adamw" if "exp_avg" in self.state[parameter] else "celo2"
+
+
+def _rounding_seed(target: Tensor, job: _MatrixJob | _VectorJob) -> int:
+    """Seed of a parameter's stochastic rounding: its position and its step, so that a resumed run replays it."""
+    return rounding_seed(job.position, int(job.state["step"])) if target.dtype == torch.bfloat16 else 0
+
+
+def _local(tensor: Tensor) -> Tensor:
+    """Return this rank's part of a tensor, on the same storage; a plain tensor is its own part."""
+    return tensor.to_local() if is_dtensor(tensor) else tensor  # type: ignore[attr-defined]
+
+
+# celo2.sharding loads torch.distributed, which costs half of `import celo2`: only for a tensor that has loaded it
+def _placing_of(parameter: Tensor) -> Placing | None:
+    from celo2 import sharding
+
+    return sharding.placing_of(parameter)
+
+
+def _same_placing(parameter: Tensor, gradient: Tensor) -> bool:
+    from celo2 import sharding
+
+    return sharding.same_placing(parameter, gradient)
 
 
 class _KernelPlan:

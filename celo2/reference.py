@@ -63,7 +63,7 @@ def _normalise(columns: Tensor, dims: tuple[int, ...]) -> Tensor:
     return columns * torch.rsqrt(columns.square().mean(dims, keepdim=True) + NORM_EPS)
 
 
-def _mlp(theta: Mapping[str, Tensor], features: Tensor) -> Tensor:
+def mlp(theta: Mapping[str, Tensor], features: Tensor) -> Tensor:
     """Map normalised columns [..., 15 or 30] to the direction [...]; only the first output is used (exp_mult = 0)."""
     first = torch.cat([theta[f"w0__{group}"] for group in range(14)])[: features.shape[-1]]
     hidden = torch.relu(features @ first + theta["b0"])
@@ -122,14 +122,14 @@ def matrix_update(
     `theta` maps the 19 names to tensors of p's dtype. Apply as `p - lr * (u + weight_decay * p)`.
     """
     columns, new_state = matrix_columns(p, g, state)
-    direction = _mlp(theta, _normalise(columns, (-3, -2)))
+    direction = mlp(theta, _normalise(columns, (-3, -2)))
     if orthogonalize:
         direction = newton_schulz(direction, ns_steps)
     return _normalise(direction, (-2, -1)), new_state
 
 
-def vector_update(theta: Mapping[str, Tensor], p: Tensor, g: Tensor, state: VectorState) -> tuple[Tensor, VectorState]:
-    """Return the update direction u [n] of RMS 1 and the new accumulators of a vector (0-D counts as [1])."""
+def vector_columns(p: Tensor, g: Tensor, state: VectorState) -> tuple[Tensor, VectorState]:
+    """Return the 15 feature columns [n, 15] of a vector, not normalised, and the new accumulators."""
     g = g.clamp(-GRADIENT_CLIP, GRADIENT_CLIP)
     momentum = _ema(state.momentum, g[..., None], MOMENTUM_DECAYS)
     v = SECOND_MOMENT_DECAY * state.second_moment + (1 - SECOND_MOMENT_DECAY) * g * g
@@ -150,5 +150,11 @@ def vector_update(theta: Mapping[str, Tensor], p: Tensor, g: Tensor, state: Vect
         ],
         dim=-1,
     )
-    direction = _mlp(theta, _normalise(columns, (-2,)))
-    return _normalise(direction, (-1,)), VectorState(momentum, v, factor)
+    return columns, VectorState(momentum, v, factor)
+
+
+def vector_update(theta: Mapping[str, Tensor], p: Tensor, g: Tensor, state: VectorState) -> tuple[Tensor, VectorState]:
+    """Return the update direction u [n] of RMS 1 and the new accumulators of a vector (0-D counts as [1])."""
+    columns, new_state = vector_columns(p, g, state)
+    direction = mlp(theta, _normalise(columns, (-2,)))
+    return _normalise(direction, (-1,)), new_state

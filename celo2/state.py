@@ -8,6 +8,7 @@ axes; with momenta of 8 bits `momentum_scale` [matrices, rows, quanta, 3]. AdamW
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import torch
@@ -53,6 +54,8 @@ def create_state(parameter: Tensor, rule: str, view: MatrixView, dtype: str = "f
         return state | {"exp_avg": like(), "exp_avg_sq": like()}
     momentum, second = _accumulator_dtypes(parameter, dtype)
     state |= {key: like(momentum) for key in MOMENTUM_KEYS} | {"second_moment": like(second)}
+    if is_dtensor(parameter):
+        return state | _sharded_factors(parameter, view, dtype)
     if parameter.ndim < 2:
         return state | {"factor": zeros(parameter.numel(), 3)}
     if momentum == torch.int8:
@@ -61,6 +64,30 @@ def create_state(parameter: Tensor, rule: str, view: MatrixView, dtype: str = "f
     view.matrices(parameter.detach())  # raises for a layout without such a view
     row, column = view.factor_shapes(parameter.shape)
     return state | {"row_factor": zeros(*row), "column_factor": zeros(*column)}
+
+
+def is_dtensor(tensor: Tensor) -> bool:
+    """Whether a tensor is a DTensor; only then is the module of them loaded, which costs half of `import celo2`."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(tensor, module.DTensor)
+
+
+def _sharded_factors(parameter: Tensor, view: MatrixView, dtype: str) -> dict[str, Tensor]:
+    """Return zero factors on the parameter's mesh, sharded along the axis that they share with it."""
+    from celo2.sharding import Layout, placing_of, zeros_placed
+
+    placing, wide = placing_of(parameter), compute_dtype(parameter)
+    axis = None if placing is None else placing.axis
+    if parameter.ndim < 2:
+        return {"factor": zeros_placed((parameter.numel(), 3), parameter, axis, wide)}
+    if dtype == "int8":
+        raise ValueError("state_dtype='int8' is not there for sharded parameters; use 'bfloat16' or 'float32'")
+    rows, columns = view.factor_shapes(parameter.shape)
+    row_axis, column_axis = (None, None) if axis is None else Layout.of(parameter.shape, view, axis).factor_axes()
+    return {
+        "row_factor": zeros_placed(rows, parameter, row_axis, wide),
+        "column_factor": zeros_placed(columns, parameter, column_axis, wide),
+    }
 
 
 def _accumulator_dtypes(parameter: Tensor, dtype: str) -> tuple[torch.dtype, torch.dtype]:
@@ -114,6 +141,8 @@ def follow_parameter(
     """Move the state to where the parameter is, when `module.to(...)` changed its dtype, device or strides."""
     like = state["exp_avg" if rule == "adamw" else MOMENTUM_KEYS[0]]
     expected = compute_dtype(parameter) if rule == "adamw" else _accumulator_dtypes(parameter, dtype)[0]
+    if is_dtensor(parameter):
+        return
     # the kernels read the counter on the device
     counted = parameter.device.type != "cuda" or state["step"].device == parameter.device
     if like.device == parameter.device and like.dtype == expected and _like(like, parameter) and counted:
@@ -151,15 +180,19 @@ def check_saved_state(name: str, parameter: Tensor, saved: dict[str, Any] | None
                 f"state dict of another optimizer: {name} has {', '.join(sorted(saved))} and no {entry}; construct "
                 "FusedCelo2 with the rules and views that it was saved with"
             )
-        shape = tuple(torch.as_tensor(saved[entry]).shape)
+        shape = tuple(_tensor(saved[entry]).shape)
         if shape != tuple(value.shape):
             raise ValueError(
                 f"state dict of another model: {entry} of {name} has shape {shape}, expected {tuple(value.shape)}"
             )
 
 
+def _tensor(value: Any) -> Tensor:
+    return value if isinstance(value, Tensor) else torch.as_tensor(value)
+
+
 def copy_saved_state(saved: dict[str, Any] | None, state: dict[str, Tensor]) -> None:
     """Copy checked saved values into the state, which keeps its dtypes, devices and strides."""
     for entry, value in state.items() if saved is not None else ():
         assert saved is not None
-        value.copy_(torch.as_tensor(saved[entry]))
+        value.copy_(_tensor(saved[entry]))

@@ -608,21 +608,32 @@ def test_refused_gradients():
         optimizer.step()
 
 
-def test_sharded_parameters_are_refused(tmp_path):
+def test_shards_that_cannot_be_stepped_are_refused(tmp_path):
     flat = nn.Parameter(torch.randn(8))
     flat._is_flat_param = True
     with pytest.raises(ValueError, match="FSDP1 flat parameter.*fully_shard"):
         FusedCelo2([flat], weights="momentum")
     from torch.distributed import destroy_process_group, init_process_group
-    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Shard, distribute_tensor
 
     init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     try:
-        sharded = fully_shard(nn.Linear(4, 4))
-        with pytest.raises(ValueError, match=r"weight of shape .* is sharded \(DTensor\): this version steps whole"):
-            FusedCelo2(sharded, weights="momentum")
+        mesh = init_device_mesh("cpu", (1, 1))
+        twice = nn.Parameter(distribute_tensor(torch.zeros(4, 4), mesh, [Shard(0), Shard(1)]))
+        with pytest.raises(ValueError, match=r"parameter 0 of shape \(4, 4\).* sharded on 2 mesh axes"):
+            FusedCelo2([twice], weights="momentum")
+        line = init_device_mesh("cpu", (1,))
+        kernel = nn.Parameter(distribute_tensor(torch.zeros(4, 2, 3, 3), line, [Shard(1)]))
+        with pytest.raises(ValueError, match="flatten=True is sharded along axis 1: shard axis 0"):
+            FusedCelo2([{"params": [kernel], "flatten": True, "rule": "celo2"}], weights="momentum")
+        plain = nn.Parameter(distribute_tensor(torch.zeros(4, 4), line, [Shard(0)]))
+        with pytest.raises(ValueError, match="state_dtype='int8' is not there for sharded parameters"):
+            FusedCelo2([plain], weights="momentum", state_dtype="int8")
     finally:
         destroy_process_group()
+    with pytest.raises(ValueError, match="wire_dtype='float16', allowed: bfloat16, float32"):
+        FusedCelo2([nn.Parameter(torch.zeros(2, 2))], wire_dtype="float16")
 
 
 def test_unknown_group_options_warn():

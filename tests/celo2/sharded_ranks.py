@@ -1,0 +1,252 @@
+"""The program of one rank for `test_sharded.py`: `torchrun ... sharded_ranks.py FOLDER`; rank 0 prints JSON."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import nn
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+from celo2 import FusedCelo2, Theta
+from celo2.theta import GROUP_COLUMNS
+
+# odd, tall, wide, batched, heads that do not align with shards, fewer rows than ranks, a convolution, a vector
+SPECS = [
+    ((24, 18), {}),
+    ((18, 24), {}),
+    ((3, 5), {}),
+    ((36, 10), {"split": 3, "heads": 2}),
+    ((10, 36), {"heads": 4, "axis": 1}),
+    ((36, 10), {"heads": 4}),
+    ((6, 5, 7), {}),
+    ((16, 3, 2, 2), {"flatten": True}),
+    ((9,), {}),
+    ((14, 6), {"rule": "adamw"}),
+]
+
+
+def theta(variant: str) -> Theta:
+    rng = np.random.default_rng(0)
+    shapes = {f"w0__{i}": (columns, 8) for i, columns in enumerate(GROUP_COLUMNS)}
+    shapes |= {"b0": (8,), "w1": (8, 8), "b1": (8,), "w2": (8, 3), "b2": (3,)}
+    card = {"variant": variant, "orthogonalize": "true" if variant == "celo2" else "false"}
+    return Theta.from_arrays({name: 0.4 * rng.standard_normal(shape) for name, shape in shapes.items()}, card)
+
+
+def build(variant, placements, mesh, dtype=torch.float32, **options):
+    groups = []
+    generator = torch.Generator().manual_seed(0)
+    for shape, group in SPECS:
+        value = (0.1 * torch.randn(shape, generator=generator)).to(dtype)
+        if placements is not None:
+            cut = [
+                Shard(0) if isinstance(x, Shard) and (len(shape) < 2 or "flatten" in group) else x for x in placements
+            ]
+            value = distribute_tensor(value, mesh, cut)
+        groups.append({"params": [nn.Parameter(value)], "rule": "celo2", **group})
+    options = {"lr": 1e-2, "weight_decay": 0.1, "weights": theta(variant), "wire_dtype": "float32", **options}
+    return [group["params"][0] for group in groups], FusedCelo2(groups, **options)
+
+
+def set_gradients(params, step, scale=0.05):
+    generator = torch.Generator().manual_seed(100 + step)
+    for p in params:
+        gradient = (scale * torch.randn(p.shape, generator=generator)).to(p.dtype)
+        p.grad = distribute_tensor(gradient, p.device_mesh, p.placements) if hasattr(p, "placements") else gradient
+
+
+def whole(p):
+    return p.detach().full_tensor() if hasattr(p, "placements") else p.detach()
+
+
+def difference(variant, placements, mesh, steps=20, scale=0.05, **options) -> float:
+    """Largest difference of a parameter from one process's after some steps."""
+    single, one = build(variant, None, mesh, **options)
+    sharded, several = build(variant, placements, mesh, **options)
+    for step in range(steps):
+        set_gradients(single, step, scale)
+        set_gradients(sharded, step, scale)
+        one.step()
+        several.step()
+    assert math.isclose(float(one.grad_norm), float(several.grad_norm), rel_tol=1e-5)
+    states = [(one.state[a], several.state[b]) for a, b in zip(single, sharded, strict=True)]
+    for a, b in states:
+        assert a.keys() == b.keys()
+        assert all(a[key].shape == b[key].shape for key in a), [(k, a[k].shape, b[k].shape) for k in a]
+    return max(float((whole(a) - whole(b)).abs().max()) for a, b in zip(single, sharded, strict=True))
+
+
+def count_collectives(variant, mesh):
+    params, optimizer = build(variant, [Shard(0)], mesh)
+    set_gradients(params, 0)
+    optimizer.step()
+    names = ("all_reduce", "all_to_all_single", "all_gather_into_tensor", "all_gather_object", "broadcast")
+    counts = dict.fromkeys(names, 0)
+    originals = {name: getattr(dist, name) for name in names}
+
+    def counted(name):
+        def call(*args, **kwargs):
+            counts[name] += 1
+            return originals[name](*args, **kwargs)
+
+        return call
+
+    for name in names:
+        setattr(dist, name, counted(name))
+    set_gradients(params, 1)
+    optimizer.step()
+    for name, original in originals.items():
+        setattr(dist, name, original)
+    return {name: count for name, count in counts.items() if count} | optimizer._sharded.bytes_sent()
+
+
+def skipped_steps(mesh):
+    params, optimizer = build("celo2", [Shard(0)], mesh)
+    set_gradients(params, 0)
+    optimizer.step()
+    before = (
+        [whole(p).clone() for p in params],
+        [{key: whole(value).clone() for key, value in optimizer.state[p].items()} for p in params],
+    )
+    for where in (0, 8, 9):
+        set_gradients(params, 1)
+        shard = params[where].grad.to_local()
+        if shard.numel() and dist.get_rank() == 0:
+            shard.view(-1)[0] = math.nan
+        optimizer.step()
+    after = (
+        [whole(p) for p in params],
+        [{key: whole(value) for key, value in optimizer.state[p].items()} for p in params],
+    )
+    same = all(torch.equal(a, b) for a, b in zip(before[0], after[0], strict=True))
+    same = same and all(torch.equal(a[key], b[key]) for a, b in zip(before[1], after[1], strict=True) for key in a)
+    return same, optimizer.skipped_steps
+
+
+def missing_gradients(mesh):
+    params, optimizer = build("celo2", [Shard(0)], mesh)
+    single, one = build("celo2", None, mesh)
+    for step in range(3):
+        for chosen, stepper in ((params, optimizer), (single, one)):
+            set_gradients(chosen, step)
+            if step == 1:
+                chosen[0].grad = chosen[4].grad = chosen[8].grad = None
+            stepper.step()
+    worst = max(float((whole(a) - whole(b)).abs().max()) for a, b in zip(params, single, strict=True))
+    set_gradients(params, 3)
+    message = ""
+    if dist.get_rank() == 0:
+        params[1].grad = None
+    try:
+        optimizer.step()
+    except RuntimeError as error:
+        message = str(error)
+    return worst, message
+
+
+def other_parameters(mesh):
+    params, _ = build("celo2", [Shard(0)], mesh)
+    chosen = params[:2] if dist.get_rank() else [params[1], params[0]]
+    optimizer = FusedCelo2([{"params": chosen, "rule": "celo2"}], weights=theta("celo2"))
+    set_gradients(params, 0)
+    try:
+        optimizer.step()
+    except RuntimeError as error:
+        return str(error)
+    return ""
+
+
+class Tied(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(13, 12)
+        self.blocks = nn.ModuleList(nn.Linear(12, 12) for _ in range(2))
+        self.norm = nn.LayerNorm(12)
+
+    def forward(self, tokens):
+        x = self.embedding(tokens)
+        for block in self.blocks:
+            x = x + block(x).tanh()
+        return self.norm(x) @ self.embedding.weight.T
+
+
+def train(folder: Path, world: int, mesh):
+    """FSDP2 with tied embeddings: losses of 6 steps, a checkpoint after 3, and the losses after loading it."""
+    losses = {}
+    for name in ("whole", "sharded", "resumed"):
+        torch.manual_seed(0)
+        model = Tied()
+        if name != "whole":
+            for block in model.blocks:
+                fully_shard(block, mesh=mesh)
+            fully_shard(model, mesh=mesh)
+        optimizer = FusedCelo2(model, lr=1e-2, weights=theta("celo2"), max_grad_norm=1.0, wire_dtype="float32")
+        first = 0
+        if name == "resumed":
+            # written by the run of four ranks
+            model_state, optimizer_state = get_state_dict(model, optimizer)
+            dcp.load({"model": model_state, "optimizer": optimizer_state}, checkpoint_id=folder / "checkpoint")
+            set_state_dict(model, optimizer, model_state_dict=model_state, optim_state_dict=optimizer_state)
+            first = 3
+        run = []
+        for step in range(first, 6):
+            tokens = torch.randint(13, (12, 8), generator=torch.Generator().manual_seed(step))
+            share = tokens if name == "whole" else tokens.chunk(world)[dist.get_rank()]
+            logits = model(share[:, :-1])
+            loss = nn.functional.cross_entropy(logits.flatten(0, 1), share[:, 1:].flatten())
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            total = loss.detach().clone()
+            if name != "whole":
+                dist.all_reduce(total)
+                total /= world
+            run.append(float(total))
+            if name == "sharded" and world == 4 and step == 2:
+                model_state, optimizer_state = get_state_dict(model, optimizer)
+                dcp.save({"model": model_state, "optimizer": optimizer_state}, checkpoint_id=folder / "checkpoint")
+        losses[name] = run
+    return losses
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    world = dist.get_world_size()
+    mesh = init_device_mesh("cpu", (world,))
+    results = {}
+    for variant in ("celo2", "celo2-base"):
+        for axis in (0, 1):
+            results[f"{variant} axis {axis}"] = difference(variant, [Shard(axis)], mesh, max_grad_norm=1.0)
+        results[f"{variant} clipped elements"] = difference(variant, [Shard(0)], mesh, steps=2, scale=2e3)
+        if world == 4:
+            square = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicas", "shards"))
+            results[f"{variant} hsdp"] = difference(variant, [Replicate(), Shard(0)], square)
+    bfloat16 = difference("celo2", [Shard(0)], mesh, wire_dtype="bfloat16")
+    report = {
+        "differences": results,
+        "bfloat16 wire": bfloat16,
+        "collectives": {variant: count_collectives(variant, mesh) for variant in ("celo2", "celo2-base")},
+        "skipped": skipped_steps(mesh),
+        "missing": missing_gradients(mesh),
+        "other": other_parameters(mesh),
+        "losses": train(Path(sys.argv[1]), world, mesh),
+    }
+    if dist.get_rank() == 0:
+        print(json.dumps(report))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
