@@ -53,7 +53,7 @@ class Blocks:
     step_rows: int = 4
     apply_rows: int = 16
     parts: int = 16
-    vector: int = 512
+    vector: int = 256
     control: int = 1024
 
     @classmethod

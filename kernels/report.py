@@ -130,7 +130,7 @@ def specialisations(
         (apply_update_kernel, {**tile, "STEP_ROWS": 16, "ORTHOGONAL": False}, {}),
         (
             vector_update_kernel,
-            {**mlp, "ELEMENT": weights(VECTOR_COLUMNS.value * UNITS), "FIRST_BIAS": weights(UNITS), "BLOCK": 512},
+            {**mlp, "ELEMENT": weights(VECTOR_COLUMNS.value * UNITS), "FIRST_BIAS": weights(UNITS), "BLOCK": 256},
             {},
         ),
         (start_kernel, {"EPS": 1e-8}, {}),
