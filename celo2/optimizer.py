@@ -353,10 +353,11 @@ class FusedCelo2(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        if any(is_dtensor(parameter) for group in self.param_groups for parameter in group["params"]):
+        dtensors = [p for group in self.param_groups for p in group["params"] if is_dtensor(p)]
+        if self._sharded is not None or any(_placing_of(parameter) is not None for parameter in dtensors):
             self._step_sharded()
             return loss
-        if self._take_kernels():
+        if not dtensors and self._take_kernels():
             self._step_with_kernels()
             return loss
         # all that can be refused is refused here, and every statistic is known, before anything is written
@@ -541,6 +542,7 @@ class FusedCelo2(Optimizer):
                 placing = _placing_of(parameter) if is_dtensor(parameter) else None
                 if placing is None:
                     continue
+                device = parameter.device
                 if placing.group not in process_groups:
                     process_groups.append(placing.group)
                 if self.rule_of(parameter) == "celo2":
@@ -563,7 +565,7 @@ class FusedCelo2(Optimizer):
             raise ValueError(
                 f"parameters are sharded over {len(process_groups)} process groups: one optimizer needs one mesh"
             )
-        return ShardedStep(jobs, process_groups[0], self.wire_dtype)
+        return ShardedStep(jobs, process_groups[0], self.wire_dtype, device)
 
     # the step through the kernels
 

@@ -103,8 +103,10 @@ class ShardedStep:
     Raises ValueError for parameters of several groups, RuntimeError when ranks were given different parameters.
     """
 
-    def __init__(self, jobs: Sequence[ShardedJob], group: dist.ProcessGroup, wire_dtype: str) -> None:
-        self.group = group
+    def __init__(
+        self, jobs: Sequence[ShardedJob], group: dist.ProcessGroup, wire_dtype: str, device: torch.device
+    ) -> None:
+        self.group, self.device = group, device
         self.ranks, self.rank = dist.get_world_size(group), dist.get_rank(group)
         self.wire = WIRE_DTYPES[wire_dtype]
         self.members: list[_Member] = []
@@ -193,6 +195,9 @@ class ShardedStep:
             self.receives += moves
             self.receive_counts.append(arrived - received)
             sent, received = end, arrived
+        self.sends_of: dict[tuple[int, int], list[_Move]] = {}
+        for move in self.sends:
+            self.sends_of.setdefault((move.member, move.number), []).append(move)
         self.owned: dict[tuple[int, int, int], list[tuple[int, int]]] = {}  # (m, n, ns_steps) -> matrices
         for (index, b), owner in self.owner.items():
             if owner == self.rank:
@@ -257,11 +262,12 @@ class ShardedStep:
         `sharded` are the local gradients of the AdamW side, `whole_square` the sum of squares of what every rank has
         whole; `meanwhile(scales, norm)` steps both while directions are on their way.
         """
-        device = local(self.members[0].job.parameter).device if self.members else torch.device("cpu")
+        device = self.device
         first = torch.zeros(self.lengths[0], dtype=torch.float32, device=device)
         gradients = [local(m.job.parameter.grad) for m in self.members if m.job.parameter.grad is not None]
         square = sum(float(torch.linalg.vector_norm(g, dtype=torch.float32)) ** 2 for g in [*gradients, *sharded])
-        first[0], first[1] = square, float(found)
+        # what is not sharded may differ between ranks: all must skip when one has to
+        first[0], first[1] = square, float(found or not math.isfinite(whole_square))
         for index, member in enumerate(self.members):
             first[HEADER + index] = float(member.job.parameter.grad is not None)
         ones = [1.0] * len(groups)
@@ -273,8 +279,9 @@ class ShardedStep:
                 raise RuntimeError(
                     f"{member.job.name} has a gradient on {flag:g} of {self.ranks} ranks: all or none must have one"
                 )
-        norm = math.sqrt(float(first[0]) + whole_square) * inverse_scale if float(first[0]) >= 0 else math.nan
-        if not math.isfinite(norm) or float(first[1]) != 0:
+        square = float(first[0]) + whole_square
+        norm = math.sqrt(square) * inverse_scale if square >= 0 else math.nan
+        if not math.isfinite(float(first[0])) or float(first[1]) != 0:
             return norm, None
         scales = []
         for group in groups:
@@ -434,11 +441,10 @@ class ShardedStep:
                 vectors = torch.rsqrt(row_sums / m + NORM_EPS), torch.rsqrt(column_sums / n + NORM_EPS)
                 direction = step.learned_update(scales, vectors)
             if job.orthogonalize:
-                for move in self.sends:
-                    if move.member == index and move.number == number:
-                        size = piece.rows * piece.columns
-                        target = sent[move.offset : move.offset + size].view(piece.rows, piece.columns)
-                        target.copy_(direction[move.matrix - piece.matrix])
+                for move in self.sends_of[index, number]:
+                    size = piece.rows * piece.columns
+                    target = sent[move.offset : move.offset + size].view(piece.rows, piece.columns)
+                    target.copy_(direction[move.matrix - piece.matrix])
             else:
                 member.directions.append(direction.clone())
                 if layout.kind != "whole":
@@ -485,10 +491,9 @@ class ShardedStep:
                 piece = member.pieces[number]
                 if job.orthogonalize:
                     u = torch.empty(p.shape, dtype=dtype, device=p.device)
-                    for move in self.sends:
-                        if move.member == index and move.number == number:
-                            values = returned[move.offset : move.offset + piece.rows * piece.columns]
-                            u[move.matrix - piece.matrix] = values.view(piece.rows, piece.columns)
+                    for move in self.sends_of[index, number]:
+                        values = returned[move.offset : move.offset + piece.rows * piece.columns]
+                        u[move.matrix - piece.matrix] = values.view(piece.rows, piece.columns)
                     scale = torch.ones((), dtype=dtype, device=p.device)
                 else:
                     u = member.directions[number]

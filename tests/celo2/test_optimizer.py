@@ -615,7 +615,7 @@ def test_shards_that_cannot_be_stepped_are_refused(tmp_path):
         FusedCelo2([flat], weights="momentum")
     from torch.distributed import destroy_process_group, init_process_group
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.tensor import Shard, distribute_tensor
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
     init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     try:
@@ -627,6 +627,18 @@ def test_shards_that_cannot_be_stepped_are_refused(tmp_path):
         kernel = nn.Parameter(distribute_tensor(torch.zeros(4, 2, 3, 3), line, [Shard(1)]))
         with pytest.raises(ValueError, match="flatten=True is sharded along axis 1: shard axis 0"):
             FusedCelo2([{"params": [kernel], "flatten": True, "rule": "celo2"}], weights="momentum")
+        # whole on every rank: stepped as a plain tensor
+        shapes = [(4, 6), (5,)]
+        values = [torch.randn(shape) for shape in shapes]
+        both = [nn.Parameter(distribute_tensor(value.clone(), line, [Replicate()])) for value in values]
+        alone = [nn.Parameter(value.clone()) for value in values]
+        for chosen in (both, alone):
+            optimizer = FusedCelo2([{"params": chosen, "rule": "celo2"}], weights="momentum", max_grad_norm=0.1)
+            for p, value in zip(chosen, values, strict=True):
+                p.grad = distribute_tensor(value.clone(), line, [Replicate()]) if chosen is both else value.clone()
+            optimizer.step()
+        for p, q in zip(both, alone, strict=True):
+            assert torch.equal(p.detach().full_tensor(), q.detach())
         plain = nn.Parameter(distribute_tensor(torch.zeros(4, 4), line, [Shard(0)]))
         with pytest.raises(ValueError, match="state_dtype='int8' is not there for sharded parameters"):
             FusedCelo2([plain], weights="momentum", state_dtype="int8")
