@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import sys
 from pathlib import Path
 
@@ -243,9 +244,10 @@ def main() -> None:
         "losses": train(Path(sys.argv[1]), world, mesh),
     }
     if dist.get_rank() == 0:
-        print(json.dumps(report))
+        print(json.dumps(report), flush=True)
     dist.barrier()
-    dist.destroy_process_group()
+    # gloo's threads may abort a process that tears its groups down while another still talks to it
+    os._exit(0)
 
 
 if __name__ == "__main__":
