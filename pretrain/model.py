@@ -15,6 +15,8 @@ from typing import Literal, Self
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.utils.checkpoint import checkpoint
 
 from celo2 import MatrixView
 
@@ -174,29 +176,45 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block."""
+    """Pre-norm transformer block; with `recompute` its backward pass computes the activations again."""
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
+        self.recompute = False
         self.attention_norm = make_norm(config)
         self.attention = Attention(config)
         self.mlp_norm = make_norm(config)
         self.mlp = MLP(config)
 
     def forward(self, x_BTD: Tensor, rope: tuple[Tensor, Tensor] | None) -> Tensor:
+        if self.recompute and torch.is_grad_enabled():
+            # within the block, so that what fully_shard gathers for it is gathered once for both
+            return checkpoint(self._forward, x_BTD, rope, use_reentrant=False, preserve_rng_state=False)
+        return self._forward(x_BTD, rope)
+
+    def _forward(self, x_BTD: Tensor, rope: tuple[Tensor, Tensor] | None) -> Tensor:
         x_BTD = x_BTD + self.attention(self.attention_norm(x_BTD), rope)
         return x_BTD + self.mlp(self.mlp_norm(x_BTD))
 
 
 class GPT(nn.Module):
-    """A language model of either architecture; its weights are NaN until `init_weights` or a loaded state."""
+    """A language model of either architecture; its weights are NaN until `init_weights` or a loaded state.
 
-    def __init__(self, config: GPTConfig) -> None:
+    `recompute` trades time for memory in every block's backward pass; `loss_chunks` above 1 computes the loss in that
+    many parts, each with its logits, which the backward pass computes again.
+    """
+
+    def __init__(self, config: GPTConfig, *, recompute: bool = False, loss_chunks: int = 1) -> None:
         super().__init__()
+        if loss_chunks < 1:
+            raise ValueError(f"loss_chunks={loss_chunks}: must be at least 1")
         self.config = config
+        self.loss_chunks = loss_chunks
         self.token_embedding = Embedding(config.vocab_size, config.width)
         self.position_embedding = Embedding(config.context, config.width) if config.arch == "gpt2" else None
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        for block in self.blocks:
+            block.recompute = recompute
         self.final_norm = make_norm(config)
         # the tied head is built on meta: its own [V, D] weight would only be thrown away
         head_device = torch.device("meta") if config.tied else None
@@ -241,10 +259,26 @@ class GPT(nn.Module):
             x_BTD = x_BTD + self.position_embedding(torch.arange(length, device=tokens_BT.device))
         for block in self.blocks:
             x_BTD = block(x_BTD, rope)
-        logits_BTV: Tensor = self.lm_head(self.final_norm(x_BTD))
-        if targets_BT is None:
-            return logits_BTV
-        return F.cross_entropy(logits_BTV.flatten(0, 1).float(), targets_BT.flatten(), reduction=reduction)
+        x_BTD = self.final_norm(x_BTD)
+        if targets_BT is None or self.loss_chunks == 1:
+            logits_BTV: Tensor = self.lm_head(x_BTD)
+            if targets_BT is None:
+                return logits_BTV
+            return F.cross_entropy(logits_BTV.flatten(0, 1).float(), targets_BT.flatten(), reduction=reduction)
+        parts = zip(
+            x_BTD.flatten(0, 1).chunk(self.loss_chunks), targets_BT.flatten().chunk(self.loss_chunks), strict=True
+        )
+        if torch.is_grad_enabled():
+            losses = [
+                checkpoint(self._summed_loss, *part, use_reentrant=False, preserve_rng_state=False) for part in parts
+            ]
+        else:
+            losses = [self._summed_loss(*part) for part in parts]
+        total = torch.stack(losses).sum()
+        return total / targets_BT.numel() if reduction == "mean" else total
+
+    def _summed_loss(self, x_ND: Tensor, targets_N: Tensor) -> Tensor:
+        return F.cross_entropy(self.lm_head(x_ND).float(), targets_N, reduction="sum")
 
     @torch.no_grad()
     def init_weights(self, seed: int) -> None:
@@ -252,7 +286,8 @@ class GPT(nn.Module):
 
         `gpt2`: standard deviation 0.02, over sqrt(2 n_layer) into the residual stream; biases 0, gains 1.
         `modern`: Xavier-uniform, heads counted as receptive field (JAX's initialiser of [3, H, D, K]);
-        embeddings of variance 1 / D. Raises ValueError on the meta device.
+        embeddings of variance 1 / D. Every rank of a sharded model draws the whole stream and keeps its part.
+        Raises ValueError on the meta device.
         """
         generator = torch.Generator().manual_seed(seed)
         config = self.config
@@ -276,6 +311,9 @@ class GPT(nn.Module):
                 residual = 0.02 / math.sqrt(2 * config.n_layer) if module in ("out", "down") else 0.02
                 std = 1 / math.sqrt(width) if config.arch == "modern" else residual
                 draw.normal_(0.0, std, generator=generator)
+            if isinstance(parameter, DTensor):
+                # from this rank's own draw: no message
+                draw = distribute_tensor(draw, parameter.device_mesh, parameter.placements, src_data_rank=None)
             parameter.copy_(draw)
 
     def num_params(self) -> int:
