@@ -1,7 +1,8 @@
 """Checkpoints of a run: `torch.distributed.checkpoint` in folders that are whole or do not count.
 
-A checkpoint is written into a temporary folder, with a `DONE` file at the end (sizes and checksums of its files, and
-what the run is), flushed, and renamed to `step-00000120`. A folder whose files are not those of its `DONE` is none.
+All ranks write into a temporary folder; a `DONE` file comes last (sizes and checksums of the others, and what the run
+is), all is flushed, and the folder renamed to `step-00000120`. A folder whose files are not those of its `DONE` is no
+checkpoint. Nothing in it depends on the number of ranks. Several machines need a folder that all of them see.
 """
 
 import json
@@ -9,9 +10,10 @@ import os
 import re
 import secrets
 import shutil
+import threading
 import warnings
 import zlib
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,11 +22,13 @@ import torch
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 from torch.distributed.checkpoint.state_dict_loader import load as load_distributed
+from torch.distributed.checkpoint.state_dict_saver import async_save
 from torch.distributed.checkpoint.state_dict_saver import save as save_distributed
 
 from celo2.files import write_atomic
 from celo2.pretrain.model import GPT
 from celo2.pretrain.optimizers import Optimizers
+from celo2.pretrain.parallel import World
 
 DONE = "DONE"
 _NAME = re.compile(r"step-(\d{8})")
@@ -46,43 +50,130 @@ class RunState:
 
 
 class Checkpoints:
-    """The checkpoints of one folder: the last `keep` and every `keep_every`-th step stay."""
+    """The checkpoints of one folder: the last `keep` and every `keep_every`-th step stay.
 
-    def __init__(self, folder: Path, *, keep: int = 2, keep_every: int | None = None) -> None:
+    With several ranks `save`, `wait` and `load` are collective. With `background`, `save` returns when the tensors are
+    copied to the host's memory, and a thread writes them.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        keep: int = 2,
+        keep_every: int | None = None,
+        world: World | None = None,
+        background: bool = False,
+    ) -> None:
         if keep < 1 or (keep_every is not None and keep_every < 1):
             raise ValueError(
                 f"keep={keep!r}, keep_every={keep_every!r}: keep at least one checkpoint, every 1 or more steps"
             )
         self.folder, self.keep, self.keep_every = Path(folder), keep, keep_every
+        self.world = World(0, 1, 0, 1, torch.device("cpu")) if world is None else world
+        self.background = background
+        self._writer: threading.Thread | None = None
+        self._failure: OSError | None = None
 
     def save(self, model: GPT, optimizers: Optimizers, state: RunState) -> Path:
         """Write a checkpoint and remove those that are no longer kept; returns its folder.
 
-        Raises OSError naming the folder and the fix when the disk is full or not writable; older checkpoints are
-        untouched then.
+        Raises OSError on every rank, naming the folder and the fix, when the disk is full or not writable; older
+        checkpoints are untouched then. In the background, the next `wait` or `save` raises it.
         """
+        self.wait()
         path = self.folder / f"step-{state.step:08d}"
-        temporary = self._temporary(path)
+        temporary = self.world.shared(self._temporary(path))
+        problem = None
+        if self.world.main:
+            try:
+                temporary.mkdir(parents=True)
+            except OSError as error:
+                problem = _describe(error)
+        self._agree(path, temporary, problem)
+        tensors, group = _tensors(model, optimizers), self.world.control
+        if not self.background:
+            try:
+                _quietly(save_distributed, tensors, checkpoint_id=temporary, process_group=group, no_dist=group is None)
+            except (OSError, RuntimeError, CheckpointException) as error:
+                problem = _describe(error)
+            self._commit(path, temporary, state, problem)
+            return path
+        group = self.world.background
         try:
-            temporary.mkdir(parents=True)
-            _quietly(save_distributed, _tensors(model, optimizers), temporary)
-            files = {file.name: _fingerprint(file) for file in sorted(temporary.iterdir())}
-            write_atomic(temporary / DONE, [json.dumps({"files": files, **vars(state)}, indent=1).encode()])
-            _sync(temporary)
-            if path.exists():
-                # not whole, or this run would have gone on from it: keep it, out of the way
-                path.rename(path.with_name(f"{path.name}.{secrets.token_hex(4)}.bad"))
-            temporary.rename(path)
-            _sync(self.folder)
+            written = _quietly(async_save, tensors, checkpoint_id=temporary, process_group=group, no_dist=group is None)
         except (OSError, RuntimeError, CheckpointException) as error:
-            shutil.rmtree(temporary, ignore_errors=True)
-            raise OSError(
-                f"cannot save the checkpoint {path}: {_describe(error)}; free space or choose another --out-dir, then "
-                "go on with --resume auto (the last complete checkpoint is "
-                f"{next((p.name for p, _ in self._complete()), 'none')})"
-            ) from error
-        self._remove_old()
+            written, problem = None, _describe(error)
+
+        def finish() -> None:
+            nonlocal problem
+            try:
+                if written is not None:
+                    written.result()
+            except (OSError, RuntimeError, CheckpointException) as error:
+                problem = _describe(error)
+            try:
+                self._commit(path, temporary, state, problem)
+            except OSError as error:
+                self._failure = error
+
+        self._writer = threading.Thread(target=finish, name="checkpoint")
+        self._writer.start()
         return path
+
+    def wait(self) -> None:
+        """Wait for a save in the background; raises its OSError."""
+        if self._writer is not None:
+            self._writer.join()
+            self._writer = None
+        if (failure := self._failure) is not None:
+            self._failure = None
+            raise failure
+
+    def _commit(self, path: Path, temporary: Path, state: RunState, problem: str | None) -> None:
+        """Make a checkpoint of a folder whose tensors are written, or remove it."""
+        mine: dict[str, list[int]] = {}
+        if problem is None:
+            try:
+                names = [name for name in os.listdir(temporary) if name.startswith(f"__{self.world.rank}_")]
+                names += [".metadata"] if self.world.main else []
+                mine = {name: _fingerprint(temporary / name) for name in sorted(names)}
+            except OSError as error:
+                problem = _describe(error)
+        gathered = self.world.gather((mine, problem), background=self.background)
+        problem = next((text for _, text in gathered if text is not None), None)
+        if problem is None and self.world.main:
+            files = dict(sorted(entry for part, _ in gathered for entry in part.items()))
+            try:
+                write_atomic(temporary / DONE, [json.dumps({"files": files, **vars(state)}, indent=1).encode()])
+                _sync(temporary)
+                if path.exists():
+                    # not whole, or this run would have gone on from it: keep it, out of the way
+                    path.rename(path.with_name(f"{path.name}.{secrets.token_hex(4)}.bad"))
+                temporary.rename(path)
+                _sync(self.folder)
+            except OSError as error:
+                problem = _describe(error)
+        self._agree(path, temporary, problem)
+        if self.world.main:
+            self._remove_old()
+
+    def _agree(self, path: Path, temporary: Path, problem: str | None) -> None:
+        """Raise on every rank when one has a problem, after removing what was written."""
+        problems = self.world.gather(problem, background=self._writer_is_here())
+        problem = next((text for text in problems if text is not None), None)
+        if problem is None:
+            return
+        if self.world.main:
+            shutil.rmtree(temporary, ignore_errors=True)
+        raise OSError(
+            f"cannot save the checkpoint {path}: {problem}; free space or choose another --out-dir, then "
+            "go on with --resume auto (the last complete checkpoint is "
+            f"{next((p.name for p, _ in self._complete()), 'none')})"
+        )
+
+    def _writer_is_here(self) -> bool:
+        return threading.current_thread() is self._writer
 
     def load(
         self, model: GPT, optimizers: Optimizers, identity: dict[str, Any], *, may_differ: Collection[str] = ()
@@ -95,12 +186,16 @@ class Checkpoints:
         usable; OSError when one cannot be read.
         """
         notes: list[str] = []
-        folders = self._folders()
+        world, folders = self.world, self.world.shared(self._folders())
         for path in folders:
+            state, problem = None, None
             try:
-                state = _read_done(path, verify=True)
+                state = _read_done(path, share=(world.rank, world.ranks))
             except ValueError as error:
-                notes.append(f"{path.name} is not usable ({error}): going back to the one before")
+                problem = str(error)
+            problem = next((text for text in world.gather(problem) if text is not None), None)
+            if state is None or problem is not None:
+                notes.append(f"{path.name} is not usable ({problem}): going back to the one before")
                 continue
             different = _differences(state.identity, identity)
             if refused := [text for key, text in different.items() if key not in may_differ]:
@@ -109,8 +204,9 @@ class Checkpoints:
                     "--out-dir"
                 )
             tensors = _tensors(model, optimizers)
+            group = world.control
             try:
-                _quietly(load_distributed, tensors, path)
+                _quietly(load_distributed, tensors, checkpoint_id=path, process_group=group, no_dist=group is None)
                 set_optimizer_state_dict(model, optimizers.members, optim_state_dict=tensors["optimizer"])
             except (RuntimeError, ValueError, OSError, CheckpointException) as error:
                 raise OSError(f"{path} is whole but cannot be read: {_describe(error)}; run the same again") from error
@@ -144,7 +240,7 @@ class Checkpoints:
     def _complete(self) -> Iterator[tuple[Path, RunState]]:
         for path in self._folders():
             try:
-                yield path, _read_done(path, verify=False)
+                yield path, _read_done(path)
             except (OSError, ValueError):
                 continue
 
@@ -178,10 +274,10 @@ def _tensors(model: GPT, optimizers: Optimizers) -> dict[str, Any]:
     }
 
 
-def _quietly(call: Any, tensors: dict[str, Any], path: Path) -> None:
+def _quietly(call: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
-        call(tensors, checkpoint_id=path, no_dist=True)
+        return call(*arguments, **options)
 
 
 def _fingerprint(path: Path) -> list[int]:
@@ -193,8 +289,8 @@ def _fingerprint(path: Path) -> list[int]:
     return [path.stat().st_size, checksum]
 
 
-def _read_done(path: Path, *, verify: bool) -> RunState:
-    """Check a checkpoint's files against its `DONE`, and their contents too when asked.
+def _read_done(path: Path, *, share: tuple[int, int] | None = None) -> RunState:
+    """Check a checkpoint's files against its `DONE`, and the contents of a share of them: (rank, ranks).
 
     Raises ValueError for one that is not whole.
     """
@@ -207,13 +303,14 @@ def _read_done(path: Path, *, verify: bool) -> RunState:
         sizes = {name: (int(size), int(checksum)) for name, (size, checksum) in files.items()}
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"its {DONE} file is damaged ({error})") from error
-    for name, (size, checksum) in sizes.items():
+    for number, (name, (size, checksum)) in enumerate(sizes.items()):
         if not (path / name).is_file():
             raise ValueError(f"{name} is missing")
         found = (path / name).stat().st_size
         if found != size:
             raise ValueError(f"{name} has {found} bytes instead of {size}")
-        if verify and _fingerprint(path / name)[1] != checksum:
+        mine = share is not None and number % share[1] == share[0]
+        if mine and _fingerprint(path / name)[1] != checksum:
             raise ValueError(f"{name} is damaged: its checksum differs")
     return state
 

@@ -68,6 +68,11 @@ def precision(device: torch.device, dtype: str) -> AbstractContextManager[object
     return torch.autocast(device.type, DTYPES[dtype]) if dtype == "bfloat16" else nullcontext()
 
 
+def send(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Copy a tensor of the host to the device, without waiting where that is a GPU."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
 class OptimizerTimer:
     """Milliseconds spent between `start` and `stop`: events on a GPU, so that nothing waits, else the clock.
 

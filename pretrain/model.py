@@ -178,9 +178,9 @@ class MLP(nn.Module):
 class Block(nn.Module):
     """Pre-norm transformer block; with `recompute` its backward pass computes the activations again."""
 
-    def __init__(self, config: GPTConfig) -> None:
+    def __init__(self, config: GPTConfig, recompute: bool = False) -> None:
         super().__init__()
-        self.recompute = False
+        self.recompute = recompute
         self.attention_norm = make_norm(config)
         self.attention = Attention(config)
         self.mlp_norm = make_norm(config)
@@ -212,9 +212,7 @@ class GPT(nn.Module):
         self.loss_chunks = loss_chunks
         self.token_embedding = Embedding(config.vocab_size, config.width)
         self.position_embedding = Embedding(config.context, config.width) if config.arch == "gpt2" else None
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
-        for block in self.blocks:
-            block.recompute = recompute
+        self.blocks = nn.ModuleList(Block(config, recompute) for _ in range(config.n_layer))
         self.final_norm = make_norm(config)
         # the tied head is built on meta: its own [V, D] weight would only be thrown away
         head_device = torch.device("meta") if config.tied else None

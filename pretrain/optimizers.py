@@ -4,11 +4,12 @@ Hidden matrices go to the method, embeddings, head and vectors to AdamW (`celo2.
 treat every parameter alike.
 """
 
-import math
 from collections.abc import Iterable
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim import AdamW, Muon, Optimizer
 
 from celo2 import FusedCelo2, Theta, load_weights, param_groups
@@ -21,11 +22,20 @@ from celo2.theta import VARIANTS
 class Optimizers:
     """The torch optimizers of one run, stepped together.
 
-    Every group carries `initial_lr`, its peak learning rate; `set_lr` scales them all. Raises ValueError for an unknown
-    `opt`, or for weights given to an optimizer that has none.
+    Every group carries `initial_lr`, its peak learning rate; `set_lr` scales them all. The model may be sharded by
+    `fully_shard`; `wire_dtype` is then celo2's. Raises ValueError for an unknown `opt`, or for weights given to an
+    optimizer that has none.
     """
 
-    def __init__(self, opt: str, recipe: Recipe, model: GPT, weights: str | Theta | None = None) -> None:
+    def __init__(
+        self,
+        opt: str,
+        recipe: Recipe,
+        model: GPT,
+        weights: str | Theta | None = None,
+        *,
+        wire_dtype: str = "bfloat16",
+    ) -> None:
         if opt not in OPTS:
             raise ValueError(f"unknown optimizer {opt!r}: choose one of {', '.join(OPTS)}")
         if weights is not None and opt not in VARIANTS:
@@ -47,6 +57,7 @@ class Optimizers:
                     adam_lr_mult=recipe.adam_lr_mult,
                     adam_betas=recipe.betas,
                     max_grad_norm=recipe.max_grad_norm,
+                    wire_dtype=wire_dtype,
                 )
             )
         elif opt == "adamw":
@@ -72,26 +83,41 @@ class Optimizers:
         for member in self.members:
             member.zero_grad(set_to_none=True)
 
-    def step(self) -> float:
-        """Clip and step; return the gradient norm before clipping.
+    def step(self, loss: Tensor | None = None) -> Tensor:
+        """Clip and step; return the gradient norm before clipping, float32 0-d.
 
-        A norm that is not finite means that nothing was stepped: parameters and state are as they were.
+        When the norm or the loss (0-d, the same on every rank) is not finite, nothing is stepped: parameters and state
+        are as they were. On a GPU that is decided there, without waiting for it, by the optimizers that can (FusedCelo2
+        and fused AdamW).
         """
+        bad = None if loss is None else (~torch.isfinite(loss)).float()
         if isinstance(self.members[0], FusedCelo2):
             # it clips by itself, in the pass that reads the gradients anyway
-            self.members[0].step()
-            assert self.members[0].grad_norm is not None
-            return float(self.members[0].grad_norm)
-        norm = float(nn.utils.clip_grad_norm_(self._parameters, self._max_grad_norm or math.inf))
-        if math.isfinite(norm):
+            celo2 = self.members[0]
+            celo2.found_inf = bad  # type: ignore[attr-defined]
+            celo2.step()
+            assert celo2.grad_norm is not None
+            return celo2.grad_norm
+        norm = get_total_norm([p.grad for p in self._parameters if p.grad is not None])
+        if isinstance(norm, DTensor):
+            norm = norm.full_tensor()
+        if self._max_grad_norm is not None:
+            clip_grads_with_norm_(self._parameters, self._max_grad_norm, norm)
+        bad_norm = (~torch.isfinite(norm)).float()
+        bad = bad_norm if bad is None else torch.maximum(bad, bad_norm)
+        if all(isinstance(member, AdamW) and member.defaults["fused"] for member in self.members):
+            for member in self.members:
+                member.found_inf, member.grad_scale = bad, None  # type: ignore[attr-defined]
+                member.step()
+        elif not bad:
             for member in self.members:
                 member.step()
         return norm
 
     def state_bytes(self) -> int:
-        """Bytes of optimizer state."""
+        """Bytes of optimizer state on this rank."""
         states = (state for member in self.members for state in member.state.values())
-        return sum(tensor.numel() * tensor.element_size() for state in states for tensor in state.values())
+        return sum(local_bytes(tensor) for state in states for tensor in state.values())
 
     def table(self) -> str:
         """The routing as text, with the numbered blocks on one line: name, shape, matrices, rule, lr, decay."""
@@ -113,6 +139,12 @@ class Optimizers:
                 rule = group.get("rule", type(member).__name__.lower())
                 counts[rule] = counts.get(rule, 0) + sum(parameter.numel() for parameter in group["params"])
         return counts
+
+
+def local_bytes(tensor: Tensor) -> int:
+    """Bytes of a tensor on this rank."""
+    part = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return part.numel() * part.element_size()
 
 
 def _create_state(member: Optimizer) -> None:

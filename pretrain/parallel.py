@@ -196,7 +196,7 @@ def micro_step(model: nn.Module, last: bool, reduce: str) -> Iterator[None]:
         model.set_is_last_backward(last)
         model.set_requires_gradient_sync(last or reduce == "every")
         yield
-    elif isinstance(model, DistributedDataParallel) and not last:
+    elif isinstance(model, DistributedDataParallel) and not last and reduce == "last":
         with model.no_sync():
             yield
     else:

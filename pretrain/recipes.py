@@ -99,18 +99,29 @@ def learning_rate(step: int, total_steps: int, recipe: Recipe) -> float:
     return recipe.lr * (recipe.final_lr_frac + (1.0 - recipe.final_lr_frac) * cosine)
 
 
-def split_batch(requested: int | None, batch_tokens: int, context: int) -> tuple[int, int]:
-    """Sequences a forward pass and forward passes a step, whose product is the batch; raises ValueError otherwise."""
+def split_batch(requested: int | None, batch_tokens: int, context: int, ranks: int = 1) -> tuple[int, int]:
+    """Sequences a micro-batch on each rank, and micro-batches a step.
+
+    None takes the largest micro-batch of at most MICRO_TOKENS tokens. The batch is the same on any number of ranks.
+    Raises ValueError when something does not divide, with what would.
+    """
     sequences, rest = divmod(batch_tokens, context)
     if rest or not sequences:
         raise ValueError(
             f"batch_tokens={batch_tokens} is not a multiple of the context, {context}: change --batch-tokens"
         )
+    if sequences % ranks:
+        raise ValueError(
+            f"the batch of {sequences} sequences of {context} does not divide among {ranks} ranks: take a number of "
+            f"ranks that divides it, or --batch-tokens {max(1, round(sequences / ranks)) * ranks * context}"
+        )
+    sequences //= ranks
     if requested is None:
         limit = min(sequences, max(1, MICRO_TOKENS // context))
         requested = next(size for size in range(limit, 0, -1) if sequences % size == 0)
     if sequences % requested:
-        raise ValueError(f"--micro-batch {requested} does not divide the batch of {sequences} sequences")
+        share = f"the batch of {sequences} sequences" if ranks == 1 else f"a rank's {sequences} sequences of the batch"
+        raise ValueError(f"--micro-batch {requested} does not divide {share}")
     return requested, sequences // requested
 
 

@@ -97,29 +97,44 @@ class RunLog:
 
     A record is a JSON object with `kind`: `run` (once a start), `train` (a step), `val`, `final`. Values that are not
     finite are null. On a resume, records of steps after the checkpoint are dropped, since they are made again; a run
-    from the start keeps an older file as `metrics.jsonl.old`.
+    from the start keeps an older file as `metrics.jsonl.old`. With `main=False`, on the other ranks of a run, records
+    are kept in memory alone.
     """
 
     def __init__(
-        self, folder: Path, *, resume_step: int | None, wandb: WandbMode, run_id: str, config: dict[str, Any]
+        self,
+        folder: Path,
+        *,
+        resume_step: int | None,
+        wandb: WandbMode,
+        run_id: str,
+        config: dict[str, Any],
+        main: bool = True,
     ) -> None:
         self.path = Path(folder) / METRICS
         self.records: list[dict[str, Any]] = []
+        self._wandb: Any = None
+        self._file: TextIO | None = None
+        if not main:
+            return
         if resume_step is not None:
             self.records = [record for record in read_metrics(self.path) if record.get("step", 0) <= resume_step]
             self.records = [record for record in self.records if record["kind"] != "final"]
         # first what can fail for reasons of its own
-        self._wandb: Any = None if wandb == "off" else _start_wandb(folder, wandb, run_id, config)
+        if wandb != "off":
+            self._wandb = _start_wandb(folder, wandb, run_id, config)
         if resume_step is None and self.path.exists() and self.path.stat().st_size:
             os.replace(self.path, self.path.with_name(f"{METRICS}.old"))
         write_atomic(self.path, [(json.dumps(record) + "\n").encode() for record in self.records])
-        self._file: TextIO = open(self.path, "a", encoding="utf-8")  # noqa: SIM115
+        self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115
 
     def write(self, kind: str, **values: Any) -> dict[str, Any]:
         """Append one record and return it as given."""
         record = {"kind": kind, **values}
         stored = {key: _json_value(value) for key, value in record.items()}
         self.records.append(stored)
+        if self._file is None:
+            return record
         try:
             self._file.write(json.dumps(stored) + "\n")
             self._file.flush()
@@ -141,10 +156,12 @@ class RunLog:
 
     def sync(self) -> None:
         """Make what is written survive a power loss; before a checkpoint that counts on it."""
-        os.fsync(self._file.fileno())
+        if self._file is not None:
+            os.fsync(self._file.fileno())
 
     def close(self) -> None:
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
         if self._wandb is not None:
             self._wandb.finish()
 

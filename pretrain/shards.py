@@ -240,13 +240,15 @@ class Loader:
 
 
 def validation_batches(
-    paths: Sequence[PathLike], context: int, max_tokens: int, batch: int, vocab_id: int
+    paths: Sequence[PathLike], context: int, max_tokens: int, batch: int, vocab_id: int, rank: int = 0, ranks: int = 1
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Iterate over the first `max_tokens` target tokens (whole windows) in order.
+    """Iterate over the first `max_tokens` target tokens (whole windows) in order, or over a rank's share of them.
 
     Yields inputs, targets (shifted by one), int64 [<=batch, context]. The last batch may be smaller; shards
-    with fewer tokens give them all. Checks before the first batch; raises as `Loader`, and ValueError for
-    max_tokens < context or batch < 1.
+    with fewer tokens give them all. Batches go to the ranks in turn; one that has none left in the last round gets the
+    first window with targets of -100, `cross_entropy`'s index to ignore, so that all ranks run the same number of
+    forward passes. Checks before the first batch; raises as `Loader`, and ValueError for max_tokens < context or
+    batch < 1.
     """
     if batch < 1:
         raise ValueError(f"batch={batch!r}; give at least 1 sequence")
@@ -254,4 +256,14 @@ def validation_batches(
         raise ValueError(f"max_tokens={max_tokens!r} is less than one window; give at least context={context}")
     windows = _Windows(paths, context, vocab_id)
     count = min(windows.count, max_tokens // context)
-    return (windows.read(np.arange(i, min(i + batch, count))) for i in range(0, count, batch))
+    starts = range(0, count, batch)
+
+    def share() -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        for number in range(rank, -(-len(starts) // ranks) * ranks, ranks):
+            if number < len(starts):
+                yield windows.read(np.arange(starts[number], min(starts[number] + batch, count)))
+            else:
+                inputs, targets = windows.read(np.arange(1))
+                yield inputs, torch.full_like(targets, -100)
+
+    return share()

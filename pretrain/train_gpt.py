@@ -1,10 +1,11 @@
 """Train a GPT: one linear script, from the command line to the report.
 
     python pretrain/train_gpt.py --size nano --opt celo2
-    torchrun --standalone --nproc-per-node 1 pretrain/train_gpt.py --size small --opt celo2 --data data/fineweb-edu
+    torchrun --standalone --nproc-per-node 8 pretrain/train_gpt.py --size small --opt celo2 --data data/fineweb-edu
 
 What is not given comes from the recipe of the size and the optimizer (`recipes.py`). Everything that is resolved is
-printed before step 0; a run leaves checkpoints, `metrics.jsonl`, `loss.png` and `report.md` in `--out-dir`.
+printed before step 0; a run leaves checkpoints, `metrics.jsonl`, `loss.png` and `report.md` in `--out-dir`. The numbers
+of a run do not depend on how many processes share it, up to the order of sums; several machines start it by `launch/`.
 """
 
 import argparse
@@ -16,36 +17,27 @@ import secrets
 import signal
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor
+from torch import nn
 from tqdm import tqdm
 
+from celo2.optimizer import WIRE_DTYPES
 from celo2.pretrain.checkpoint import Checkpoints, RunState
-from celo2.pretrain.device import DTYPES, OptimizerTimer, device_name, peak_flops, precision, select_device
+from celo2.pretrain.device import DTYPES, OptimizerTimer, device_name, peak_flops, precision, send
+from celo2.pretrain.evaluation import bits_per_byte, evaluate
+from celo2.pretrain.interruption import Interruption
 from celo2.pretrain.model import ARCHS, GPT, SIZES, model_config
 from celo2.pretrain.optimizers import Optimizers
+from celo2.pretrain.parallel import PARALLEL, REDUCE, Parallel, World, micro_step, replicate, shard
 from celo2.pretrain.prepare_data import prepare_embedded
-from celo2.pretrain.recipes import OPTS, RECIPES, Recipe, learning_rate, recipe_for, split_batch, warmup_steps
-from celo2.pretrain.runlog import (
-    CURVE,
-    METRICS,
-    RunLog,
-    ZScore,
-    draw_curve,
-    duration,
-    format_step,
-    quantity,
-    read_metrics,
-    versions,
-    write_report,
-)
+from celo2.pretrain.recipes import OPTS, RECIPES, Recipe, learning_rate, recipe_for, split_batch
+from celo2.pretrain.runlog import METRICS, RunLog, ZScore, format_step, read_metrics, versions
 from celo2.pretrain.shards import Loader, find_shards, open_shard, shard_fingerprint, validation_batches
-from celo2.pretrain.tokenizer import Tokenizer, get_tokenizer
+from celo2.pretrain.summary import describe, finish
+from celo2.pretrain.tokenizer import get_tokenizer
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -95,11 +87,34 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     machine.add_argument("--compile", action="store_true", help="torch.compile every block")
     machine.add_argument(
+        "--activation-checkpointing", action="store_true", help="compute a block's activations again for its backward"
+    )
+    machine.add_argument(
+        "--loss-chunks", type=int, default=1, metavar="N", help="parts of the loss, each with its logits (default: 1)"
+    )
+    machine.add_argument(
         "--max-skips", type=int, default=20, metavar="N", help="skipped steps in a row that end the run"
     )
-    machine.add_argument("--dry-run", action="store_true", help="print what would run, and stop")
+    several = parser.add_argument_group("several processes (torchrun)")
+    several.add_argument("--parallel", choices=PARALLEL, default="auto", help="auto: fsdp (FSDP2) on several processes")
+    several.add_argument(
+        "--shards", type=int, metavar="N", help="hsdp: ranks that share a model (default: a machine's)"
+    )
+    several.add_argument(
+        "--reduce", choices=REDUCE, default="last", help="gradients travel after the last micro-batch, or every one"
+    )
+    several.add_argument(
+        "--wire-dtype", choices=WIRE_DTYPES, default="bfloat16", help="of celo2's directions between ranks"
+    )
+    several.add_argument("--async-save", action="store_true", help="write checkpoints in the background")
+    plan = parser.add_argument_group("before paying")
+    plan.add_argument("--dry-run", action="store_true", help="print what would run, and stop")
+    plan.add_argument("--world-size", type=int, metavar="N", help="with --dry-run: plan for N GPUs")
+    plan.add_argument("--gpu", default="h100", help="with --world-size: which (default: h100)")
     arguments = parser.parse_args(argv)
-    for name in ("save_every", "eval_every", "log_every", "micro_batch", "max_skips"):
+    if arguments.world_size is not None and not arguments.dry_run:
+        parser.error("--world-size plans a run: give --dry-run with it, or start N processes with torchrun")
+    for name in ("save_every", "eval_every", "log_every", "micro_batch", "max_skips", "loss_chunks", "world_size"):
         value = getattr(arguments, name)
         if value is not None and value < 1:
             parser.error(f"--{name.replace('_', '-')} {value}: must be at least 1")
@@ -132,120 +147,57 @@ def resolve_recipe(arguments: argparse.Namespace) -> Recipe:
     return dataclasses.replace(recipe, **changes)
 
 
-class Interruption:
-    """SIGTERM, SIGUSR1 and SIGINT, noted and acted on between micro-batches: save, then stop."""
-
-    SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-
-    def __init__(self) -> None:
-        self.signal: int | None = None
-        for number in self.SIGNALS:
-            signal.signal(number, self._note)
-
-    def received(self) -> bool:
-        return self.signal is not None
-
-    @property
-    def name(self) -> str:
-        return signal.Signals(self.signal).name if self.signal is not None else "none"
-
-    def _note(self, number: int, frame: object) -> None:
-        if self.signal is not None and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        self.signal = number
-
-
-def bits_per_byte(nats: float, targets_bytes: int) -> float:
-    """Summed loss in nats over the bytes of text that the target tokens stand for."""
-    return nats / math.log(2) / max(targets_bytes, 1)
-
-
-@torch.no_grad()
-def evaluate(
-    model: GPT,
-    batches: Iterable[tuple[Tensor, Tensor]],
-    token_bytes: np.ndarray,
-    device: torch.device,
-    dtype: str,
-    interruption: Interruption,
-) -> tuple[float, float] | None:
-    """Validation loss in nats a token, token-weighted, and in bits per byte; None when interrupted."""
-    model.eval()
-    nats, tokens, text_bytes = 0.0, 0, 0
-    for inputs_BT, targets_BT in batches:
-        if interruption.received():
-            return None
-        with precision(device, dtype):
-            nats += float(model(inputs_BT.to(device), targets_BT.to(device), reduction="sum"))
-        tokens += targets_BT.numel()
-        text_bytes += int(token_bytes[targets_BT.numpy()].sum())
-    model.train()
-    return nats / tokens, bits_per_byte(nats, text_bytes)
-
-
-def describe(
-    arguments: argparse.Namespace,
-    recipe: Recipe,
-    model: GPT,
-    optimizers: Optimizers,
-    micro: tuple[int, int],
-    where: str,
-) -> str:
-    """Everything that is resolved, as text."""
-    config, steps = model.config, recipe.steps
-    parameters, rules = model.num_params(), optimizers.parameters_by_rule()
-    flops, peak = model.flops_per_token(), peak_flops(where)
-    gib = 2**30
-    theta = optimizers.theta
-    weights = f", theta {theta.label} ({theta.card.get('recipe', 'no recipe in its card')})" if theta else ""
-    lines = {
-        "versions": ", ".join(f"{name} {version}" for name, version in versions().items()),
-        "device": where + ("" if peak else ": not in the table of peak FLOPs, so no MFU"),
-        "model": f"{arguments.size}, {config.arch}: {config.n_layer} layers, {config.n_head} x {config.head_dim} "
-        f"heads, width {config.width}, context {config.context}, vocabulary {config.vocab_size}",
-        "parameters": f"{parameters:,} ({', '.join(f'{count:,} by {rule}' for rule, count in rules.items())})",
-        "optimizer": arguments.opt + weights,
-        "recipe": f"{recipe.name}; source: {recipe.source}",
-        "schedule": f"{steps:,} steps, warm-up {warmup_steps(steps, recipe)}, peak lr {recipe.lr:g}, cosine to "
-        f"{recipe.final_lr_frac:g} of it, weight decay {recipe.weight_decay:g}, clip {recipe.max_grad_norm or 'none'}",
-        "batch": f"{recipe.batch_tokens:,} tokens: {micro[0]} sequences of {config.context}, {micro[1]} micro-batches",
-        "FLOPs": f"{quantity(flops)} a token, {quantity(flops * recipe.batch_tokens)} a step, "
-        f"{quantity(flops * recipe.batch_tokens * steps)} in all",
-        "memory": f"{4 * parameters / gib:.3f} GiB parameters, {4 * parameters / gib:.3f} GiB gradients, "
-        f"{optimizers.state_bytes() / gib:.3f} GiB optimizer state, and the activations",
-    }
-    return "\n".join(f"{name + ':':<12}{text}" for name, text in lines.items()) + "\n\n" + optimizers.table() + "\n"
+def build(
+    arguments: argparse.Namespace, recipe: Recipe, world: World, parallel: Parallel, dtype: str
+) -> tuple[GPT, nn.Module, Optimizers]:
+    """The model, what its training forward pass goes through, and the optimizers; weights are drawn from the seed."""
+    config = model_config(arguments.size, arguments.arch, bias=arguments.bias)
+    # a sharded model never exists whole, and a dry run builds any size
+    with torch.device("meta" if arguments.dry_run or parallel.sharded else world.device):
+        model = GPT(config, recompute=arguments.activation_checkpointing, loss_chunks=arguments.loss_chunks)
+    if arguments.compile:
+        for block in model.blocks:
+            block.compile()
+    if parallel.sharded:
+        shard(model, parallel, dtype)
+    forward: nn.Module = model
+    if not arguments.dry_run:
+        if parallel.sharded:
+            model.to_empty(device=world.device)
+        model.init_weights(arguments.seed)
+        if parallel.mode == "ddp":
+            forward = replicate(model, world.device)
+    optimizers = Optimizers(arguments.opt, recipe, model, arguments.weights, wire_dtype=arguments.wire_dtype)
+    return model, forward, optimizers
 
 
 def train(arguments: argparse.Namespace) -> int:
     """Run the training; returns the exit status."""
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise ValueError(
-            f"WORLD_SIZE={os.environ['WORLD_SIZE']}: this version trains on one process; use --nproc-per-node 1"
-        )
     recipe = resolve_recipe(arguments)
     config = model_config(arguments.size, arguments.arch, bias=arguments.bias)
-    micro_batch, micro_steps = split_batch(arguments.micro_batch, recipe.batch_tokens, config.context)
-    device = select_device(arguments.device)
+    world = World.start(arguments.device)
+    say = print if world.main else _silent
+    micro_batch, micro_steps = split_batch(arguments.micro_batch, recipe.batch_tokens, config.context, world.ranks)
+    device, where = world.device, device_name(world.device)
     dtype = arguments.dtype or ("bfloat16" if device.type == "cuda" else "float32")
-    where = device_name(device)
     total = recipe.steps
+    parallel = Parallel.choose(arguments.parallel, world.ranks, world.local_ranks, device.type, arguments.shards)
+    # fully_shard casts by itself
+    autocast = "float32" if parallel.sharded else dtype
 
     torch.manual_seed(arguments.seed)
-    # the model and its optimizer; a dry run builds both on the meta device, at any size
-    with torch.device("meta" if arguments.dry_run else device):
-        model = GPT(config)
-    if not arguments.dry_run:
-        model.init_weights(arguments.seed)
-    optimizers = Optimizers(arguments.opt, recipe, model, arguments.weights)
-    print(describe(arguments, recipe, model, optimizers, (micro_batch, micro_steps), where))
+    model, forward, optimizers = build(arguments, recipe, world, parallel, dtype)
+    say(describe(arguments, recipe, model, optimizers, (micro_batch, micro_steps), parallel, where))
     if arguments.dry_run:
         return 0
 
     # data: windows addressed by the sample index, a validation set that never changes
     tokenizer = get_tokenizer(SIZES[arguments.size].tokenizer)
     if arguments.data is None:
-        arguments.data = prepare_embedded(tokenizer.name, Path("data") / f"wikipedia-{tokenizer.name}")
+        arguments.data = Path("data") / f"wikipedia-{tokenizer.name}"
+        if world.local_rank == 0:
+            prepare_embedded(tokenizer.name, arguments.data)
+        world.barrier()
     train_paths, val_paths = find_shards(arguments.data)
     loader = Loader(train_paths, config.context, arguments.seed, tokenizer.vocab_id)
     shards = {path.name: shard_fingerprint(path) for path in (*train_paths, *val_paths)}
@@ -259,7 +211,7 @@ def train(arguments: argparse.Namespace) -> int:
     held_out = config.context * sum(
         (len(open_shard(path, tokenizer.vocab_id)) - 1) // config.context for path in val_paths
     )
-    print(
+    say(
         f"data:       {arguments.data}, {len(train_paths)} training shards, "
         f"{loader.num_sequences * config.context:,} tokens, {epochs:.2f} epochs; validation on "
         f"{min(held_out, recipe.val_tokens):,} tokens"
@@ -270,7 +222,9 @@ def train(arguments: argparse.Namespace) -> int:
     out_dir: Path = arguments.out_dir or Path("runs") / f"{arguments.size}-{arguments.opt}"
     if out_dir.exists() and not out_dir.is_dir():
         raise ValueError(f"--out-dir {out_dir} is a file: give a folder")
-    checkpoints = Checkpoints(out_dir, keep=arguments.keep, keep_every=arguments.keep_every)
+    checkpoints = Checkpoints(
+        out_dir, keep=arguments.keep, keep_every=arguments.keep_every, world=world, background=arguments.async_save
+    )
     identity = {
         "model": dataclasses.asdict(config),
         "optimizer": arguments.opt,
@@ -284,19 +238,24 @@ def train(arguments: argparse.Namespace) -> int:
         "shards": shards,
         "dtype": dtype,
         "micro_batch": micro_batch,
+        "ranks": world.ranks,
+        "parallel": parallel.mode,
     }
     state: RunState | None = None
     if arguments.resume == "auto":
-        checkpoints.remove_temporary()
-        state, notes = checkpoints.load(model, optimizers, identity, may_differ=("micro_batch",))
+        if world.main:
+            checkpoints.remove_temporary()
+        world.barrier()
+        may_differ = ("micro_batch", "ranks", "parallel")
+        state, notes = checkpoints.load(model, optimizers, identity, may_differ=may_differ)
         for note in notes:
-            print(f"resume:     {note}")
-    elif read_metrics(out_dir / METRICS) or checkpoints.latest() is not None:
+            say(f"resume:     {note}")
+    elif world.shared(bool(read_metrics(out_dir / METRICS)) or checkpoints.latest() is not None):
         raise ValueError(f"{out_dir} holds a run: go on with --resume auto, or give another --out-dir")
     out_dir.mkdir(parents=True, exist_ok=True)
     step, skipped = (state.step, state.skipped) if state else (0, 0)
-    run_id = state.run_id if state else secrets.token_hex(4)
-    print(
+    run_id = state.run_id if state else world.shared(secrets.token_hex(4))
+    say(
         f"output:     {out_dir}, run {run_id}, " + (f"resumed at step {step} of {total}" if state else "from the start")
     )
     given = {key: str(value) if isinstance(value, Path) else value for key, value in vars(arguments).items()}
@@ -306,6 +265,7 @@ def train(arguments: argparse.Namespace) -> int:
         wandb=arguments.wandb,
         run_id=run_id,
         config={**identity, "arguments": given, "recipe_name": recipe.name, "versions": versions()},
+        main=world.main,
     )
     log.write(
         "run",
@@ -324,54 +284,62 @@ def train(arguments: argparse.Namespace) -> int:
         log.sync()
         checkpoints.save(model, optimizers, RunState(step, skipped, run_id, identity))
 
-    if arguments.compile:
-        for block in model.blocks:
-            block.compile()
-    interruption = Interruption()
+    interruption = Interruption(world)
     loss_z, norm_z = ZScore(log.last("train", "loss")), ZScore(log.last("train", "grad_norm"))
     peak, flops = peak_flops(where), model.flops_per_token()
     timer = OptimizerTimer(device)
     in_a_row, saved_at = 0, step if state else -1
     recent: list[float] = []
-    # disable=None: no bar unless standard error is a terminal
-    bar = tqdm(total=total, initial=step, unit="step", disable=None, dynamic_ncols=True)
+    # None: no bar unless standard error is a terminal
+    disable = None if world.main else True
+    bar = tqdm(total=total, initial=step, unit="step", disable=disable, dynamic_ncols=True)
+    tell = tqdm.write if world.main else _silent
+
+    def validated() -> bool:
+        return world.shared(log.last("val", "step")[-1:] == [step])
 
     def validate() -> None:
-        batches = validation_batches(val_paths, config.context, recipe.val_tokens, micro_batch, tokenizer.vocab_id)
-        found = evaluate(model, batches, token_bytes, device, dtype, interruption)
+        batches = validation_batches(
+            val_paths, config.context, recipe.val_tokens, micro_batch, tokenizer.vocab_id, world.rank, world.ranks
+        )
+        found = evaluate(model, batches, token_bytes, autocast, world, interruption)
         if found is not None:
             log.write("val", step=step, loss=found[0], bits_per_byte=found[1])
-            tqdm.write(f"step {step}/{total} | validation loss {found[0]:.4f} | {found[1]:.3f} bpb")
+            tell(f"step {step}/{total} | validation loss {found[0]:.4f} | {found[1]:.3f} bpb")
 
-    if step % arguments.eval_every == 0 and log.last("val", "step")[-1:] != [step]:
+    if step % arguments.eval_every == 0 and not validated():
         # at the start, and where a signal ended the validation of this step
         validate()
-    while step < total and not interruption.received():
+    while step < total and not interruption.poll():
         # one optimizer step: the mean over the whole batch, accumulated from micro-batches
         start = time.perf_counter()
         factor = learning_rate(step, total, recipe) / recipe.lr
         optimizers.set_lr(factor)
         optimizers.zero_grad()
         losses, text_bytes = [], 0
-        for micro_step in range(micro_steps):
-            first = (step * micro_steps + micro_step) * micro_batch
+        for index in range(micro_steps):
+            first = ((step * micro_steps + index) * world.ranks + world.rank) * micro_batch
             inputs_BT, targets_BT = loader.batch(first, micro_batch)
             text_bytes += int(token_bytes[targets_BT.numpy()].sum())
-            with precision(device, dtype):
-                micro_loss = model(inputs_BT.to(device), targets_BT.to(device)) / micro_steps
-            micro_loss.backward()
+            with micro_step(forward, index == micro_steps - 1, arguments.reduce):
+                with precision(device, autocast):
+                    micro_loss = forward(send(inputs_BT, device), send(targets_BT, device)) / micro_steps
+                micro_loss.backward()
             losses.append(micro_loss.detach())
-            if interruption.received():
+            if interruption.poll():
                 break
         if len(losses) < micro_steps:
             break
-        loss = float(torch.stack(losses).sum())
+        mean_loss = world.mean(torch.stack(losses).sum())
         timer.start()
-        norm = optimizers.step() if math.isfinite(loss) else math.nan
+        mean_norm = optimizers.step(mean_loss)
         timer.stop()
+        # the first wait for the device in this step
+        loss, norm = float(mean_loss), float(mean_norm)
         finite = math.isfinite(loss) and math.isfinite(norm)
         skipped, in_a_row = (skipped, 0) if finite else (skipped + 1, in_a_row + 1)
         optimizer_ms = timer.elapsed_ms()
+        all_bytes = world.sums(text_bytes)[0]
         seconds = time.perf_counter() - start
         step += 1
 
@@ -382,21 +350,22 @@ def train(arguments: argparse.Namespace) -> int:
             step=step,
             loss=loss,
             loss_z=loss_z(loss),
-            bits_per_byte=bits_per_byte(loss * recipe.batch_tokens, text_bytes),
+            bits_per_byte=bits_per_byte(loss * recipe.batch_tokens, all_bytes),
             grad_norm=norm,
             grad_norm_z=norm_z(norm),
             lr=recipe.lr * factor,
             step_ms=1000 * seconds,
             optimizer_ms=optimizer_ms,
             tokens_per_s=recipe.batch_tokens / seconds,
-            mfu=flops * recipe.batch_tokens / seconds / peak if peak else None,
+            mfu=flops * recipe.batch_tokens / seconds / (peak * world.ranks) if peak else None,
             skipped=not finite,
         )
         bar.update()
         if step % arguments.log_every == 0 or step == total or not finite:
-            tqdm.write(format_step(record, total, seconds_left))
+            tell(format_step(record, total, seconds_left))
         if in_a_row >= arguments.max_skips:
             save()
+            checkpoints.wait()
             raise FloatingPointError(
                 f"{in_a_row} steps in a row had a loss or gradient that is not finite; step {step} is saved in "
                 f"{out_dir} with the parameters before them: lower the learning rate, or look at these steps' data"
@@ -409,66 +378,33 @@ def train(arguments: argparse.Namespace) -> int:
                 saved_at = step
             except OSError as error:
                 # the run is worth more than this checkpoint: the next one may find room
-                tqdm.write(f"warning: {error}")
+                tell(f"warning: {error}")
     bar.close()
 
+    try:
+        checkpoints.wait()
+    except OSError as error:
+        tell(f"warning: {error}")
+        saved_at = -1
     if step != saved_at and step > 0:
         save()
-    if step == total and log.last("val", "step")[-1:] != [total]:
+        checkpoints.wait()
+    if step == total and not validated():
         # interrupted there, or the last steps were skipped
         validate()
-    if interruption.received():
+    if interruption.signal:
         saved = f"step {step} of {total} is saved in {out_dir}" if step else "before the first step, nothing to save"
-        print(f"{interruption.name}: {saved}; go on with --resume auto")
+        say(f"{interruption.name}: {saved}; go on with --resume auto")
         log.close()
         return 130 if interruption.signal == signal.SIGINT else 0
-    finish(arguments, recipe, model, optimizers, tokenizer, log, out_dir, skipped)
+    finish(arguments, recipe, model, optimizers, tokenizer, log, out_dir, skipped, world)
     log.close()
+    world.barrier()
     return 0
 
 
-def finish(
-    arguments: argparse.Namespace,
-    recipe: Recipe,
-    model: GPT,
-    optimizers: Optimizers,
-    tokenizer: Tokenizer,
-    log: RunLog,
-    out_dir: Path,
-    skipped: int,
-) -> None:
-    """Print and write what a finished run has to show: validation loss, sample, picture, report."""
-    val = next(record for record in reversed(log.records) if record["kind"] == "val")
-    loss, bpb = val["loss"], val["bits_per_byte"]
-    device = next(model.parameters()).device
-    prompt = torch.tensor([[tokenizer.eot, *tokenizer.encode(arguments.prompt).tolist()]], device=device)
-    generator = torch.Generator(device).manual_seed(arguments.seed)
-    tokens_BT = model.generate(prompt, max(arguments.sample_tokens, 0), generator=generator)
-    text = tokenizer.decode(tokens_BT[0].tolist())
-    # a byte model may well write control characters
-    sample = "".join(c if c.isprintable() or c == "\n" else "\ufffd" for c in text)
-    title = f"{arguments.size}, {arguments.opt}" + (f" ({optimizers.theta.label})" if optimizers.theta else "")
-    draw_curve(log.records, out_dir / CURVE, title)
-    seconds = sum(record["step_ms"] for record in log.records if record["kind"] == "train") / 1000
-    facts: dict[str, Any] = {
-        "run": title,
-        "validation loss": f"{loss:.4f} nats a token, {bpb:.4f} bits per byte",
-        "steps": f"{recipe.steps:,} of {recipe.batch_tokens:,} tokens, {skipped} skipped",
-        "peak lr, decay": f"{recipe.lr:g}, {recipe.weight_decay:g}",
-        "training time": duration(seconds),
-        "data": arguments.data,
-        "versions": ", ".join(f"{name} {version}" for name, version in versions().items()),
-    }
-    write_report(out_dir, facts, sample)
-    log.write(
-        "final", step=recipe.steps, loss=loss, bits_per_byte=bpb, skipped=skipped, train_seconds=seconds, sample=sample
-    )
-    if arguments.sample_tokens > 0:
-        print(f"\nsample:\n{sample}\n")
-    print(f"theta:           {optimizers.theta.label}" if optimizers.theta else f"optimizer:       {arguments.opt}")
-    print(f"validation loss: {facts['validation loss']}")
-    print(f"training time:   {facts['training time']}")
-    print(f"picture:         {out_dir / CURVE}")
+def _silent(*_: object) -> None:
+    """What the other ranks print."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -484,15 +420,26 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("interrupted; checkpoints are as they were", file=sys.stderr)
         return 130
     except torch.OutOfMemoryError as error:
-        print(f"error: {str(error).splitlines()[0]}; lower --micro-batch, the numbers stay the same", file=sys.stderr)
+        print(f"{_who()}{str(error).splitlines()[0]}; lower --micro-batch, the numbers stay the same", file=sys.stderr)
         return 1
     except (ValueError, OSError, ImportError, FloatingPointError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"{_who()}{error}", file=sys.stderr)
         return 1
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
 
 
+def _who() -> str:
+    alone = os.environ.get("WORLD_SIZE", "1") == "1"
+    return "error: " if alone else f"rank {os.environ.get('RANK', '?')}: error: "
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    status = main()
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        # an interpreter that tears down groups whose peers are gone may abort or hang; everything is written
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    sys.exit(status)

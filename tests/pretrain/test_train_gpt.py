@@ -24,11 +24,14 @@ from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 from celo2.pretrain import train_gpt
 from celo2.pretrain.checkpoint import Checkpoints
+from celo2.pretrain.evaluation import evaluate
+from celo2.pretrain.interruption import Interruption
 from celo2.pretrain.model import GPT, model_config
+from celo2.pretrain.parallel import World
 from celo2.pretrain.prepare_data import prepare_embedded
 from celo2.pretrain.recipes import recipe_for
 from celo2.pretrain.runlog import METRICS, read_metrics
-from celo2.pretrain.train_gpt import Interruption, evaluate, main
+from celo2.pretrain.train_gpt import main
 
 SCRIPT = Path(train_gpt.__file__)
 SMALL = ["--size", "nano", "--batch-tokens", "512", "--val-tokens", "1024", "--sample-tokens", "8", "--eval-every", "4"]
@@ -364,16 +367,20 @@ def test_validation_is_weighted_by_tokens_and_bytes(monkeypatch) -> None:
     token_bytes = np.arange(257) % 5
     # two batches of other sizes
     batches = [(inputs_BT[:4], targets_BT[:4]), (inputs_BT[4:], targets_BT[4:])]
-    interruption = Interruption()
-    found = evaluate(model, batches, token_bytes, torch.device("cpu"), "float32", interruption)
+    world = World(0, 1, 0, 1, torch.device("cpu"))
+    interruption = Interruption(world)
+    # targets that do not count, as a rank without a batch has them
+    padding = (inputs_BT[:1], torch.full_like(targets_BT[:1], -100))
+    found = evaluate(model, [*batches, padding], token_bytes, "float32", world, interruption)
     nats = torch.nn.functional.cross_entropy(
         model(inputs_BT).flatten(0, 1), targets_BT.flatten(), reduction="sum"
     ).item()
     text_bytes = int(token_bytes[targets_BT.numpy()].sum())
     assert found == pytest.approx((nats / 160, nats / math.log(2) / text_bytes), rel=1e-5)
     assert model.training
-    interruption.signal = signal.SIGTERM
-    assert evaluate(model, batches, token_bytes, torch.device("cpu"), "float32", interruption) is None
+    interruption._note(signal.SIGTERM, None)
+    assert evaluate(model, batches, token_bytes, "float32", world, interruption) is None
+    assert interruption.name == "SIGTERM"
 
 
 # values that are not finite
@@ -451,10 +458,13 @@ def test_mistakes_are_one_line_and_leave_nothing(tmp_path, data, capsys, options
     assert not (tmp_path / "out").exists()
 
 
-def test_several_processes_are_refused(tmp_path, data, capsys, monkeypatch) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    assert main(command(data, tmp_path)) == 1
-    assert "WORLD_SIZE=2: this version trains on one process" in capsys.readouterr().err
+def test_an_environment_that_is_no_torchrun(tmp_path, data, capsys, monkeypatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "two")
+    with pytest.raises(ValueError, match="no number"):
+        World.start()
+    monkeypatch.delenv("WORLD_SIZE")
+    assert main(command(data, tmp_path, "--shards", "2")) == 1
+    assert "--shards 2 belongs to --parallel hsdp" in capsys.readouterr().err
 
 
 def test_missing_and_damaged_data(tmp_path, data, capsys) -> None:

@@ -1,0 +1,103 @@
+"""What a run says about itself: everything that was resolved, before its first step, and its results after the last."""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from celo2.pretrain.device import peak_flops
+from celo2.pretrain.model import GPT
+from celo2.pretrain.optimizers import Optimizers, local_bytes
+from celo2.pretrain.parallel import Parallel, World
+from celo2.pretrain.recipes import Recipe, warmup_steps
+from celo2.pretrain.runlog import CURVE, RunLog, draw_curve, duration, quantity, versions, write_report
+from celo2.pretrain.tokenizer import Tokenizer
+
+
+def describe(
+    arguments: argparse.Namespace,
+    recipe: Recipe,
+    model: GPT,
+    optimizers: Optimizers,
+    micro: tuple[int, int],
+    parallel: Parallel,
+    where: str,
+) -> str:
+    """Everything that is resolved, as text; `micro` is sequences a micro-batch and micro-batches a step, on a rank."""
+    config, steps = model.config, recipe.steps
+    parameters, rules = model.num_params(), optimizers.parameters_by_rule()
+    flops, peak = model.flops_per_token(), peak_flops(where)
+    gib = 2**30
+    held = sum(local_bytes(parameter) for parameter in model.parameters()) / gib
+    theta = optimizers.theta
+    weights = f", theta {theta.label} ({theta.card.get('recipe', 'no recipe in its card')})" if theta else ""
+    ranks = parallel.shards * parallel.replicas
+    lines = {
+        "versions": ", ".join(f"{name} {version}" for name, version in versions().items()),
+        "device": where + ("" if peak else ": not in the table of peak FLOPs, so no MFU"),
+        "model": f"{arguments.size}, {config.arch}: {config.n_layer} layers, {config.n_head} x {config.head_dim} "
+        f"heads, width {config.width}, context {config.context}, vocabulary {config.vocab_size}",
+        "parameters": f"{parameters:,} ({', '.join(f'{count:,} by {rule}' for rule, count in rules.items())})",
+        "optimizer": arguments.opt + weights,
+        "recipe": f"{recipe.name}; source: {recipe.source}",
+        "schedule": f"{steps:,} steps, warm-up {warmup_steps(steps, recipe)}, peak lr {recipe.lr:g}, cosine to "
+        f"{recipe.final_lr_frac:g} of it, weight decay {recipe.weight_decay:g}, clip {recipe.max_grad_norm or 'none'}",
+        "batch": f"{recipe.batch_tokens:,} tokens: "
+        + (f"{ranks} ranks, each " if ranks > 1 else "")
+        + f"{micro[0]} sequences of {config.context}, {micro[1]} micro-batches",
+        "parallel": str(parallel),
+        "FLOPs": f"{quantity(flops)} a token, {quantity(flops * recipe.batch_tokens)} a step, "
+        f"{quantity(flops * recipe.batch_tokens * steps)} in all",
+        "memory": f"{held:.3f} GiB parameters, {held:.3f} GiB gradients, "
+        f"{optimizers.state_bytes() / gib:.3f} GiB optimizer state, and the activations"
+        + (" (on this rank)" if ranks > 1 else ""),
+    }
+    return "\n".join(f"{name + ':':<12}{text}" for name, text in lines.items()) + "\n\n" + optimizers.table() + "\n"
+
+
+def finish(
+    arguments: argparse.Namespace,
+    recipe: Recipe,
+    model: GPT,
+    optimizers: Optimizers,
+    tokenizer: Tokenizer,
+    log: RunLog,
+    out_dir: Path,
+    skipped: int,
+    world: World,
+) -> None:
+    """Print and write what a finished run has to show: validation loss, sample, picture, report. Collective."""
+    prompt = torch.tensor([[tokenizer.eot, *tokenizer.encode(arguments.prompt).tolist()]], device=world.device)
+    generator = torch.Generator(world.device).manual_seed(arguments.seed)
+    # every rank of a sharded model takes part in its forward passes
+    tokens_BT = model.generate(prompt, max(arguments.sample_tokens, 0), generator=generator)
+    if not world.main:
+        return
+    val = next(record for record in reversed(log.records) if record["kind"] == "val")
+    loss, bpb = val["loss"], val["bits_per_byte"]
+    text = tokenizer.decode(tokens_BT[0].tolist())
+    # a byte model may well write control characters
+    sample = "".join(c if c.isprintable() or c == "\n" else "\ufffd" for c in text)
+    title = f"{arguments.size}, {arguments.opt}" + (f" ({optimizers.theta.label})" if optimizers.theta else "")
+    draw_curve(log.records, out_dir / CURVE, title)
+    seconds = sum(record["step_ms"] for record in log.records if record["kind"] == "train") / 1000
+    facts: dict[str, Any] = {
+        "run": title,
+        "validation loss": f"{loss:.4f} nats a token, {bpb:.4f} bits per byte",
+        "steps": f"{recipe.steps:,} of {recipe.batch_tokens:,} tokens, {skipped} skipped",
+        "peak lr, decay": f"{recipe.lr:g}, {recipe.weight_decay:g}",
+        "training time": duration(seconds),
+        "data": arguments.data,
+        "versions": ", ".join(f"{name} {version}" for name, version in versions().items()),
+    }
+    write_report(out_dir, facts, sample)
+    log.write(
+        "final", step=recipe.steps, loss=loss, bits_per_byte=bpb, skipped=skipped, train_seconds=seconds, sample=sample
+    )
+    if arguments.sample_tokens > 0:
+        print(f"\nsample:\n{sample}\n")
+    print(f"theta:           {optimizers.theta.label}" if optimizers.theta else f"optimizer:       {arguments.opt}")
+    print(f"validation loss: {facts['validation loss']}")
+    print(f"training time:   {facts['training time']}")
+    print(f"picture:         {out_dir / CURVE}")
