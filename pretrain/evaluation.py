@@ -6,6 +6,7 @@ from collections.abc import Iterable
 import numpy as np
 import torch
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 
 from celo2.pretrain.device import precision
 from celo2.pretrain.interruption import Interruption
@@ -33,15 +34,20 @@ def evaluate(
     count. `dtype` is for `precision`.
     """
     model.eval()
-    nats, tokens, text_bytes = 0.0, 0, 0
+    nats, tokens, text_bytes, stopped = 0.0, 0, 0, False
     for inputs_BT, targets_BT in batches:
-        if interruption.poll():
-            return None
+        if stopped := interruption.poll():
+            break
         with precision(world.device, dtype):
             nats += float(model(inputs_BT.to(world.device), targets_BT.to(world.device), reduction="sum"))
         counted = targets_BT[targets_BT >= 0]
         tokens += counted.numel()
         text_bytes += int(token_bytes[counted.numpy()].sum())
     model.train()
+    if isinstance(model, FSDPModule):
+        # without a backward pass the root's parameters stay gathered, and they are not those of the optimizer
+        model.reshard()
+    if stopped:
+        return None
     nats, all_tokens, all_bytes = world.sums(nats, tokens, text_bytes)
     return nats / all_tokens, bits_per_byte(nats, all_bytes)
