@@ -1,0 +1,45 @@
+#!/usr/bin/env bash
+# Train under Slurm, one task a GPU, and go on in a new job until the run is done.
+#
+#   sbatch --nodes 4 pretrain/launch/slurm.sh --size xl --opt celo2 --data /shared/fineweb-edu --out-dir /shared/xl
+#
+# Five minutes before the time limit Slurm sends SIGUSR1 to every task: they save together and exit 0, and the job is
+# requeued. A preempted job gets SIGTERM, which saves as well. --data and --out-dir must be on a shared file system.
+# Submit from the repository, with the environment of `make setup` or PYTHON set.
+#SBATCH --job-name celo2
+#SBATCH --nodes 1
+#SBATCH --ntasks-per-node 8
+#SBATCH --gpus-per-node 8
+#SBATCH --cpus-per-task 8
+#SBATCH --time 24:00:00
+#SBATCH --signal USR1@300
+#SBATCH --requeue
+#SBATCH --open-mode append
+#SBATCH --output celo2-%j.log
+set -euo pipefail
+cd "${SLURM_SUBMIT_DIR:-$(dirname "$0")/../..}"
+export MASTER_ADDR MASTER_PORT
+MASTER_ADDR="$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)"
+MASTER_PORT="$((20000 + SLURM_JOB_ID % 20000))"
+export PYTHON="${PYTHON:-.venv/bin/python}" OMP_NUM_THREADS="${SLURM_CPUS_PER_TASK:-4}"
+
+# this shell outlives the signal; the tasks answer it
+trap '' USR1
+status=0
+srun --kill-on-bad-exit=1 bash -c '
+    export RANK=$SLURM_PROCID WORLD_SIZE=$SLURM_NTASKS LOCAL_RANK=$SLURM_LOCALID
+    export LOCAL_WORLD_SIZE=$((SLURM_NTASKS / SLURM_JOB_NUM_NODES))
+    exec "$PYTHON" pretrain/train_gpt.py --resume auto "$@"' bash "$@" || status=$?
+
+out=""
+previous=""
+for argument in "$@"; do
+    [[ $previous == --out-dir ]] && out="$argument"
+    [[ $argument == --out-dir=* ]] && out="${argument#--out-dir=}"
+    previous="$argument"
+done
+# report.md is what a finished run leaves
+if [[ $status -eq 0 && -n $out && ! -e $out/report.md ]]; then
+    scontrol requeue "$SLURM_JOB_ID"
+fi
+exit "$status"

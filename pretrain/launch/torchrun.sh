@@ -1,0 +1,26 @@
+#!/usr/bin/env bash
+# Train on several machines without a scheduler: run this on every one of them, with the same arguments.
+#
+#   HEAD=node0 NODES=4 pretrain/launch/torchrun.sh --size xl --opt celo2 --data /shared/fineweb-edu --out-dir /shared/xl
+#
+# HEAD     address of one of the machines, where they meet (default: localhost)
+# NODES    number of machines (default: 1)
+# GPUS     processes a machine (default: gpu, one for each; give a number on machines without)
+# PORT     a free port of HEAD (default: 29500)
+# JOB      name of the meeting, the same everywhere (default: celo2)
+# RESTARTS how often all ranks start again, from their last checkpoint, after one has failed (default: 3)
+#
+# --data and --out-dir must be folders that every machine sees. SIGTERM to this process saves and stops the run.
+set -euo pipefail
+cd "$(dirname "$0")/../.."
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-4}"
+TORCHRUN="${TORCHRUN:-torchrun}"
+patience=()
+if "$TORCHRUN" --help | grep -q -- --shutdown-timeout; then
+    # a save of a large model may take longer than the 30 seconds that torchrun leaves it by default
+    patience=(--shutdown-timeout 600)
+fi
+exec "$TORCHRUN" "${patience[@]}" \
+    --nnodes "${NODES:-1}" --nproc-per-node "${GPUS:-gpu}" --max-restarts "${RESTARTS:-3}" \
+    --rdzv-backend c10d --rdzv-endpoint "${HEAD:-localhost}:${PORT:-29500}" --rdzv-id "${JOB:-celo2}" \
+    pretrain/train_gpt.py --resume auto "$@"
