@@ -23,6 +23,7 @@ from celo2 import MatrixView
 ARCHS = ("gpt2", "modern")
 VOCAB_SIZES = {"bytes": 257, "gpt2": 50257}
 ROPE_BASE = 1e4
+IGNORED = -100  # the target that cross_entropy leaves out
 NORM_EPS = {"gpt2": 1e-5, "modern": 1e-6}
 
 
@@ -234,8 +235,8 @@ class GPT(nn.Module):
     ) -> Tensor:
         """Logits, or the next-token cross-entropy when targets are given.
 
-        Both are int64 [B, T <= context]. Returns logits [B, T, V] in the compute dtype, or the 0-d float32
-        loss in nats. Raises ValueError for other shapes and an unknown reduction.
+        Both are int64 [B, T <= context]; targets of -100 do not count. Returns logits [B, T, V] in the compute dtype,
+        or the 0-d float32 loss in nats. Raises ValueError for other shapes and an unknown reduction.
         """
         if tokens_BT.ndim != 2 or not 1 <= tokens_BT.shape[1] <= self.config.context:
             raise ValueError(
@@ -273,7 +274,7 @@ class GPT(nn.Module):
         else:
             losses = [self._summed_loss(*part) for part in parts]
         total = torch.stack(losses).sum()
-        return total / targets_BT.numel() if reduction == "mean" else total
+        return total / (targets_BT != IGNORED).sum() if reduction == "mean" else total
 
     def _summed_loss(self, x_ND: Tensor, targets_N: Tensor) -> Tensor:
         return F.cross_entropy(self.lm_head(x_ND).float(), targets_N, reduction="sum")

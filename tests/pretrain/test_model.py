@@ -172,6 +172,34 @@ def test_loss_is_the_cross_entropy_of_the_logits_and_sum_is_n_means(arch: str) -
 
 
 @pytest.mark.parametrize("arch", ARCHS)
+def test_recomputed_blocks_and_a_loss_in_chunks_change_memory_and_not_numbers(arch: str) -> None:
+    plain, tokens_BT, targets_BT = tiny(arch), random_tokens(3, 10), random_tokens(3, 10, seed=1)
+    targets_BT[0, :4] = -100
+    sparing = GPT(plain.config, recompute=True, loss_chunks=4)
+    sparing.load_state_dict(plain.state_dict())
+    kept: dict[GPT, int] = {}
+    for model in (plain, sparing):
+        sizes: list[int] = []
+
+        def keep(tensor: Tensor, sizes: list[int] = sizes) -> Tensor:
+            sizes.append(0 if isinstance(tensor, torch.nn.Parameter) else tensor.numel())
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            loss = model(tokens_BT, targets_BT)
+        loss.backward()
+        kept[model] = sum(sizes)
+        assert loss.item() == pytest.approx(plain(tokens_BT, targets_BT).item(), rel=1e-6)
+    for one, other in zip(plain.parameters(), sparing.parameters(), strict=True):
+        torch.testing.assert_close(one.grad, other.grad, rtol=1e-5, atol=1e-7)
+    assert kept[sparing] < kept[plain] / 5
+    with torch.no_grad():
+        torch.testing.assert_close(sparing(tokens_BT, targets_BT, "sum"), plain(tokens_BT, targets_BT, "sum"))
+    with pytest.raises(ValueError, match="loss_chunks=0"):
+        GPT(plain.config, loss_chunks=0)
+
+
+@pytest.mark.parametrize("arch", ARCHS)
 def test_bfloat16_gives_bfloat16_logits_and_a_float32_loss(arch: str) -> None:
     model, tokens_BT = tiny(arch), random_tokens(2, 8)
     expected = model(tokens_BT, tokens_BT)

@@ -151,7 +151,17 @@ def test_micro_batch(requested: int | None, batch: int, context: int, expected: 
     assert split_batch(requested, batch, context) == expected
 
 
+@pytest.mark.parametrize(("ranks", "expected"), [(2, (16, 16)), (8, (16, 4)), (64, (8, 1)), (512, (1, 1))])
+def test_ranks_share_a_batch_that_stays(ranks: int, expected: tuple[int, int]) -> None:
+    assert split_batch(None, 524_288, 1024, ranks) == expected
+    assert ranks * math.prod(expected) * 1024 == 524_288
+
+
 def test_batches_that_do_not_divide() -> None:
+    with pytest.raises(ValueError, match="16 sequences of 256 does not divide among 3 ranks.*--batch-tokens 3840"):
+        split_batch(None, 4096, 256, 3)
+    with pytest.raises(ValueError, match="--micro-batch 3 does not divide a rank's 8 sequences"):
+        split_batch(3, 4096, 256, 2)
     with pytest.raises(ValueError, match="batch_tokens=300 is not a multiple of the context, 256"):
         split_batch(None, 300, 256)
     with pytest.raises(ValueError, match="--micro-batch 3 does not divide the batch of 2 sequences"):

@@ -327,6 +327,18 @@ def test_validation_is_sequential_and_fixed(two_shards) -> None:
     assert sum(len(i) for i, _ in validation_batches(two_shards, 10, 10**9, 4, BYTES)) == 15
 
 
+@pytest.mark.parametrize("ranks", [2, 3, 4, 7])
+def test_ranks_share_the_validation_set_in_equal_rounds(two_shards, ranks: int) -> None:
+    whole = torch.cat([inputs for inputs, _ in validation_batches(two_shards, 10, 125, 2, BYTES)])
+    shares = [list(validation_batches(two_shards, 10, 125, 2, BYTES, rank, ranks)) for rank in range(ranks)]
+    # six batches of two windows
+    assert {len(share) for share in shares} == {-(-6 // ranks)}
+    counted = [inputs[targets[:, 0] >= 0] for share in shares for inputs, targets in share]
+    assert sorted(torch.cat(counted)[:, 0].tolist()) == whole[:, 0].tolist()
+    padding = [targets for share in shares for _, targets in share if targets[0, 0] < 0]
+    assert all((targets == -100).all() for targets in padding) and len(padding) == -(-6 // ranks) * ranks - 6
+
+
 def test_validation_refusals_come_before_the_first_batch(tmp_path, two_shards) -> None:
     write_shard(tmp_path / "a.bin", tokens_of(10), BYTES)
     with pytest.raises(ValueError, match=r"fewer than context\+1=11"):

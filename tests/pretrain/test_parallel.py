@@ -1,0 +1,80 @@
+"""What a single process can see of the parallel layouts; the rest is in test_distributed.py, with real processes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from celo2.pretrain.model import GPT, model_config
+from celo2.pretrain.parallel import Parallel, World, micro_step, shard
+
+
+@pytest.fixture
+def eight_ranks():
+    dist.init_process_group("fake", rank=0, world_size=8, store=FakeStore())
+    yield
+    dist.destroy_process_group()
+
+
+def test_one_process_agrees_with_itself() -> None:
+    world = World.start("cpu")
+    assert (world.rank, world.ranks, world.main, world.control) == (0, 1, True, None)
+    assert world.largest(3) == 3 and world.sums(1.5, 2) == [1.5, 2]
+    assert world.shared("x") == "x" and world.gather("x") == ["x"] and float(world.mean(torch.tensor(2.0))) == 2.0
+    parallel = Parallel.choose("auto", 1, 1, "cpu")
+    assert not parallel.sharded and str(parallel) == "one process"
+
+
+@pytest.mark.parametrize(
+    ("mode", "shards", "expected"),
+    [
+        ("auto", None, "fsdp, 8 ranks"),
+        ("fsdp", None, "fsdp, 8 ranks"),
+        ("ddp", None, "ddp, 8 ranks"),
+        ("hsdp", None, "hsdp, 2 x 4"),
+        ("hsdp", 2, "hsdp, 4 x 2"),
+    ],
+)
+def test_modes_and_their_meshes(eight_ranks, mode: str, shards: int | None, expected: str) -> None:
+    parallel = Parallel.choose(mode, 8, 4, "cpu", shards)
+    assert str(parallel) == expected
+    assert parallel.shards * parallel.replicas == 8 == parallel.mesh.size()
+    assert parallel.sharded == (mode != "ddp")
+
+
+def test_shards_that_do_not_fit(eight_ranks) -> None:
+    with pytest.raises(ValueError, match="--shards 3 must divide the 8 ranks"):
+        Parallel.choose("hsdp", 8, 8, "cpu", 3)
+    with pytest.raises(ValueError, match="--shards 2 belongs to --parallel hsdp"):
+        Parallel.choose("fsdp", 8, 8, "cpu", 2)
+
+
+def test_a_model_is_cut_before_it_has_memory(eight_ranks) -> None:
+    with torch.device("meta"):
+        model = GPT(model_config("nano"))
+    shard(model, Parallel.choose("fsdp", 8, 8, "cpu"), "float32")
+    assert all(parameter.is_meta for parameter in model.parameters())
+    held = sum(parameter.to_local().numel() for parameter in model.parameters())
+    # the first rank has the longer chunk of what does not divide by 8: the 257 embeddings
+    assert held == model.num_params() / 8 + (33 - 257 / 8) * 128
+    model.to_empty(device="cpu")
+    model.init_weights(3)
+    whole = GPT(model_config("nano"))
+    whole.init_weights(3)
+    for name, parameter in model.named_parameters():
+        part = parameter.to_local()
+        assert torch.equal(part, whole.get_parameter(name)[: len(part)]), name
+    assert model.lm_head.weight is model.token_embedding.weight
+
+
+def test_gradients_wait_for_the_last_micro_batch(eight_ranks) -> None:
+    model = GPT(model_config("nano"))
+    shard(model, Parallel.choose("fsdp", 8, 8, "cpu"), "float32")
+    states = [module._get_fsdp_state() for module in (model, *model.blocks)]
+    for last, reduce, expected in [(False, "last", False), (True, "last", True), (False, "every", True)]:
+        with micro_step(model, last, reduce):
+            groups = [state._fsdp_param_group for state in states]
+            assert [group.reduce_grads for group in groups] == [expected] * len(groups)
+            assert states[0]._state_ctx.is_last_backward == last
