@@ -278,7 +278,7 @@ class FusedCelo2(Optimizer):
                 if rule == "celo2":
                     view.check(parameter.shape, name)
                 try:
-                    states[parameter] = self._create_state(name, parameter, rule, view, added["state_dtype"])
+                    states[parameter] = self._create_state(parameter, rule, view, added["state_dtype"])
                 except ValueError as error:
                     raise ValueError(f"{name}: {error}") from error
         except BaseException:
@@ -290,13 +290,11 @@ class FusedCelo2(Optimizer):
         self._count_skipped()
         self._positions, self._kernels, self._sharded = {}, None, None
 
-    def _create_state(
-        self, name: str, parameter: Tensor, rule: str, view: MatrixView, state_dtype: str
-    ) -> dict[str, Tensor]:
+    def _create_state(self, parameter: Tensor, rule: str, view: MatrixView, state_dtype: str) -> dict[str, Tensor]:
         if self.split_over is not None:
             from celo2 import split_step
 
-            split_step.check_parameter(name, parameter, self.split_over)
+            split_step.check_parameter(parameter, self.split_over)
             if self._is_split(parameter, rule):
                 return split_step.create_split_state(parameter, view, state_dtype, self.split_over)
         return create_state(parameter, rule, view, state_dtype)

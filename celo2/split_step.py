@@ -38,19 +38,19 @@ def check_mesh(mesh: DeviceMesh) -> None:
         raise ValueError(f"split_over={mesh!r} does not hold rank {dist.get_rank()}, which is to step with it")
 
 
-def check_parameter(name: str, parameter: Tensor, mesh: DeviceMesh) -> None:
+def check_parameter(parameter: Tensor, mesh: DeviceMesh) -> None:
     """Raise ValueError for a parameter whose step cannot be split over `mesh`."""
-    label = f"{name} of shape {tuple(parameter.shape)}"
+    shape = tuple(parameter.shape)
     if isinstance(parameter, DTensor):
         raise ValueError(
-            f"{label} is a DTensor with placements {parameter.placements} on {parameter.device_mesh}: split_over is "
-            "for parameters that every rank has whole (DistributedDataParallel). The step of sharded ones is split by "
-            "their placements: construct FusedCelo2 without split_over"
+            f"with split_over, shape {shape}: a DTensor with placements {parameter.placements} on "
+            f"{parameter.device_mesh}, and split_over is for parameters that every rank has whole, as with "
+            "DistributedDataParallel; the step of sharded ones is split by their placements: leave split_over out"
         )
     if parameter.device.type != mesh.device_type:
         raise ValueError(
-            f"{label} is on {parameter.device}, and split_over={mesh!r} is a mesh of {mesh.device_type} devices: move "
-            f"the module first, and take init_device_mesh({parameter.device.type!r}, ...)"
+            f"with split_over, shape {shape}: on {parameter.device}, and split_over={mesh!r} is a mesh of "
+            f"{mesh.device_type} devices; move the module first, and take a mesh of its devices"
         )
 
 
@@ -141,7 +141,7 @@ class _Gather:
     def __init__(self, tensors: Sequence[Tensor], stretches: list[Stretch], size: int, mesh: DeviceMesh) -> None:
         self.tensors, self.stretches, self.ranks = tensors, stretches, mesh.size(0)
         like, rank = tensors[0], mesh.get_local_rank(0)
-        segment = torch.empty(size, dtype=like.dtype, device=like.device)
+        self.segment = torch.empty(size, dtype=like.dtype, device=like.device)
         targets, sources = [], []
         for stretch in stretches:
             start, stop = chunk(tensors[stretch.tensor].shape[0], self.ranks, rank)
@@ -149,14 +149,16 @@ class _Gather:
             source = tensors[stretch.tensor][start : min(stop, start + stretch.rows)]
             if source.numel():
                 sources.append(source)
-                targets.append(segment[stretch.offset : stretch.offset + source.numel()].view(source.shape))
+                targets.append(self.segment[stretch.offset : stretch.offset + source.numel()].view(source.shape))
         if targets:
             torch._foreach_copy_(targets, sources)
         self.segments = torch.empty(self.ranks, size, dtype=like.dtype, device=like.device)
+        # its name since PyTorch 2.13
+        all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
         # as bytes: every backend takes them
-        self.work = dist.all_gather_into_tensor(
+        self.work = all_gather(
             self.segments.view(-1).view(torch.uint8),
-            segment.view(torch.uint8),
+            self.segment.view(torch.uint8),
             group=mesh.get_group(0),
             async_op=True,
         )
@@ -252,7 +254,7 @@ class SplitStep:
         gradient = parameter.grad
         if gradient is None:
             return
-        if gradient.dtype != own.dtype:
+        if getattr(own, "grad_dtype", own.dtype) != gradient.dtype:
             own.grad_dtype = gradient.dtype
         if gradient.stride() == parameter.stride():
             own.grad = shadow(gradient, self.mesh)
