@@ -15,7 +15,13 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from sharded_ranks import SPECS, Tied, set_gradients, theta, wire_differences
 from torch import nn
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+    set_state_dict,
+)
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
@@ -282,6 +288,39 @@ def copies(mesh):
     return {name: distance(params, chosen) for name, (chosen, _) in runs.items()}
 
 
+def full_state_dicts(mesh):
+    """Whole state dicts, from a split optimizer into one that is split, from rank 0 alone, and into one that is not."""
+    options = {"lr": 1e-2, "weights": theta("celo2"), "wire_dtype": "float32"}
+
+    def make(over):
+        torch.manual_seed(0)
+        model = Tied() if over is None else DistributedDataParallel(Tied())
+        return model, FusedCelo2(model, split_over=over, **options)
+
+    def steps(model, optimizer, first, last):
+        for step in range(first, last):
+            set_gradients(list(model.parameters()), step)
+            optimizer.step()
+
+    model, optimizer = make(mesh)
+    steps(model, optimizer, 0, 2)
+    saved_model, saved = get_state_dict(model, optimizer, options=StateDictOptions(full_state_dict=True))
+    saved_model, saved = copy.deepcopy((saved_model, saved))
+    is_plain = not any(isinstance(v, DTensor) for state in saved["state"].values() for v in state.values())
+    steps(model, optimizer, 2, 4)
+    distances = []
+    for over, from_rank0 in ((None, False), (mesh, False), (mesh, True)):
+        other, loaded = make(over)
+        # loading takes keys away
+        given = copy.deepcopy((saved_model, saved)) if not from_rank0 or dist.get_rank() == 0 else ({}, {})
+        how = StateDictOptions(full_state_dict=True, broadcast_from_rank0=from_rank0)
+        set_model_state_dict(other, given[0], options=how)
+        set_optimizer_state_dict(other, loaded, given[1], options=how)
+        steps(other, loaded, 2, 4)
+        distances.append(distance(model.parameters(), other.parameters()))
+    return is_plain, distances
+
+
 def refusals(mesh):
     """What each mistake is answered with."""
     square = init_device_mesh("cpu", (1, dist.get_world_size()), mesh_dim_names=("a", "b"))
@@ -332,7 +371,8 @@ def train(folder: Path, mesh, mode: str, source: str | None = None, save: bool =
     model = Tied()
     split = None
     if mode == "ddp":
-        model, split = DistributedDataParallel(model), mesh
+        # gradients of their own memory, and views of buckets
+        model, split = DistributedDataParallel(model, gradient_as_bucket_view=source is not None), mesh
     elif mode == "fsdp2":
         for block in model.blocks:
             fully_shard(block, mesh=mesh)
@@ -409,6 +449,7 @@ def main() -> None:
             "bfloat16 parameters": low_precision(mesh, dtype=torch.bfloat16),
             "bfloat16 state": low_precision(mesh, state_dtype="bfloat16"),
             "copies": copies(mesh),
+            "full": full_state_dicts(mesh),
             "refusals": refusals(mesh),
         }
     if dist.get_rank() == 0:

@@ -126,6 +126,13 @@ def test_copies_state_dicts_and_late_groups(reports):
 
 
 @pytest.mark.dist
+def test_full_state_dicts(reports):
+    is_plain, distances = reports[3]["full"]
+    assert is_plain
+    assert max(distances) <= 2e-6
+
+
+@pytest.mark.dist
 def test_refusals_say_what_to_do(reports):
     answers = reports[3]["refusals"]
     for name, words in {
