@@ -97,10 +97,21 @@ WIRE_SPECS = [
 ]
 
 
-def wire_differences(mesh, split: bool, steps: int = 20) -> dict[str, float]:
+def set_low_rank_gradients(params, step):
+    """Four directions that stay and a little noise: most singular values are below a thousandth of the largest."""
+    directions, noise = torch.Generator().manual_seed(100), torch.Generator().manual_seed(101 + step)
+    for p in params:
+        m, n = p.shape
+        gradient = torch.randn(m, 4, generator=directions) @ torch.randn(4, n, generator=directions)
+        gradient = 1e-2 * (gradient / 2 + 1e-2 * torch.randn(m, n, generator=noise))
+        p.grad = distribute_tensor(gradient, p.device_mesh, p.placements) if hasattr(p, "placements") else gradient
+
+
+def wire_differences(mesh, split: bool, low_rank: bool = False, steps: int = 20) -> dict[str, float]:
     """Relative differences of parameters from one process's after steps with a bfloat16 wire, of usual scale and rate.
 
-    `split` says that every rank has whole parameters; else they are sharded. Rank 0 has the result.
+    `split` says that every rank has whole parameters; else they are sharded. Gradients are noise, or of low rank.
+    Rank 0 has the result.
     """
     runs = []
     for several in (False, True):
@@ -113,7 +124,10 @@ def wire_differences(mesh, split: bool, steps: int = 20) -> dict[str, float]:
         options = {"split_over": mesh} if several and split else {}
         optimizer = FusedCelo2(groups, lr=1e-3, weight_decay=0.1, wire_dtype="bfloat16", **options)
         for step in range(steps if several or dist.get_rank() == 0 else 0):
-            set_gradients(params, step, 1e-2)
+            if low_rank:
+                set_low_rank_gradients(params, step)
+            else:
+                set_gradients(params, step, 1e-2)
             optimizer.step()
         runs.append([whole(p) for p in params])
     differences, squares = {}, torch.zeros(2)
@@ -283,6 +297,8 @@ def main() -> None:
         "other": other_parameters(mesh),
         "losses": train(Path(sys.argv[1]), world, mesh),
     }
+    if world == 4:
+        report["low-rank wire"] = wire_differences(mesh, split=False, low_rank=True)
     if dist.get_rank() == 0:
         print(json.dumps(report), flush=True)
     dist.barrier()

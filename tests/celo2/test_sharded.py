@@ -54,6 +54,14 @@ def test_a_bfloat16_wire_stays_within_a_thousandth(ranks, reports):
 
 
 @pytest.mark.dist
+@pytest.mark.xfail(strict=True, reason="Newton-Schulz amplifies the wire's rounding where singular values are small")
+def test_a_bfloat16_wire_stays_within_a_thousandth_for_gradients_of_low_rank(reports):
+    wire = reports[4]["low-rank wire"]
+    print(json.dumps(wire))
+    assert max(wire.values()) <= 1e-3
+
+
+@pytest.mark.dist
 @pytest.mark.parametrize("ranks", [1, 2, 3, 4])
 def test_few_flat_collectives(ranks, reports):
     counts = reports[ranks]["collectives"]
