@@ -153,6 +153,26 @@ def layouts(mesh) -> float:
     return distance(*runs)
 
 
+def nothing_to_split(mesh) -> float:
+    """Vectors, an embedding, a scalar, an empty matrix and a frozen one."""
+    runs = []
+    for over in (None, mesh):
+        generator = torch.Generator().manual_seed(3)
+        shapes = {"bias": (5,), "embedding": (7, 3), "scale": (), "empty": (0, 4), "frozen": (4, 4)}
+        params = {name: nn.Parameter(torch.randn(shape, generator=generator)) for name, shape in shapes.items()}
+        params["frozen"].requires_grad_(False)
+        optimizer = FusedCelo2(
+            list(params.items()), lr=1e-2, max_grad_norm=1.0, weights=theta("celo2"), split_over=over
+        )
+        for _ in range(3):
+            for p in params.values():
+                p.grad = torch.randn(p.shape, generator=generator) if p.requires_grad else None
+            optimizer.step()
+        runs.append([p for p in params.values() if p.numel()])
+    assert same_on_all_ranks(runs[1])
+    return distance(*runs)
+
+
 def gathered(mesh) -> bool:
     """Whether the rows of all ranks arrive in tensors of all dtypes and layouts, for buckets of any size."""
     generator = torch.Generator().manual_seed(2)
@@ -445,6 +465,8 @@ def main() -> None:
     if world == 3:
         report |= {
             "layouts": layouts(mesh),
+            "nothing to split": nothing_to_split(mesh),
+            "float64": difference("celo2", mesh, steps=3, dtype=torch.float64),
             "placed as fsdp2": placed_as_fsdp2(mesh),
             "bfloat16 parameters": low_precision(mesh, dtype=torch.bfloat16),
             "bfloat16 state": low_precision(mesh, state_dtype="bfloat16"),

@@ -107,6 +107,8 @@ def test_ddp_trains_and_checkpoints_move_between_modes_and_world_sizes(ranks, re
 def test_layouts_of_parameters_and_gradients(reports):
     assert reports[3]["layouts"] <= 2e-6
     assert reports[3]["placed as fsdp2"]
+    assert reports[3]["nothing to split"] <= 2e-6
+    assert reports[3]["float64"] <= 1e-6
 
 
 @pytest.mark.dist
