@@ -68,23 +68,25 @@ def distance(some, others) -> float:
 
 
 def difference(variant, mesh, steps=20, scale=0.05, **options) -> float:
-    """Largest difference of a parameter from one process's after some steps, which leave all ranks alike."""
+    """Largest difference of a parameter from one process's, on rank 0, after some steps that leave all ranks alike."""
     single, one = build(variant, None, **options)
     split, several = build(variant, mesh, **options)
     for step in range(steps):
-        set_gradients(single, step, scale)
         set_gradients(split, step, scale)
-        one.step()
         several.step()
         assert same_on_all_ranks(split), step
-    assert math.isclose(float(one.grad_norm), float(several.grad_norm), rel_tol=1e-5)
+        if dist.get_rank() == 0:
+            set_gradients(single, step, scale)
+            one.step()
+            assert math.isclose(float(one.grad_norm), float(several.grad_norm), rel_tol=1e-5)
     for index, (a, b) in enumerate(zip(single, split, strict=True)):
         assert one.state[a].keys() == several.state[b].keys()
         for key, value in several.state[b].items():
             assert value.shape == one.state[a][key].shape
             assert isinstance(value, DTensor) == (index in MATRICES and key != "step"), (index, key)
-            if isinstance(value, DTensor):
-                assert torch.allclose(value.full_tensor(), one.state[a][key], rtol=1e-4, atol=1e-6), (index, key)
+            whole = value.full_tensor() if isinstance(value, DTensor) else value
+            close = torch.allclose(whole, one.state[a][key], rtol=1e-4, atol=1e-6)
+            assert close or dist.get_rank() > 0, (index, key)
     return distance(single, split)
 
 
