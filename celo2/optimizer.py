@@ -54,9 +54,12 @@ from celo2.stochastic_rounding import mix64, round_stochastically_, rounding_see
 from celo2.theta import Theta, load_weights
 
 if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
     from celo2.kernel_step import KernelStep
     from celo2.sharded_step import ShardedStep
     from celo2.sharding import Placing
+    from celo2.split_step import SplitStep
 
 # set by learning-rate schedulers and by torch.optim itself
 _FOREIGN_KEYS = frozenset({"params", "param_names", "initial_lr", "max_lr", "min_lr", "swa_lr"})
@@ -109,6 +112,9 @@ class FusedCelo2(Optimizer):
             `TRITON_INTERPRET=1` in the environment, for tests.
         wire_dtype: what directions of sharded parameters travel in to the rank that orthogonalises them and back:
             `"bfloat16"`, or `"float32"` for results that differ from one process's by the order of sums only.
+        split_over: a mesh of one axis, of ranks that have the parameters whole and equal gradients
+            (DistributedDataParallel): the learned rule's work on parameters of two axes or more, and their state, are
+            split over them by rows.
 
     Parameters are float32, float64, bfloat16 (written with stochastic rounding) or float16; the rule computes in
     float32 (float64 for float64). A step with a non-finite gradient leaves parameters and state untouched and is
@@ -121,10 +127,13 @@ class FusedCelo2(Optimizer):
 
     Parameters sharded by `fully_shard` (FSDP2, HSDP) are stepped by their ranks together: `step` is collective then,
     and its results do not depend on the number of ranks but for the order of sums and `wire_dtype`. They go through
-    PyTorch for now, not through the kernels.
+    PyTorch for now, not through the kernels. So do those that are split over replicas: all ranks of `split_over` step
+    together, and have the same parameters afterwards, to the bit. Their state is sharded as FSDP2 shards it, and moves
+    between both, one process and other numbers of ranks through `torch.distributed.checkpoint`.
 
     Raises ValueError or TypeError for options out of range, unknown rules, duplicate, sparse, complex or integer
-    parameters or gradients, and parameters sharded on two axes.
+    parameters or gradients, parameters sharded on two axes, and with `split_over` for sharded parameters, for
+    `backend="triton"` and for 8-bit state.
     """
 
     # GradScaler hands over `grad_scale` and `found_inf` instead of unscaling the gradients itself
@@ -147,6 +156,7 @@ class FusedCelo2(Optimizer):
         state_dtype: str = "float32",
         backend: str = "auto",
         wire_dtype: str = "bfloat16",
+        split_over: DeviceMesh | None = None,
     ) -> None:
         if wire_dtype not in WIRE_DTYPES:
             raise ValueError(f"wire_dtype={wire_dtype!r}, allowed: {', '.join(WIRE_DTYPES)}")
@@ -156,6 +166,16 @@ class FusedCelo2(Optimizer):
         self.backend = backend
         if backend == "triton" and not _triton_is_installed():
             raise ValueError("backend='triton' needs Triton: pip install 'celo2[triton]', or use backend='auto'")
+        if split_over is not None:
+            from celo2.split_step import check_mesh
+
+            check_mesh(split_over)
+            if backend == "triton":
+                raise ValueError(
+                    "backend='triton' with split_over: the kernels do not step split parameters; use backend='auto' or "
+                    "'torch', or leave split_over out to step everything on every rank by the kernels"
+                )
+        self.split_over = split_over
         theta = load_weights(weights)
         self._thetas: dict[str, Theta] = {theta.label.rpartition("@")[2]: theta}
         self._reset_caches()
@@ -187,7 +207,7 @@ class FusedCelo2(Optimizer):
         self._positions: dict[Tensor, int] = {}
         self._loading: dict[str, Any] | None = None
         self._kernels: _KernelPlan | None = None
-        self._sharded: ShardedStep | None = None
+        self._sharded: ShardedStep | SplitStep | None = None
 
     @property
     def skipped_steps(self) -> int:
@@ -258,7 +278,7 @@ class FusedCelo2(Optimizer):
                 if rule == "celo2":
                     view.check(parameter.shape, name)
                 try:
-                    states[parameter] = create_state(parameter, rule, view, added["state_dtype"])
+                    states[parameter] = self._create_state(parameter, rule, view, added["state_dtype"])
                 except ValueError as error:
                     raise ValueError(f"{name}: {error}") from error
         except BaseException:
@@ -269,6 +289,18 @@ class FusedCelo2(Optimizer):
         self.state.update(states)
         self._count_skipped()
         self._positions, self._kernels, self._sharded = {}, None, None
+
+    def _create_state(self, parameter: Tensor, rule: str, view: MatrixView, state_dtype: str) -> dict[str, Tensor]:
+        if self.split_over is not None:
+            from celo2 import split_step
+
+            split_step.check_parameter(parameter, self.split_over)
+            if self._is_split(parameter, rule):
+                return split_step.create_split_state(parameter, view, state_dtype, self.split_over)
+        return create_state(parameter, rule, view, state_dtype)
+
+    def _is_split(self, parameter: Tensor, rule: str) -> bool:
+        return self.split_over is not None and rule == "celo2" and parameter.ndim > 1 and parameter.numel() > 0
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state and the groups' options, as `torch.optim.Optimizer` does."""
@@ -324,6 +356,7 @@ class FusedCelo2(Optimizer):
             "_thetas": self._thetas,
             "backend": self.backend,
             "wire_dtype": self.wire_dtype,
+            "split_over": self.split_over,
         }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -354,7 +387,8 @@ class FusedCelo2(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         dtensors = [p for group in self.param_groups for p in group["params"] if is_dtensor(p)]
-        if self._sharded is not None or any(_placing_of(parameter) is not None for parameter in dtensors):
+        together = self.split_over is not None or self._sharded is not None
+        if together or any(_placing_of(parameter) is not None for parameter in dtensors):
             self._step_sharded()
             return loss
         if not dtensors and self._take_kernels():
@@ -406,6 +440,9 @@ class FusedCelo2(Optimizer):
                 check_gradient(name, parameter, gradient)
                 state, rule, position = self.state[parameter], self.rule_of(parameter), self._position(parameter)
                 try:
+                    if self._is_split(parameter, rule):
+                        _check_split(parameter, state, view)
+                        continue
                     follow_parameter(state, parameter, rule, view, group["state_dtype"])
                     if is_dtensor(parameter):
                         if not _same_placing(parameter, gradient):
@@ -508,6 +545,8 @@ class FusedCelo2(Optimizer):
                 if parameter.grad is not None and self.rule_of(parameter) == "adamw":
                     is_sharded = is_dtensor(parameter) and _placing_of(parameter) is not None
                     (sharded if is_sharded else whole).append(_local(parameter.grad))
+        if self.split_over is not None:
+            sharded, whole = _shares(whole, self.split_over), []
         grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         inverse_scale = 1.0 if grad_scale is None else 1.0 / float(_local(grad_scale))
 
@@ -528,18 +567,20 @@ class FusedCelo2(Optimizer):
             inverse_scale,
             meanwhile,
         )
-        self.grad_norm = torch.tensor(norm, dtype=torch.float32)
+        if any(parameter.grad is not None for group in self.param_groups for parameter in group["params"]):
+            self.grad_norm = torch.tensor(norm, dtype=torch.float32)
         if scales is None:
             for group in self.param_groups:
                 group["skipped_steps"] += 1
 
-    def _plan_sharded(self) -> ShardedStep:
+    def _plan_sharded(self) -> ShardedStep | SplitStep:
         from celo2.sharded_step import ShardedJob, ShardedStep
 
         jobs, process_groups = [], []
+        device = self.param_groups[0]["params"][0].device
         for index, group in enumerate(self.param_groups):
             for name, parameter in named_parameters(group):
-                placing = _placing_of(parameter) if is_dtensor(parameter) else None
+                placing = self._placing(parameter)
                 if placing is None:
                     continue
                 device = parameter.device
@@ -561,11 +602,25 @@ class FusedCelo2(Optimizer):
                             group["ns_steps"],
                         )
                     )
+        if self.split_over is not None:
+            from celo2.split_step import SplitStep
+
+            return SplitStep(jobs, self.split_over, self.wire_dtype, device)
         if len(process_groups) != 1:
             raise ValueError(
                 f"parameters are sharded over {len(process_groups)} process groups: one optimizer needs one mesh"
             )
         return ShardedStep(jobs, process_groups[0], self.wire_dtype, device)
+
+    def _placing(self, parameter: Tensor) -> Placing | None:
+        """Return how the step of a parameter is split over ranks, None when each takes it whole."""
+        if self.split_over is None:
+            return _placing_of(parameter) if is_dtensor(parameter) else None
+        if not self._is_split(parameter, self.rule_of(parameter)):
+            return None
+        from celo2.split_step import placing_on
+
+        return placing_on(self.split_over)
 
     # the step through the kernels
 
@@ -748,6 +803,18 @@ def _same_placing(parameter: Tensor, gradient: Tensor) -> bool:
     from celo2 import sharding
 
     return sharding.same_placing(parameter, gradient)
+
+
+def _check_split(parameter: Tensor, state: dict[str, Tensor], view: MatrixView) -> None:
+    from celo2 import split_step
+
+    split_step.check_split(parameter, state, view)
+
+
+def _shares(gradients: list[Tensor], mesh: DeviceMesh) -> list[Tensor]:
+    from celo2 import split_step
+
+    return split_step.shares(gradients, mesh)
 
 
 class _KernelPlan:

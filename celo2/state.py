@@ -3,7 +3,7 @@
 Learned rule: `momentum_fast`, `momentum_medium`, `momentum_slow` and `second_moment` like the parameter; `row_factor`
 [..., rows, 3] and `column_factor` [..., columns, 3] (`MatrixView.factor_shapes`), or `factor` [n, 3] for fewer than two
 axes; with momenta of 8 bits `momentum_scale` [matrices, rows, quanta, 3]. AdamW: `exp_avg` and `exp_avg_sq`. Both:
-`step`. The state of a sharded parameter is sharded as it is.
+`step`. The state of a sharded parameter is sharded as it is; that of one whose step is split over replicas, by rows.
 """
 
 from __future__ import annotations
@@ -195,4 +195,20 @@ def copy_saved_state(saved: dict[str, Any] | None, state: dict[str, Tensor]) -> 
     """Copy checked saved values into the state, which keeps its dtypes, devices and strides."""
     for entry, value in state.items() if saved is not None else ():
         assert saved is not None
-        value.copy_(_tensor(saved[entry]))
+        value.copy_(_placed(_tensor(saved[entry]), value))
+
+
+def _placed(saved: Tensor, like: Tensor) -> Tensor:
+    """Return a saved tensor placed on the ranks as `like` is; collective when it is sharded otherwise."""
+    if not (is_dtensor(saved) or is_dtensor(like)):
+        return saved
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
+    if isinstance(saved, DTensor):
+        if isinstance(like, DTensor) and saved.device_mesh == like.device_mesh:
+            return saved
+        saved = saved.full_tensor()
+    if isinstance(like, DTensor):
+        # every rank has all of it: without a message
+        return distribute_tensor(saved.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
+    return saved

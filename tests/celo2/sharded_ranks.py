@@ -18,7 +18,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
-from celo2 import FusedCelo2, Theta
+from celo2 import FusedCelo2, MatrixView, Theta
 from celo2.theta import GROUP_COLUMNS
 
 # odd, tall, wide, batched, heads that do not align with shards, fewer rows than ranks, a convolution, a vector
@@ -85,6 +85,59 @@ def difference(variant, placements, mesh, steps=20, scale=0.05, **options) -> fl
         assert a.keys() == b.keys()
         assert all(a[key].shape == b[key].shape for key in a), [(k, a[k].shape, b[k].shape) for k in a]
     return max(float((whole(a) - whole(b)).abs().max()) for a, b in zip(single, sharded, strict=True))
+
+
+# a transformer's, of width 128
+WIRE_SPECS = [
+    ((384, 128), {"split": 3, "heads": 2}),
+    ((128, 128), {"heads": 2, "axis": 1}),
+    ((128, 128), {}),
+    ((512, 128), {}),
+    ((128, 512), {}),
+]
+
+
+def set_low_rank_gradients(params, step):
+    """Four directions that stay and a little noise: most singular values are below a thousandth of the largest."""
+    directions, noise = torch.Generator().manual_seed(100), torch.Generator().manual_seed(101 + step)
+    for p in params:
+        m, n = p.shape
+        gradient = torch.randn(m, 4, generator=directions) @ torch.randn(4, n, generator=directions)
+        gradient = 1e-2 * (gradient / 2 + 1e-2 * torch.randn(m, n, generator=noise))
+        p.grad = distribute_tensor(gradient, p.device_mesh, p.placements) if hasattr(p, "placements") else gradient
+
+
+def wire_differences(mesh, split: bool, low_rank: bool = False, steps: int = 20) -> dict[str, float]:
+    """Relative differences of parameters from one process's after steps with a bfloat16 wire, of usual scale and rate.
+
+    `split` says that every rank has whole parameters; else they are sharded. Gradients are noise, or of low rank.
+    Rank 0 has the result.
+    """
+    runs = []
+    for several in (False, True):
+        generator = torch.Generator().manual_seed(0)
+        values = [0.1 * torch.randn(shape, generator=generator) for shape, _ in WIRE_SPECS]
+        if several and not split:
+            values = [distribute_tensor(value, mesh, [Shard(0)]) for value in values]
+        params = [nn.Parameter(value) for value in values]
+        groups = [{"params": [p], **view} for p, (_, view) in zip(params, WIRE_SPECS, strict=True)]
+        options = {"split_over": mesh} if several and split else {}
+        optimizer = FusedCelo2(groups, lr=1e-3, weight_decay=0.1, wire_dtype="bfloat16", **options)
+        for step in range(steps if several or dist.get_rank() == 0 else 0):
+            if low_rank:
+                set_low_rank_gradients(params, step)
+            else:
+                set_gradients(params, step, 1e-2)
+            optimizer.step()
+        runs.append([whole(p) for p in params])
+    differences, squares = {}, torch.zeros(2)
+    for (shape, view), one, other in zip(WIRE_SPECS, *runs, strict=True):
+        a, b = (MatrixView(**view).matrices(p) for p in (one, other))
+        ratios = torch.linalg.matrix_norm(a - b) / torch.linalg.matrix_norm(a)
+        differences[f"{shape} {view}"] = float(ratios.max())
+        squares += torch.stack([(one - other).square().sum(), one.square().sum()])
+    differences["all"] = float((squares[0] / squares[1]).sqrt())
+    return differences
 
 
 def count_collectives(variant, mesh):
@@ -168,11 +221,11 @@ def other_parameters(mesh):
 
 
 class Tied(nn.Module):
-    def __init__(self) -> None:
+    def __init__(self, width: int = 12) -> None:
         super().__init__()
-        self.embedding = nn.Embedding(13, 12)
-        self.blocks = nn.ModuleList(nn.Linear(12, 12) for _ in range(2))
-        self.norm = nn.LayerNorm(12)
+        self.embedding = nn.Embedding(13, width)
+        self.blocks = nn.ModuleList(nn.Linear(width, width) for _ in range(2))
+        self.norm = nn.LayerNorm(width)
 
     def forward(self, tokens):
         x = self.embedding(tokens)
@@ -237,12 +290,15 @@ def main() -> None:
     report = {
         "differences": results,
         "bfloat16 wire": bfloat16,
+        "wire": wire_differences(mesh, split=False),
         "collectives": {variant: count_collectives(variant, mesh) for variant in ("celo2", "celo2-base")},
         "skipped": skipped_steps(mesh),
         "missing": missing_gradients(mesh),
         "other": other_parameters(mesh),
         "losses": train(Path(sys.argv[1]), world, mesh),
     }
+    if world == 4:
+        report["low-rank wire"] = wire_differences(mesh, split=False, low_rank=True)
     if dist.get_rank() == 0:
         print(json.dumps(report), flush=True)
     dist.barrier()

@@ -1,0 +1,263 @@
+"""The step of parameters that every rank has whole, as with DistributedDataParallel, split over the ranks by rows.
+
+Each rank keeps the state of its own rows of every matrix (ZeRO-1), placed as FSDP2 places it: `Shard(0)`. Its rows of a
+parameter and of the gradient are views, which `celo2.sharded_step` takes for shards; the rows that it has updated then
+reach the other ranks by flat all-gathers of equal segments, in the parameters' dtype.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Shard
+
+from celo2.matrices import MatrixView
+from celo2.sharded_step import ShardedJob, ShardedStep
+from celo2.sharding import Placing, chunk
+from celo2.state import compute_dtype, create_state
+
+# of what one all-gather brings from all ranks together; two are under way at a time
+BUCKET_BYTES = 64 << 20
+
+
+def check_mesh(mesh: DeviceMesh) -> None:
+    """Raise TypeError for what is not a DeviceMesh, ValueError for one of several axes or without this rank."""
+    if not isinstance(mesh, DeviceMesh):
+        raise TypeError(
+            f"split_over is a {type(mesh).__name__}, expected a DeviceMesh of the DistributedDataParallel ranks: "
+            "torch.distributed.device_mesh.init_device_mesh(device_type, (world_size,))"
+        )
+    if mesh.ndim != 1:
+        raise ValueError(f"split_over={mesh!r} has {mesh.ndim} axes: take one of them, mesh['name']")
+    if mesh.get_coordinate() is None:
+        raise ValueError(f"split_over={mesh!r} does not hold rank {dist.get_rank()}, which is to step with it")
+
+
+def check_parameter(parameter: Tensor, mesh: DeviceMesh) -> None:
+    """Raise ValueError for a parameter whose step cannot be split over `mesh`."""
+    shape = tuple(parameter.shape)
+    if isinstance(parameter, DTensor):
+        raise ValueError(
+            f"with split_over, shape {shape}: a DTensor with placements {parameter.placements} on "
+            f"{parameter.device_mesh}, and split_over is for parameters that every rank has whole, as with "
+            "DistributedDataParallel; the step of sharded ones is split by their placements: leave split_over out"
+        )
+    if parameter.device.type != mesh.device_type:
+        raise ValueError(
+            f"with split_over, shape {shape}: on {parameter.device}, and split_over={mesh!r} is a mesh of "
+            f"{mesh.device_type} devices; move the module first, and take a mesh of its devices"
+        )
+
+
+def create_split_state(parameter: Tensor, view: MatrixView, dtype: str, mesh: DeviceMesh) -> dict[str, Tensor]:
+    """Return the learned rule's state of a matrix, zero: DTensors on `mesh`, sharded as FSDP2 would the parameter's.
+
+    Raises ValueError for a layout without the matrix view, and for `dtype` `"int8"`.
+    """
+    if dtype == "int8":
+        raise ValueError("state_dtype='int8' is not there with split_over; use 'bfloat16' or 'float32'")
+    view.matrices(parameter.detach())
+    return create_state(shadow(parameter, mesh), "celo2", view, dtype)
+
+
+def shadow(tensor: Tensor, mesh: DeviceMesh) -> DTensor:
+    """Return a whole tensor as a DTensor that is sharded by rows; the local part is a view of this rank's rows."""
+    return _sharded(rows_of(tensor, mesh), tensor.shape, tensor.stride(), mesh)
+
+
+def rows_of(tensor: Tensor, mesh: DeviceMesh) -> Tensor:
+    """View this rank's rows of a whole tensor of at least one axis."""
+    start, stop = chunk(tensor.shape[0], mesh.size(0), mesh.get_local_rank(0))
+    return tensor.detach()[start:stop]
+
+
+def _sharded(rows: Tensor, shape: torch.Size, stride: tuple[int, ...], mesh: DeviceMesh) -> DTensor:
+    return DTensor.from_local(rows, mesh, [Shard(0)], run_check=False, shape=shape, stride=stride)
+
+
+def check_split(parameter: Tensor, state: dict[str, Tensor], view: MatrixView) -> None:
+    """Raise ValueError for a parameter that its split state no longer fits, or without the matrix view."""
+    like = state["row_factor"]
+    if parameter.device != like.device or compute_dtype(parameter) != like.dtype:
+        raise ValueError(
+            f"it is {parameter.dtype} on {parameter.device} now, and its split state is {like.dtype} on {like.device}: "
+            "convert the module before FusedCelo2(split_over=...) is constructed"
+        )
+    view.matrices(parameter.detach())
+
+
+def placing_on(mesh: DeviceMesh) -> Placing:
+    """Return how the rows of a whole parameter are split."""
+    return Placing(0, mesh.get_group(0), mesh.size(0), mesh.get_local_rank(0))
+
+
+def shares(gradients: Sequence[Tensor], mesh: DeviceMesh) -> list[Tensor]:
+    """Return this rank's share of gradients that all ranks have whole, for a norm that is the same on all."""
+    scalars = [gradient for gradient in gradients if not gradient.ndim]
+    rows = [rows_of(gradient, mesh) for gradient in gradients if gradient.ndim]
+    return rows + (scalars if mesh.get_local_rank(0) == 0 else [])
+
+
+class Stretch(NamedTuple):
+    """Rows [first, first + rows) of every rank's chunk of a tensor, at `offset` of each rank's segment of a bucket."""
+
+    tensor: int
+    first: int
+    rows: int
+    offset: int
+
+
+def plan_buckets(shapes: Sequence[torch.Size], ranks: int, limit: int) -> Iterator[tuple[list[Stretch], int]]:
+    """Cut tensors of one dtype into buckets of at most `limit` elements on all ranks together, but at least a row each.
+
+    Yields the stretches of a bucket and the length of a rank's segment, which is as long as the longest rank needs.
+    """
+    bucket: list[Stretch] = []
+    size = 0
+    for index, shape in enumerate(shapes):
+        _, chunk_rows = chunk(shape[0], ranks, 0)
+        width, first = shape[1:].numel(), 0
+        while first < chunk_rows:
+            room = (limit // ranks - size) // width
+            if room < 1 and bucket:
+                yield bucket, size
+                bucket, size = [], 0
+                continue
+            rows = min(max(1, room), chunk_rows - first)
+            bucket.append(Stretch(index, first, rows, size))
+            first, size = first + rows, size + rows * width
+    if bucket:
+        yield bucket, size
+
+
+class _Gather:
+    """One all-gather: the own rows of some tensors on their way out, and those of the other ranks on their way in."""
+
+    def __init__(self, tensors: Sequence[Tensor], stretches: list[Stretch], size: int, mesh: DeviceMesh) -> None:
+        self.tensors, self.stretches, self.ranks = tensors, stretches, mesh.size(0)
+        like, rank = tensors[0], mesh.get_local_rank(0)
+        self.segment = torch.empty(size, dtype=like.dtype, device=like.device)
+        targets, sources = [], []
+        for stretch in stretches:
+            start, stop = chunk(tensors[stretch.tensor].shape[0], self.ranks, rank)
+            start = min(stop, start + stretch.first)
+            source = tensors[stretch.tensor][start : min(stop, start + stretch.rows)]
+            if source.numel():
+                sources.append(source)
+                targets.append(self.segment[stretch.offset : stretch.offset + source.numel()].view(source.shape))
+        if targets:
+            torch._foreach_copy_(targets, sources)
+        self.segments = torch.empty(self.ranks, size, dtype=like.dtype, device=like.device)
+        # its name since PyTorch 2.13
+        all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+        # as bytes: every backend takes them
+        self.work = all_gather(
+            self.segments.view(-1).view(torch.uint8),
+            self.segment.view(torch.uint8),
+            group=mesh.get_group(0),
+            async_op=True,
+        )
+
+    def finish(self) -> None:
+        """Wait, and write every rank's rows into the tensors."""
+        assert self.work is not None
+        self.work.wait()
+        targets, sources = [], []
+        for stretch in self.stretches:
+            tensor = self.tensors[stretch.tensor]
+            length, shape = tensor.shape[0], tensor.shape[1:]
+            _, chunk_rows = chunk(length, self.ranks, 0)
+            # ranks with a whole chunk, and one that has the rest
+            full, rest = divmod(length, chunk_rows)
+            end = stretch.offset + stretch.rows * shape.numel()
+            values = self.segments[:, stretch.offset : end].view(self.ranks, stretch.rows, *shape)
+            rows = slice(stretch.first, stretch.first + stretch.rows)
+            targets.append(tensor[: full * chunk_rows].view(full, chunk_rows, *shape)[:, rows])
+            sources.append(values[:full])
+            last = tensor[full * chunk_rows :][rows]
+            if rest and last.shape[0]:
+                targets.append(last)
+                sources.append(values[full, : last.shape[0]])
+        torch._foreach_copy_(targets, sources)
+
+
+def gather_rows(tensors: Sequence[Tensor], mesh: DeviceMesh, bucket_bytes: int = BUCKET_BYTES) -> None:
+    """Write each rank's rows of whole tensors, of one axis or more and not empty, to all ranks; collective."""
+    under_way: _Gather | None = None
+    for dtype in sorted({tensor.dtype for tensor in tensors}, key=str):
+        chosen = [tensor.detach() for tensor in tensors if tensor.dtype == dtype]
+        limit = bucket_bytes // dtype.itemsize
+        for stretches, size in plan_buckets([tensor.shape for tensor in chosen], mesh.size(0), limit):
+            started = _Gather(chosen, stretches, size, mesh)
+            if under_way is not None:
+                under_way.finish()
+            under_way = started
+    if under_way is not None:
+        under_way.finish()
+
+
+class SplitStep:
+    """`ShardedStep` for whole parameters that are split over the ranks of a mesh; collective, and run alike.
+
+    The jobs have the whole parameters and split state. Afterwards every rank has the same parameters, to the bit.
+    """
+
+    def __init__(self, jobs: Sequence[ShardedJob], mesh: DeviceMesh, wire_dtype: str, device: torch.device) -> None:
+        self.mesh = mesh
+        self.parameters = [job.parameter for job in jobs]
+        self.shadows = [shadow(parameter, mesh) for parameter in self.parameters]
+        shadow_jobs = [job._replace(parameter=own) for job, own in zip(jobs, self.shadows, strict=True)]
+        self.step = ShardedStep(shadow_jobs, mesh.get_group(0), wire_dtype, device)
+
+    def bytes_sent(self) -> dict[str, int]:
+        """As `ShardedStep.bytes_sent`, and the bytes that this rank gives to all-gathers when all have gradients."""
+        ranks = self.mesh.size(0)
+        gathered = sum(
+            chunk(parameter.shape[0], ranks, 0)[1] * parameter.shape[1:].numel() * parameter.dtype.itemsize
+            for parameter in self.parameters
+        )
+        return {**self.step.bytes_sent(), "all-gather": gathered}
+
+    def run(
+        self,
+        groups: Sequence[dict[str, Any]],
+        sharded: Sequence[Tensor],
+        whole_square: float,
+        found: bool,
+        inverse_scale: float,
+        meanwhile: Callable[[Sequence[float], float], None],
+    ) -> tuple[float, Sequence[float] | None]:
+        """As `ShardedStep.run`."""
+        try:
+            for parameter, own in zip(self.parameters, self.shadows, strict=True):
+                self._follow(parameter, own)
+            norm, scales = self.step.run(groups, sharded, whole_square, found, inverse_scale, meanwhile)
+        finally:
+            # a view would keep the memory of the whole gradient
+            for own in self.shadows:
+                own.grad = None
+        if scales is not None:
+            gather_rows([parameter for parameter in self.parameters if parameter.grad is not None], self.mesh)
+        return norm, scales
+
+    def _follow(self, parameter: Tensor, own: DTensor) -> None:
+        """Let the shadow see where the parameter and its gradient are now."""
+        old, rows = own.to_local(), rows_of(parameter, self.mesh)
+        if (old.data_ptr(), old.stride(), old.dtype) != (rows.data_ptr(), rows.stride(), rows.dtype):
+            # without a message: the memory may have moved on one rank alone
+            torch.utils.swap_tensors(own, shadow(parameter, self.mesh))  # type: ignore[no-untyped-call]
+        gradient = parameter.grad
+        if gradient is None:
+            return
+        if getattr(own, "grad_dtype", own.dtype) != gradient.dtype:
+            own.grad_dtype = gradient.dtype
+        if gradient.stride() == parameter.stride():
+            own.grad = shadow(gradient, self.mesh)
+        else:
+            copy = torch.empty_like(rows, dtype=gradient.dtype).copy_(rows_of(gradient, self.mesh))
+            own.grad = _sharded(copy, parameter.shape, parameter.stride(), self.mesh)

@@ -1,0 +1,168 @@
+"""The step split over replicas, with real processes on gloo: equal to one process, on 1 to 4 ranks, alike on all."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from celo2.sharding import chunk
+from celo2.split_step import plan_buckets
+
+PROGRAM = Path(__file__).with_name("split_ranks.py")
+RANKS = (1, 2, 3, 4)
+
+
+@pytest.fixture(scope="module")
+def reports(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Any]:
+    """What the program found on 4, 1, 2 and 3 ranks; all resume from the checkpoints of the four."""
+    folder = tmp_path_factory.mktemp("split")
+    found = {}
+    for ranks in (4, 1, 2, 3):
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+        result = subprocess.run([*command, str(PROGRAM), str(folder)], capture_output=True, text=True, timeout=600)
+        if result.returncode:
+            pytest.fail(f"{ranks} ranks: {result.stderr[-4000:]}", pytrace=False)
+        found[ranks] = json.loads(result.stdout.strip().splitlines()[-1])
+    return found
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("ranks", RANKS)
+def test_equals_one_process(ranks, reports):
+    differences = reports[ranks]["differences"]
+    print(json.dumps(differences))
+    assert len(differences) == 4
+    assert max(differences.values()) <= 2e-6
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("ranks", RANKS)
+def test_a_bfloat16_wire_stays_within_a_thousandth(ranks, reports):
+    wire = reports[ranks]["wire"]
+    print(json.dumps(wire))
+    assert len(wire) == 6
+    assert max(wire.values()) <= 1e-3
+    # one rank rounds alike: its directions pass through the wire's dtype too
+    assert min(wire.values()) > 0
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("ranks", RANKS)
+def test_every_rank_gets_all_rows(ranks, reports):
+    assert reports[ranks]["gathered"]
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("ranks", RANKS)
+def test_few_flat_collectives(ranks, reports):
+    assert reports[ranks]["collectives"] == {
+        "celo2": {"all_reduce": 2, "all_to_all_single": 2, "gather": 1},
+        "celo2-base": {"all_reduce": 3, "gather": 1},
+    }
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("ranks", RANKS)
+def test_a_skipped_step_changes_no_byte(ranks, reports):
+    unchanged, skipped, scaled = reports[ranks]["skipped"]
+    assert unchanged and skipped == 5
+    assert scaled <= 2e-6
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("ranks", RANKS)
+def test_parameters_without_gradients(ranks, reports):
+    worst, message = reports[ranks]["missing"]
+    assert worst <= 2e-6
+    if ranks > 1:
+        assert f"has a gradient on {ranks - 1} of {ranks} ranks" in message
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("ranks", RANKS)
+def test_state_is_split(ranks, reports):
+    # matrices of 96 rows; the short factor of each is whole on every rank
+    assert 1 / ranks <= reports[ranks]["state"] <= 1.03 / ranks
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("ranks", RANKS)
+def test_ddp_trains_and_checkpoints_move_between_modes_and_world_sizes(ranks, reports):
+    losses, trained = reports[ranks]["losses"], reports[ranks]["trained"]
+    assert {"ddp", "ddp to whole", "ddp to ddp", "ddp to fsdp2", "fsdp2 to ddp", "whole to ddp"} <= losses.keys()
+    for name, run in losses.items():
+        assert run == pytest.approx(losses["whole"][-len(run) :], abs=1e-5), name
+    assert losses["whole"][-1] < losses["whole"][0]
+    assert max(trained.values()) <= 5e-6
+
+
+@pytest.mark.dist
+def test_layouts_of_parameters_and_gradients(reports):
+    assert reports[3]["layouts"] <= 2e-6
+    assert reports[3]["placed as fsdp2"]
+    assert reports[3]["nothing to split"] <= 2e-6
+    assert reports[3]["float64"] <= 1e-6
+
+
+@pytest.mark.dist
+def test_low_precision(reports):
+    # of the distance that parameters moved: a bfloat16's last bit at 0.1 is 5e-4, steps are of 1e-2
+    parameters, state = reports[3]["bfloat16 parameters"], reports[3]["bfloat16 state"]
+    print(json.dumps([parameters, state]))
+    assert 1e-5 < parameters["distance"] <= 3e-2 and parameters["mean"] <= 1e-3
+    assert 1e-5 < state["distance"] <= 2e-2 and state["mean"] <= 1e-3
+
+
+@pytest.mark.dist
+def test_copies_state_dicts_and_late_groups(reports):
+    copies = reports[3]["copies"]
+    assert copies["pickled"] == copies["deep"] == 0
+    assert max(copies.values()) <= 2e-6
+
+
+@pytest.mark.dist
+def test_full_state_dicts(reports):
+    is_plain, distances = reports[3]["full"]
+    assert is_plain
+    assert max(distances) <= 2e-6
+
+
+@pytest.mark.dist
+def test_refusals_say_what_to_do(reports):
+    answers = reports[3]["refusals"]
+    for name, words in {
+        "dtensor": "ValueError.* DTensor .*leave split_over out",
+        "late dtensor": "ValueError.* DTensor .*leave split_over out",
+        "mesh": "ValueError: split_over=.* has 2 axes: take one of them",
+        "type": "TypeError: split_over is a ProcessGroup, expected a DeviceMesh",
+        "device": "ValueError.* on meta.* mesh of cpu devices; move the module first",
+        "int8": "ValueError.*state_dtype='int8' is not there with split_over",
+        "triton": "ValueError: backend='triton' with split_over.*use backend='auto'",
+        "moved": "ValueError.*torch.float64 on cpu now.*convert the module before",
+    }.items():
+        assert re.search(words, answers[name]), answers[name]
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 8])
+@pytest.mark.parametrize("limit", [1, 100, 1000, 10**9])
+def test_buckets_hold_every_row_once(ranks, limit):
+    shapes = [torch.Size(shape) for shape in [(1, 3), (5, 4), (8, 2, 3), (13, 7), (2, 400), (30, 5)]]
+    rows: dict[int, list[int]] = {index: [] for index in range(len(shapes))}
+    for stretches, size in plan_buckets(shapes, ranks, limit):
+        end = 0
+        for stretch in stretches:
+            assert stretch.offset == end
+            end += stretch.rows * shapes[stretch.tensor][1:].numel()
+            rows[stretch.tensor] += range(stretch.first, stretch.first + stretch.rows)
+        assert size == end
+        assert ranks * size <= limit or (len(stretches) == 1 and stretches[0].rows == 1)
+    assert rows == {index: list(range(chunk(shape[0], ranks, 0)[1])) for index, shape in enumerate(shapes)}
+    if limit == 10**9:
+        assert len(list(plan_buckets(shapes, ranks, limit))) == 1
