@@ -8,6 +8,7 @@ from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim import AdamW, Muon, Optimizer
@@ -23,8 +24,8 @@ class Optimizers:
     """The torch optimizers of one run, stepped together.
 
     Every group carries `initial_lr`, its peak learning rate; `set_lr` scales them all. The model may be sharded by
-    `fully_shard`; `wire_dtype` is then celo2's. Raises ValueError for an unknown `opt`, or for weights given to an
-    optimizer that has none.
+    `fully_shard`; `wire_dtype` is then celo2's, and so is `split_over`, a mesh of the ranks that have a model whole.
+    Raises ValueError for an unknown `opt`, and for `weights` or `split_over` given to an optimizer that has none.
     """
 
     def __init__(
@@ -35,11 +36,14 @@ class Optimizers:
         weights: str | Theta | None = None,
         *,
         wire_dtype: str = "bfloat16",
+        split_over: DeviceMesh | None = None,
     ) -> None:
         if opt not in OPTS:
             raise ValueError(f"unknown optimizer {opt!r}: choose one of {', '.join(OPTS)}")
         if weights is not None and opt not in VARIANTS:
             raise ValueError(f"--weights {weights} belongs to --opt celo2 or celo2-base; --opt {opt} has no weights")
+        if split_over is not None and opt not in VARIANTS:
+            raise ValueError(f"--split-step belongs to --opt celo2 or celo2-base, not to {opt}")
         self.theta: Theta | None = None
         self._max_grad_norm = recipe.max_grad_norm
         self._parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -58,6 +62,7 @@ class Optimizers:
                     adam_betas=recipe.betas,
                     max_grad_norm=recipe.max_grad_norm,
                     wire_dtype=wire_dtype,
+                    split_over=split_over,
                 )
             )
         elif opt == "adamw":

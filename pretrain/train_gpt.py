@@ -106,6 +106,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     several.add_argument(
         "--wire-dtype", choices=WIRE_DTYPES, default="bfloat16", help="of celo2's directions between ranks"
     )
+    several.add_argument("--split-step", action="store_true", help="ddp: ranks share celo2's work and state")
     several.add_argument("--async-save", action="store_true", help="write checkpoints in the background")
     plan = parser.add_argument_group("before paying")
     plan.add_argument("--dry-run", action="store_true", help="print what would run, and stop")
@@ -167,7 +168,14 @@ def build(
         model.init_weights(arguments.seed)
         if parallel.mode == "ddp":
             forward = replicate(model, world.device)
-    optimizers = Optimizers(arguments.opt, recipe, model, arguments.weights, wire_dtype=arguments.wire_dtype)
+    optimizers = Optimizers(
+        arguments.opt,
+        recipe,
+        model,
+        arguments.weights,
+        wire_dtype=arguments.wire_dtype,
+        split_over=parallel.mesh if arguments.split_step else None,
+    )
     return model, forward, optimizers
 
 
@@ -182,6 +190,8 @@ def train(arguments: argparse.Namespace) -> int:
     dtype = arguments.dtype or ("bfloat16" if device.type == "cuda" else "float32")
     total = recipe.steps
     parallel = Parallel.choose(arguments.parallel, world.ranks, world.local_ranks, device.type, arguments.shards)
+    if arguments.split_step and parallel.mode != "ddp":
+        raise ValueError(f"--split-step belongs to --parallel ddp, this run is {parallel}")
     # fully_shard casts by itself
     autocast = "float32" if parallel.sharded else dtype
 

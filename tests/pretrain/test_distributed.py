@@ -100,7 +100,8 @@ def test_four_ranks_have_the_losses_of_one(alone, four) -> None:
 @pytest.mark.parametrize(
     ("ranks", "options"),
     [
-        (2, ["--parallel", "ddp", "--micro-batch", "3", "--async-save"]),
+        (2, ["--parallel", "ddp", "--micro-batch", "3"]),
+        (3, ["--parallel", "ddp", "--split-step", "--micro-batch", "2", "--async-save"]),
         (4, ["--parallel", "hsdp", "--shards", "2", "--micro-batch", "1", "--async-save"]),
         (
             2,

@@ -129,6 +129,8 @@ def test_refusals() -> None:
         Optimizers("sgd", recipe_for("nano", "adamw"), model)
     with pytest.raises(ValueError, match="--weights momentum belongs to --opt celo2 or celo2-base"):
         Optimizers("adamw", recipe_for("nano", "adamw"), model, "momentum")
+    with pytest.raises(ValueError, match="--split-step belongs to --opt celo2 or celo2-base, not to muon"):
+        Optimizers("muon", recipe_for("nano", "muon"), model, split_over=object())
 
 
 @pytest.mark.parametrize("opt", OPTS)

@@ -446,6 +446,7 @@ def test_too_many_in_a_row_end_the_run_with_a_checkpoint(tmp_path, data, monkeyp
         (["--arch", "modern", "--bias"], "bias=True"),
         (["--val-tokens", "10"], "val_tokens=10 is less than one window of 256"),
         (["--keep", "0"], "keep at least one checkpoint"),
+        (["--split-step"], "--split-step belongs to --parallel ddp, this run is one process"),
         (["--size", "30m"], "holds vocabulary id 256, this model reads 0 ('gpt2')"),
     ],
 )
