@@ -98,6 +98,18 @@ class _Move(NamedTuple):
     offset: int
 
 
+def _lay_out(parts: list[list[tuple[int, int, Piece, int]]]) -> tuple[list[_Move], list[int]]:
+    """Give the parts of a message their offsets, one rank after the other; return them, and each rank's elements."""
+    moves, counts, offset = [], [], 0
+    for there in parts:
+        start = offset
+        for index, matrix, piece, number in there:
+            moves.append(_Move(index, matrix, piece, number, offset))
+            offset += piece.rows * piece.columns
+        counts.append(offset - start)
+    return moves, counts
+
+
 class ShardedStep:
     """Collective: every rank of the group makes it and calls `run` in step with the others.
 
@@ -145,57 +157,47 @@ class ShardedStep:
 
     def _plan_moves(self) -> None:
         """Fix owners and the layout of both all-to-alls: by owner, then by members, pieces and matrices in order."""
-        matrices = [
-            (index, b)
-            for index, member in enumerate(self.members)
-            if member.layout is not None and member.job.orthogonalize
-            for b in range(member.batch)
-        ]
-        pieces = {
-            (index, rank): member.layout.pieces(self.ranks, rank)
-            for index, member in enumerate(self.members)
-            if member.layout is not None
-            for rank in range(self.ranks)
-        }
-        parts: dict[tuple[int, int], list[int]] = {key: [] for key in matrices}
-        for (index, rank), there in pieces.items():
-            for piece in there:
-                for b in range(piece.matrix, piece.matrix + piece.count):
-                    if (index, b) in parts:
-                        parts[index, b].append(rank)
-        shapes, holders = [], []
-        for index, b in matrices:
-            layout = self.members[index].layout
-            assert layout is not None
-            shapes.append((layout.matrices[1], layout.matrices[2]))
-            holding = set(parts[index, b])
-            holders.append(holding.pop() if len(holding) == 1 else None)
+        matrices, shapes, holders = [], [], []
+        # parameters of one layout have the same pieces
+        pieces: dict[Layout, list[list[Piece]]] = {}
+        for index, member in enumerate(self.members):
+            layout = member.layout
+            if layout is None:
+                continue
+            if layout not in pieces:
+                pieces[layout] = [layout.pieces(self.ranks, rank) for rank in range(self.ranks)]
+            if not member.job.orthogonalize:
+                continue
+            batch, m, n = layout.matrices
+            held: list[int | None] = [None] * batch
+            for rank, there in enumerate(pieces[layout]):
+                for piece in there:
+                    if (piece.rows, piece.columns) == (m, n):
+                        held[piece.matrix : piece.matrix + piece.count] = [rank] * piece.count
+            matrices += [(index, b) for b in range(batch)]
+            shapes += [(m, n)] * batch
+            holders += held
         steps = max((self.members[index].job.ns_steps for index, _ in matrices), default=5)
         owners = assign_owners(shapes, holders, self.ranks, steps)
         self.owner = dict(zip(matrices, owners, strict=True))
 
-        def message(source: int, target: int, offset: int) -> tuple[list[_Move], int]:
-            moves = []
-            for index, _ in enumerate(self.members):
-                for number, piece in enumerate(pieces.get((index, source), [])):
+        # (member, matrix, piece, its number) for each rank, in order: what goes there, and what comes from there
+        going: list[list[tuple[int, int, Piece, int]]] = [[] for _ in range(self.ranks)]
+        coming: list[list[tuple[int, int, Piece, int]]] = [[] for _ in range(self.ranks)]
+        mine = {index for (index, _), owner in self.owner.items() if owner == self.rank}
+        for index, member in enumerate(self.members):
+            if member.layout is None or not member.job.orthogonalize:
+                continue
+            for number, piece in enumerate(pieces[member.layout][self.rank]):
+                for b in range(piece.matrix, piece.matrix + piece.count):
+                    going[self.owner[index, b]].append((index, b, piece, number))
+            for rank in range(self.ranks) if index in mine else ():
+                for number, piece in enumerate(pieces[member.layout][rank]):
                     for b in range(piece.matrix, piece.matrix + piece.count):
-                        if self.owner.get((index, b)) == target:
-                            moves.append(_Move(index, b, piece, number, offset))
-                            offset += piece.rows * piece.columns
-            return moves, offset
-
-        self.sends: list[_Move] = []
-        self.receives: list[_Move] = []
-        self.send_counts, self.receive_counts = [], []
-        sent = received = 0
-        for other in range(self.ranks):
-            moves, end = message(self.rank, other, sent)
-            self.sends += moves
-            self.send_counts.append(end - sent)
-            moves, arrived = message(other, self.rank, received)
-            self.receives += moves
-            self.receive_counts.append(arrived - received)
-            sent, received = end, arrived
+                        if self.owner[index, b] == self.rank:
+                            coming[rank].append((index, b, piece, number))
+        self.sends, self.send_counts = _lay_out(going)
+        self.receives, self.receive_counts = _lay_out(coming)
         self.sends_of: dict[tuple[int, int], list[_Move]] = {}
         for move in self.sends:
             self.sends_of.setdefault((move.member, move.number), []).append(move)

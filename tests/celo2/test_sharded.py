@@ -10,9 +10,15 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Shard
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
+from celo2 import load_weights
 from celo2.matrices import MatrixView
-from celo2.sharding import Layout, assign_owners, chunk, newton_schulz_flops
+from celo2.sharded_step import ShardedJob, ShardedStep
+from celo2.sharding import Layout, assign_owners, chunk, newton_schulz_flops, placing_of, zeros_placed
 
 PROGRAM = Path(__file__).with_name("sharded_ranks.py")
 
@@ -150,3 +156,75 @@ def test_owners_are_balanced_and_whole_matrices_stay():
         loads[owner] += newton_schulz_flops(m, n, 5)
     assert max(loads) <= 1.1 * sum(loads) / 8
     assert assign_owners([(8, 8)] * 3, [2, None, 2], 3, 5) == [2, 0, 2]
+
+
+SHAPES = {
+    "qkv": ((96, 20), MatrixView(split=3, heads=4)),
+    "out": ((20, 32), MatrixView(heads=4, axis=1)),
+    "up": ((70, 20), MatrixView()),
+    "down": ((20, 70), MatrixView()),
+    "stacked": ((6, 5, 7), MatrixView()),
+    "vector": ((20,), MatrixView()),
+}
+
+
+def plain_moves(members, layouts, owner, ranks, source, target):
+    """What one rank sends another, as the protocol says it: by members, pieces and matrices in order."""
+    return [
+        (index, b, piece, number)
+        for index in members
+        for number, piece in enumerate(layouts[index].pieces(ranks, source))
+        for b in range(piece.matrix, piece.matrix + piece.count)
+        if owner[index, b] == target
+    ]
+
+
+@pytest.mark.parametrize(("ranks", "rank"), [(1, 0), (2, 1), (3, 0), (3, 2), (8, 0), (8, 5), (97, 0), (97, 19)])
+def test_messages_are_those_of_the_plain_plan(ranks, rank):
+    dist.init_process_group("fake", rank=rank, world_size=ranks, store=FakeStore())
+    try:
+        mesh = init_device_mesh("cpu", (ranks,))
+        theta = load_weights("momentum")
+        jobs = []
+        for position, (name, (shape, view)) in enumerate(SHAPES.items()):
+            parameter = zeros_placed(shape, DTensor.from_local(torch.zeros(1), mesh, [Shard(0)]), 0, torch.float32)
+            placing = placing_of(parameter)
+            jobs.append(ShardedJob(name, 0, parameter, {}, view, placing, position, theta, len(shape) > 1, 5))
+        step = ShardedStep(jobs, mesh.get_group(), "bfloat16", torch.device("cpu"))
+    finally:
+        dist.destroy_process_group()
+    members = range(5)
+    layouts = [Layout.of(torch.Size(shape), view, 0) for shape, view in list(SHAPES.values())[:5]]
+    matrices = [(index, b) for index in members for b in range(layouts[index].matrices[0])]
+    holders = []
+    for index, b in matrices:
+        having = {
+            r
+            for r in range(ranks)
+            for piece in layouts[index].pieces(ranks, r)
+            if piece.matrix <= b < piece.matrix + piece.count
+        }
+        holders.append(having.pop() if len(having) == 1 else None)
+    shapes = [layouts[index].matrices[1:] for index, _ in matrices]
+    loads, owners = [0] * ranks, {}
+    costs = [newton_schulz_flops(m, n, 5) for m, n in shapes]
+    for key, holder, cost in zip(matrices, holders, costs, strict=True):
+        if holder is not None:
+            owners[key], loads[holder] = holder, loads[holder] + cost
+    for number in sorted(range(len(matrices)), key=lambda number: -costs[number]):
+        if holders[number] is None:
+            least = loads.index(min(loads))
+            owners[matrices[number]], loads[least] = least, loads[least] + costs[number]
+    assert step.owner == owners
+    for moves, counts, ends in (
+        (step.sends, step.send_counts, [(rank, other) for other in range(ranks)]),
+        (step.receives, step.receive_counts, [(other, rank) for other in range(ranks)]),
+    ):
+        expected, offset = [], 0
+        for end, count in zip(ends, counts, strict=True):
+            start = offset
+            for index, b, piece, number in plain_moves(members, layouts, owners, ranks, *end):
+                expected.append((index, b, piece, number, offset))
+                offset += piece.rows * piece.columns
+            assert offset - start == count
+        assert [tuple(move) for move in moves] == expected
