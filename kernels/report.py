@@ -31,6 +31,7 @@ from celo2.kernels.feature_moments import feature_moments_kernel, normalisers_ke
 from celo2.kernels.gradient_moments import control_kernel, factors_kernel, gradient_moments_kernel
 from celo2.kernels.learned_update import learned_update_kernel
 from celo2.kernels.newton_schulz import start_kernel, symmetric_product_kernel
+from celo2.kernels.roofline import ADAMW_BYTES, DTYPES, GPUS, Dtypes, phase_bytes, roofline
 from celo2.kernels.rounding import round_kernel
 from celo2.kernels.vector_update import VECTOR_COLUMNS, vector_update_kernel
 
@@ -43,7 +44,6 @@ TARGETS = {
 # four elements a thread
 THREADS = 128
 UNITS = 8
-BYTES = {"fp32": 4, "bf16": 2, "fp16": 2, "i8": 1}
 # the launches of a step before Newton-Schulz; with several batches all but control are repeated
 STEP = (
     "gradient_moments_kernel",
@@ -59,35 +59,6 @@ PHASES = {
     "feature_moments_kernel": 2,
     "learned_update_kernel": 3,
     "apply_update_kernel": 4,
-}
-
-
-class Dtypes(NamedTuple):
-    """Element types of parameters, gradients, momenta, second moment and direction, in Triton's short names."""
-
-    p: str = "fp32"
-    g: str = "fp32"
-    m: str = "fp32"
-    v: str = "fp32"
-    d: str = "fp32"
-
-    def __str__(self) -> str:
-        return f"p {self.p}, g {self.g}, momenta {self.m}, v {self.v}, d {self.d}"
-
-    @property
-    def state_bytes(self) -> float:
-        """Bytes of state a parameter, with the scales of 8-bit momenta and without the factors."""
-        scales = 3 * 4 / layout.QUANTUM.value if self.m == "i8" else 0
-        return 3 * BYTES[self.m] + BYTES[self.v] + scales
-
-
-DTYPES = {
-    "float32": Dtypes(),
-    "bfloat16-state": Dtypes("fp32", "bf16", "bf16", "bf16", "bf16"),
-    "int8-state": Dtypes("fp32", "bf16", "i8", "bf16", "bf16"),
-    "bfloat16": Dtypes("bf16", "bf16", "bf16", "bf16", "bf16"),
-    "mixed": Dtypes("bf16", "bf16", "fp32", "fp32", "bf16"),
-    "float16": Dtypes("fp16", "fp16", "fp32", "fp32", "fp32"),
 }
 
 
@@ -295,15 +266,6 @@ def inspect(name: str, compiled: Any, target: GPUTarget) -> Code:
     )
 
 
-def phase_bytes(phase: int, dtypes: Dtypes) -> float:
-    """Bytes of tensors an element moves in a phase, scratch left out."""
-    p, g, _, _, d = (BYTES[name] for name in dtypes)
-    state = dtypes.state_bytes
-    read = {1: g, 2: g + p + state, 3: g + p + state, 4: p + d}
-    written = {1: 0, 2: 0, 3: state + d, 4: p}
-    return read[phase] + written[phase]
-
-
 def scratch_bytes(columns: int = 128, rows: int = 64, units: int = UNITS) -> float:
     """Bytes an element of partial sums and vectors, written and read once, for a large square matrix.
 
@@ -311,30 +273,6 @@ def scratch_bytes(columns: int = 128, rows: int = 64, units: int = UNITS) -> flo
     tile, from the second-level cache: they are counted where they first come from memory, which is nothing here.
     """
     return 2 * 4 * (rows + columns + layout.ELEMENT_STRIDE.value + 3) / (rows * columns)
-
-
-class Gpu(NamedTuple):
-    """Data sheet: bytes a second of memory, and instructions of threads a second (SMs x 128 lanes x boost clock)."""
-
-    name: str
-    target: str
-    bandwidth: float
-    issue: float
-
-
-GPUS = (
-    Gpu("A100 SXM 80 GB", "sm_80", 2.04e12, 108 * 128 * 1.41e9),
-    Gpu("H100 SXM", "sm_90", 3.35e12, 132 * 128 * 1.98e9),
-    Gpu("B200", "sm_100", 8.0e12, 148 * 128 * 1.97e9),
-)
-ADAMW_BYTES = 28
-
-
-def roofline(gpu: Gpu, instructions: dict[int, float], dtypes: Dtypes) -> dict[int, float]:
-    """Seconds a parameter of each phase: the longer of its bytes over bandwidth and its instructions over issue."""
-    return {
-        phase: max(phase_bytes(phase, dtypes) / gpu.bandwidth, instructions[phase] / gpu.issue) for phase in range(1, 5)
-    }
 
 
 def _examine(work: tuple[Dtypes, str, str]) -> Code:

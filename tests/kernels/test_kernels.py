@@ -11,13 +11,15 @@ import pytest
 import torch
 
 from celo2 import FusedCelo2, reference
+from celo2.kernels.roofline import INSTRUCTIONS
 from celo2.newton_schulz import newton_schulz
 from celo2.phases import ELEMENT_COLUMNS
 
 
 def test_constants_are_the_rules():
-    from celo2.kernels import layout
+    from celo2.kernels import layout, roofline
 
+    assert layout.QUANTUM.value == roofline.QUANTUM
     for name in (
         "GRADIENT_CLIP",
         "FEATURE_CLIP",
@@ -78,6 +80,9 @@ def test_compiled_code_for_sm_90_meets_its_limits():
     assert "17 LDG.128" in accesses["learned_update_kernel"] and "5 STG.128" in accesses["learned_update_kernel"]
     assert "LDG.128" in accesses["feature_moments_kernel"] and "LDG.128" in accesses["gradient_moments_kernel"]
     assert "84 B a parameter" in text and "7 launches" in text and "predicted for H100 SXM" in text
+    # what a plan reckons with, where nothing is compiled
+    for phase, instructions in INSTRUCTIONS["sm_90"].items():
+        assert float(re.findall(rf"phase {phase}: +([\d.]+)", text)[0]) == pytest.approx(instructions, rel=0.05)
 
 
 @pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100", "gfx942"])

@@ -1,0 +1,142 @@
+"""Who does what in a step, and what travels for it: taken from the sharded model and the optimizer themselves."""
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch.distributed as dist
+
+from celo2 import FusedCelo2
+from celo2.groups import group_view, named_parameters
+from celo2.pretrain.device import DTYPES
+from celo2.pretrain.machines import ITERATION_LAUNCHES, Links, Machine
+from celo2.pretrain.model import GPT
+from celo2.pretrain.parallel import Parallel
+from celo2.sharded_step import ShardedStep
+from celo2.sharding import Layout, Piece, local, newton_schulz_flops
+
+
+class Messages(NamedTuple):
+    """A kind of collective: how many a step, bytes that leave a rank in all of them (the most of any), seconds."""
+
+    name: str
+    count: int
+    sent: float
+    seconds: float
+
+    @classmethod
+    def of(cls, name: str, times: int, costs: Sequence[tuple[float, float]]) -> "Messages":
+        """`times` a step all of `costs`, each bytes and seconds."""
+        return cls(name, times * len(costs), times * sum(c[0] for c in costs), times * sum(c[1] for c in costs))
+
+
+class Loads:
+    """Newton-Schulz by rank: FLOPs, seconds, elements owned, elements held, and those that are both."""
+
+    def __init__(self, ranks: int, machine: Machine) -> None:
+        self.machine = machine
+        self.flops, self.seconds = [0] * ranks, [0.0] * ranks
+        self.owned, self.held, self.kept = [0] * ranks, [0] * ranks, [0] * ranks
+        self.batches: Counter[tuple[int, int, int, int]] = Counter()  # of rank, rows, columns, iterations
+
+    @classmethod
+    def of(cls, optimizer: FusedCelo2, step: ShardedStep | None, machine: Machine) -> "Loads":
+        """Those of the ranks of a sharded step, or of the one that has everything."""
+        loads = cls(1 if step is None else step.ranks, machine)
+        if step is None:
+            for group in optimizer.param_groups:
+                for _, parameter in named_parameters(group):
+                    if group["orthogonalize"] and parameter.ndim > 1 and optimizer.rule_of(parameter) == "celo2":
+                        batch, m, n = group_view(group).shape(parameter.shape)
+                        loads._own(0, m, n, group["ns_steps"], batch)
+            loads.held = loads.kept = loads.owned
+            return loads
+        pieces: dict[Layout, list[list[Piece]]] = {}
+        for index, member in enumerate(step.members):
+            layout = member.layout
+            if layout is None or not member.job.orthogonalize:
+                continue
+            batch, m, n = layout.matrices
+            owners = [step.owner[index, matrix] for matrix in range(batch)]
+            for owner in owners:
+                loads._own(owner, m, n, member.job.ns_steps, 1)
+            if layout not in pieces:
+                pieces[layout] = [layout.pieces(step.ranks, rank) for rank in range(step.ranks)]
+            for rank, there in enumerate(pieces[layout]):
+                for piece in there:
+                    stay = owners[piece.matrix : piece.matrix + piece.count].count(rank)
+                    loads.held[rank] += piece.numel
+                    loads.kept[rank] += stay * piece.rows * piece.columns
+        return loads
+
+    def _own(self, rank: int, m: int, n: int, steps: int, count: int) -> None:
+        self.flops[rank] += count * newton_schulz_flops(m, n, steps)
+        self.seconds[rank] += count * self.machine.newton_schulz_seconds(m, n, steps)
+        self.owned[rank] += count * m * n
+        self.batches[rank, m, n, steps] += count
+
+    @property
+    def balance(self) -> float:
+        """FLOPs of the rank with most, over the mean."""
+        return max(self.flops) * len(self.flops) / sum(self.flops) if self.batches else 1.0
+
+    @property
+    def launches(self) -> int:
+        """Of the rank with most shapes."""
+        launches = Counter[int]()
+        for rank, _, _, steps in self.batches:
+            launches[rank] += ITERATION_LAUNCHES * steps
+        return max(launches.values(), default=0)
+
+    @property
+    def workspace(self) -> int:
+        """Bytes: the largest batch of equal matrices twice, and two Gram matrices of each, in float32."""
+        batches = ((count, m, n) for (_, m, n, _), count in self.batches.items())
+        return max((8 * count * (m * n + min(m, n) ** 2) for count, m, n in batches), default=0)
+
+
+def model_messages(
+    model: GPT, parallel: Parallel, links: Links, replicas: Links, dtype: str, micro_steps: int, reductions: int
+) -> tuple[list[Messages], dict[str, int]]:
+    """What `fully_shard` or DDP sends in a step of so many micro-batches and reductions, and the buffers for it.
+
+    Blocks are gathered in both passes; the rest is a group that stays between them. Gradients travel in float32.
+    """
+    if parallel.mode == "ddp":
+        parameters = [parameter for parameter in model.parameters() if parameter.requires_grad][::-1]
+        limits = [dist._DEFAULT_FIRST_BUCKET_BYTES, 25 * 2**20]
+        buckets, _ = dist._compute_bucket_assignment_by_size(parameters, limits)
+        costs = [replicas.ring(4 * sum(parameters[index].numel() for index in bucket), 2) for bucket in buckets]
+        return [Messages.of("all-reduce of gradients", reductions, costs)], {}
+    if not parallel.sharded:
+        return [], {}
+    # messages are padded to the first rank's shards
+    blocks = [parallel.shards * sum(local(p).numel() for p in block.parameters()) for block in model.blocks]
+    everything = parallel.shards * sum(local(p).numel() for p in model.parameters())
+    root, size = everything - sum(blocks), DTYPES[dtype].itemsize
+    messages = [
+        Messages.of("all-gather", micro_steps, [links.ring(size * count) for count in (root, *blocks, *blocks)]),
+        Messages.of("reduce-scatter", reductions, [links.ring(4 * count) for count in (root, *blocks)]),
+    ]
+    if parallel.replicas > 1:
+        costs = [replicas.ring(4 * count / parallel.shards, 2) for count in (root, *blocks)]
+        messages.append(Messages.of("all-reduce of replicas", reductions, costs))
+    # a block computes while the next one arrives; a group's gradients wait beside their message
+    gathered = size * (root + max(blocks) * min(2, len(blocks)))
+    return messages, {"gathered": gathered, "reduced": (size + 4) * max(root, *blocks)}
+
+
+def rule_messages(step: ShardedStep, loads: Loads, links: Links) -> tuple[list[Messages], int, float]:
+    """What the learned rule sends in a step, bytes of its messages, and bytes that gathering would send."""
+    item, lengths = step.wire.itemsize, list(step.lengths)
+    if all(member.job.orthogonalize for member in step.members):
+        lengths.pop()  # sums of squares of directions that nobody orthogonalises
+    messages = [Messages.of("all-reduce", 1, [links.ring(4 * length, 2) for length in lengths])]
+    away = [held - kept for held, kept in zip(loads.held, loads.kept, strict=True)]
+    back = [owned - kept for owned, kept in zip(loads.owned, loads.kept, strict=True)]
+    assert item * (away[0] + back[0]) == step.bytes_sent()["all-to-all"]
+    if step.owner:
+        sent = item * max(a + b for a, b in zip(away, back, strict=True))
+        messages.append(Messages("all-to-all", 2, sent, 2 * links.exchange(item * max(*away, *back))))
+    buffers = item * max(h + o for h, o in zip(loads.held, loads.owned, strict=True)) + 4 * sum(lengths)
+    return messages, buffers, item * sum(loads.held) * (step.ranks - 1) / step.ranks

@@ -1,0 +1,367 @@
+"""What a run would be, before it is paid for: the real sharded model and optimizer, on meta tensors, as rank 0 of many.
+
+    python -m celo2.pretrain.plan
+    python -m celo2.pretrain.train_gpt --size xl --opt celo2 --dry-run --world-size 8 --gpu h100
+
+Bytes, messages, owners and FLOPs are those of the objects that a run makes, here in a fake process group; seconds are
+predictions of `machines.py`. The first command prints a table of every large size on 8 to 1024 ranks.
+"""
+
+import argparse
+import dataclasses
+import math
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from celo2 import FusedCelo2, Theta
+from celo2.pretrain.activations import Activations, count_activations
+from celo2.pretrain.device import DTYPES
+from celo2.pretrain.machines import ASSUMPTIONS, LAUNCH, MACHINES, RULE_LAUNCHES, USABLE, Links, Machine
+from celo2.pretrain.messages import Loads, Messages, model_messages, rule_messages
+from celo2.pretrain.model import GPT, GPTConfig, model_config
+from celo2.pretrain.optimizers import Optimizers, local_bytes
+from celo2.pretrain.parallel import PARALLEL, REDUCE, Parallel, shard
+from celo2.pretrain.recipes import Recipe, recipe_for, split_batch
+from celo2.pretrain.runlog import quantity
+from celo2.routing import format_table
+from celo2.sharding import local
+
+GIB = 2**30
+TABLE_SIZES = ("small", "medium", "large", "gpt2-xl", "xl")
+TABLE_RANKS = (8, 16, 32, 64, 128, 256, 512, 1024)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Numbers of a run, of the rank with most of each: bytes of memory, messages of a step, predicted seconds."""
+
+    size: str
+    config: GPTConfig
+    opt: str
+    gpu: str
+    ranks: int
+    parallel: str
+    batch_tokens: int
+    micro_batch: int
+    micro_steps: int
+    settings: str
+    parameters: dict[str, int]
+    """Of the whole model, by rule."""
+    held: dict[str, int]
+    """On the rank, by rule."""
+    memory: dict[str, int]
+    """Bytes; not all at once."""
+    activations: Activations
+    peaks: tuple[int, int]
+    """Bytes at most: in forward and backward passes, and in the optimizer's step."""
+    model_messages: tuple[Messages, ...]
+    rule_messages: tuple[Messages, ...]
+    gathered_instead: float
+    """Bytes that would leave a rank if every rank gathered all directions."""
+    matrices: int
+    """That Newton-Schulz takes."""
+    newton_schulz: tuple[int, int, float]
+    """FLOPs of all ranks that share them, of the rank with most, and the ratio of that to their mean."""
+    compute: float
+    """Seconds of forward and backward passes."""
+    optimizer: dict[str, float] | None
+    """Seconds by part; None where there is no model of it (muon)."""
+
+    @property
+    def machine(self) -> Machine:
+        return MACHINES[self.gpu]
+
+    @property
+    def bytes_sent(self) -> float:
+        """Bytes that leave a rank for the learned rule in a step."""
+        return sum(messages.sent for messages in self.rule_messages)
+
+    @property
+    def fits(self) -> bool:
+        """Whether the usable part of the memory holds the peak."""
+        return max(self.peaks) <= USABLE * self.machine.memory * GIB
+
+    @property
+    def hidden(self) -> float:
+        """Seconds of the model's messages, behind its computation or the other way around."""
+        return sum(messages.seconds for messages in self.model_messages)
+
+    @property
+    def optimizer_seconds(self) -> float:
+        return math.nan if self.optimizer is None else sum(self.optimizer.values())
+
+    @property
+    def step_seconds(self) -> float:
+        return max(self.compute, self.hidden) + self.optimizer_seconds
+
+    @property
+    def share(self) -> float:
+        """The optimizer's part of a step."""
+        return self.optimizer_seconds / self.step_seconds
+
+
+@contextmanager
+def fake_processes(ranks: int) -> Iterator[None]:
+    """Be rank 0 of a process group whose collectives send nothing; none for one rank."""
+    if ranks == 1:
+        yield
+        return
+    if dist.is_initialized():
+        raise ValueError("a plan makes a process group of its own: run it in one process, without torchrun")
+    dist.init_process_group("fake", rank=0, world_size=ranks, store=FakeStore())
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def make_plan(
+    *,
+    size: str,
+    recipe: Recipe,
+    arch: str | None = None,
+    opt: str = "celo2",
+    world_size: int = 8,
+    local_ranks: int = 8,
+    parallel: str = "auto",
+    shards: int | None = None,
+    gpu: str = "h100",
+    dtype: str = "bfloat16",
+    micro_batch: int | None = None,
+    reduce: str = "last",
+    recompute: bool = False,
+    loss_chunks: int = 1,
+    weights: str | Theta | None = None,
+    bias: bool = False,
+    wire_dtype: str = "bfloat16",
+) -> Plan:
+    """Plan a run on `world_size` GPUs, `local_ranks` in a node; the options are those of `train_gpt.py`.
+
+    Raises ValueError for an unknown GPU, layout, size or dtype, for fewer than one rank, a batch that does not divide
+    among the ranks, and in a process that belongs to a process group already.
+    """
+    choices = {"--gpu": (gpu, MACHINES), "--parallel": (parallel, PARALLEL), "--reduce": (reduce, REDUCE)}
+    for name, (value, allowed) in {**choices, "--dtype": (dtype, DTYPES)}.items():
+        if value not in allowed:
+            raise ValueError(f"{name} {value}: cannot be planned; choose one of {', '.join(allowed)}")
+    if world_size < 1 or local_ranks < 1:
+        raise ValueError(f"--world-size {world_size} in nodes of {local_ranks}: both must be at least 1")
+    machine, config = MACHINES[gpu], model_config(size, arch, bias=bias)
+    micro_batch, micro_steps = split_batch(micro_batch, recipe.batch_tokens, config.context, world_size)
+    reductions = micro_steps if reduce == "every" else 1
+    local_ranks = min(local_ranks, world_size)
+    with fake_processes(world_size):
+        layout = Parallel.choose(parallel, world_size, local_ranks, "cpu", shards)
+        with torch.device("meta"):
+            model = GPT(config, recompute=recompute, loss_chunks=loss_chunks)
+        if layout.sharded:
+            shard(model, layout, dtype)
+        optimizers = Optimizers(opt, recipe, model, weights, wire_dtype=wire_dtype)
+        links = Links(machine, layout.shards, min(layout.shards, local_ranks))
+        replicas = Links(machine, layout.replicas, max(1, local_ranks // layout.shards))
+        passing, buffers = model_messages(model, layout, links, replicas, dtype, micro_steps, reductions)
+
+        held = dict.fromkeys(optimizers.parameters_by_rule(), 0)
+        for member in optimizers.members:
+            for parameter in member.state:
+                rule = member.rule_of(parameter) if isinstance(member, FusedCelo2) else type(member).__name__.lower()
+                held[rule] += local(parameter).numel()
+        seconds = {"AdamW": held.get("adamw", 0) * machine.adamw_seconds()}
+        stepping: list[Messages] = []
+        loads, instead = Loads(1, machine), 0.0
+        learned = optimizers.members[0]
+        if isinstance(learned, FusedCelo2):
+            step = learned._plan_sharded() if layout.sharded else None
+            loads = Loads.of(learned, step, machine)
+            if step is not None:
+                stepping, buffers["messages"], instead = rule_messages(step, loads, links)
+            seconds |= {
+                "learned rule": held["celo2"] * machine.rule_seconds(bool(loads.batches)),
+                "Newton-Schulz": max(loads.seconds),
+                "messages": sum(messages.seconds for messages in stepping),
+                "launches": LAUNCH * (RULE_LAUNCHES + loads.launches),
+            }
+        parameters, state = sum(local_bytes(p) for p in model.parameters()), optimizers.state_bytes()
+        rules = optimizers.parameters_by_rule()
+        activations = count_activations(
+            config, micro_batch, dtype, autocast=not layout.sharded, recompute=recompute, loss_chunks=loss_chunks
+        )
+
+    # between micro-batches that do not reduce, `fully_shard` keeps whole gradients
+    whole = layout.sharded and reductions < micro_steps
+    memory = {
+        "parameters": parameters,
+        "optimizer state": state,
+        "gradients": 4 * sum(rules.values()) if whole else parameters,
+        "activations": activations.peak,
+        **buffers,
+        "Newton-Schulz": loads.workspace,
+    }
+    in_passes = sum(memory.get(key, 0) for key in ("gradients", "activations", "gathered", "reduced"))
+    in_step = parameters + memory.get("messages", 0) + loads.workspace
+    flops = model.flops_per_token() * recipe.batch_tokens / world_size * (4 / 3 if recompute else 1)
+    return Plan(
+        size=size,
+        config=config,
+        opt=opt,
+        gpu=gpu,
+        ranks=world_size,
+        parallel=str(layout),
+        batch_tokens=recipe.batch_tokens,
+        micro_batch=micro_batch,
+        micro_steps=micro_steps,
+        settings=f"{dtype}, gradients reduced after {'every' if reductions == micro_steps else 'the last'} micro-batch"
+        + (", blocks recomputed" if recompute else ""),
+        parameters=rules,
+        held=held,
+        memory=memory,
+        activations=activations,
+        peaks=(parameters + state + in_passes, parameters + state + in_step),
+        model_messages=tuple(passing),
+        rule_messages=tuple(stepping),
+        gathered_instead=instead,
+        matrices=sum(loads.batches.values()),
+        newton_schulz=(sum(loads.flops), max(loads.flops), loads.balance),
+        compute=flops / machine.model_rate(dtype),
+        optimizer=None if opt == "muon" else seconds,
+    )
+
+
+def _explanations(plan: Plan) -> dict[str, str]:
+    """The model behind each part of the optimizer's time, and behind each part of the memory."""
+    machine, held = plan.machine, plan.held
+    rate = 1e12 * machine.rule_seconds(plan.matrices > 0)
+    whole = plan.memory["gradients"] > plan.memory["parameters"]
+    activations = plan.activations
+    return {
+        "parameters": "float32",
+        "optimizer state": "",
+        "gradients": "float32" + (", whole until the last micro-batch (or --reduce every)" if whole else ""),
+        "activations": f"{activations.kept / GIB:.2f} kept by layers; then {activations.loss / GIB:.2f} for the loss"
+        + (f" or {activations.block / GIB:.2f} of a block" if activations.block else ""),
+        "gathered": "by fully_shard: embeddings, head and two blocks",
+        "reduced": "by fully_shard: the largest group's gradients and their message",
+        "messages": "of the learned rule, sent and received",
+        "learned rule": f"{quantity(held.get('celo2', 0))} parameters x {rate:.1f} ps, the kernels' roofline",
+        "AdamW": f"{quantity(held.get('adamw', 0))} parameters x {1e12 * machine.adamw_seconds():.1f} ps, its bytes",
+    }
+
+
+def describe(plan: Plan) -> str:
+    """The plan as text, some forty lines."""
+    machine, config = plan.machine, plan.config
+    explained = _explanations(plan)
+    total = sum(plan.parameters.values())
+    rules = ", ".join(f"{count:,} by {rule}" for rule, count in plan.parameters.items())
+    lines = [
+        f"plan:       {plan.size} ({config.arch}), {plan.opt}, {plan.ranks} x {machine.chip.name}, {plan.parallel}",
+        f"parameters: {total:,} ({rules}; {plan.matrices:,} matrices for Newton-Schulz)",
+        f"batch:      {plan.batch_tokens:,} tokens = {plan.ranks} ranks x {plan.micro_steps} micro-batches x "
+        f"{plan.micro_batch} sequences of {config.context}; {plan.settings}",
+        "",
+        "memory a rank, GiB",
+    ]
+    for name, size in plan.memory.items():
+        if size:
+            lines.append(f"  {name:<28}{size / GIB:8.2f}  {explained.get(name, '')}".rstrip())
+    passes, step = plan.peaks
+    verdict = "fits" if plan.fits else "does NOT fit"
+    lines += [
+        f"  {'at most':<28}{max(plan.peaks) / GIB:8.2f}  in the {'passes' if passes >= step else 'step'} "
+        f"({min(plan.peaks) / GIB:.2f} in the {'step' if passes >= step else 'passes'}): {verdict} into "
+        f"{USABLE:.0%} of {machine.memory} GiB",
+        "",
+        "collectives a step                count  MB sent a rank",
+    ]
+    for owner, kinds in (("model", plan.model_messages), (plan.opt, plan.rule_messages)):
+        for kind in kinds:
+            lines.append(f"  {owner + ': ' + kind.name:<30}{kind.count:7,}  {kind.sent / 1e6:14,.1f}")
+    if plan.rule_messages:
+        instead = f"; gathering the directions would send {plan.gathered_instead / 1e9:.3f}"
+        lines.append(
+            f"  {plan.opt} sends {plan.bytes_sent / 1e9:.3f} GB a rank{instead if plan.gathered_instead else ''}"
+        )
+    flops, most, balance = plan.newton_schulz
+    if flops:
+        lines.append(
+            f"  Newton-Schulz: {flops:.3g} FLOPs, {most:.3g} on the rank with most: {balance:.2f} times the mean"
+        )
+    lines += [
+        "",
+        "predicted, ms a step",
+        f"  {'forward and backward':<28}{1e3 * plan.compute:8.1f}  {plan.batch_tokens // plan.ranks:,} tokens a rank",
+    ]
+    if plan.model_messages:
+        lines.append(f"  {'messages of the model':<28}{1e3 * plan.hidden:8.1f}  the longer of the two counts")
+    if plan.optimizer is None:
+        lines.append("  optimizer: no model of torch.optim.Muon")
+    else:
+        for name, value in plan.optimizer.items():
+            if value:
+                lines.append(f"  {name:<28}{1e3 * value:8.2f}  {explained.get(name, '')}".rstrip())
+        lines.append(
+            f"  {'a step':<28}{1e3 * plan.step_seconds:8.1f}  optimizer {1e3 * plan.optimizer_seconds:.1f}, "
+            f"{plan.share:.2%} of it; {quantity(plan.batch_tokens / plan.step_seconds)} tokens/s"
+        )
+    return "\n".join([*lines, *(f"  {line}" for line in ASSUMPTIONS)]) + "\n"
+
+
+def table(gpu: str = "h100", sizes: Sequence[str] = TABLE_SIZES, world_sizes: Sequence[int] = TABLE_RANKS) -> str:
+    """Plans of celo2 with each size's own recipe, a line each.
+
+    Where the ranks do not divide the batch, the line is of the next larger one that they do.
+    """
+    header = ("size", "ranks", "GiB a rank", "state", "MB sent", "balance", "optimizer ms", "step ms", "share", "batch")
+    rows = []
+    for size in sizes:
+        own = recipe_for(size, "celo2")
+        context = model_config(size).context
+        for ranks in world_sizes:
+            sequences = own.batch_tokens // context
+            more = -(-sequences // ranks) * ranks
+            recipe = dataclasses.replace(own, batch_tokens=more * context)
+            plan = make_plan(size=size, recipe=recipe, world_size=ranks, gpu=gpu)
+            rows.append(
+                (
+                    size,
+                    str(ranks),
+                    f"{max(plan.peaks) / GIB:.2f}" + ("" if plan.fits else "!"),
+                    f"{plan.memory['optimizer state'] / GIB:.3f}",
+                    f"{plan.bytes_sent / 1e6:.1f}",
+                    f"{plan.newton_schulz[2]:.2f}",
+                    f"{1e3 * plan.optimizer_seconds:.2f}",
+                    f"{1e3 * plan.step_seconds:.1f}",
+                    f"{plan.share:.2%}",
+                    "divides" if more == sequences else f"x {more / sequences:g}",
+                )
+            )
+    return format_table(header, rows)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Print the table; returns the exit status."""
+    parser = argparse.ArgumentParser(description="What runs of celo2 on 8 to 1024 GPUs would be.")
+    parser.add_argument("--gpu", choices=MACHINES, default="h100")
+    parser.add_argument("--size", nargs="+", choices=TABLE_SIZES, default=TABLE_SIZES)
+    arguments = parser.parse_args(argv)
+    print(f"celo2, fully_shard over all ranks, 8 x {MACHINES[arguments.gpu].chip.name} in a node; predictions")
+    print(table(arguments.gpu, arguments.size))
+    print(
+        "GiB a rank: at most (! does not fit); state: of the optimizer; MB sent: by a rank in a step of the rule, its"
+    )
+    print(
+        "all-reduces and all-to-alls; balance: Newton-Schulz FLOPs of the rank with most over the mean; batch: whether"
+    )
+    print("the recipe's divides among the ranks, or how many times larger the one of this line is")
+    print("\n".join(ASSUMPTIONS))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
