@@ -2,9 +2,10 @@
 
 from collections import Counter
 from collections.abc import Sequence
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch.distributed as dist
+from torch import Tensor
 
 from celo2 import FusedCelo2
 from celo2.groups import group_view, named_parameters
@@ -16,7 +17,8 @@ from celo2.sharded_step import ShardedStep
 from celo2.sharding import Layout, Piece, local, newton_schulz_flops
 
 
-class Messages(NamedTuple):
+@dataclass(frozen=True)
+class Messages:
     """A kind of collective: how many a step, bytes that leave a rank in all of them (the most of any), seconds."""
 
     name: str
@@ -103,9 +105,10 @@ def model_messages(
     Blocks are gathered in both passes; the rest is a group that stays between them. Gradients travel in float32.
     """
     if parallel.mode == "ddp":
-        parameters = [parameter for parameter in model.parameters() if parameter.requires_grad][::-1]
-        limits = [dist._DEFAULT_FIRST_BUCKET_BYTES, 25 * 2**20]
-        buckets, _ = dist._compute_bucket_assignment_by_size(parameters, limits)
+        # as it sorts them once the first backward pass has shown their order
+        parameters: list[Tensor] = [parameter for parameter in model.parameters() if parameter.requires_grad][::-1]
+        limits = [dist._DEFAULT_FIRST_BUCKET_BYTES, 25 * 2**20]  # type: ignore[attr-defined]
+        buckets, _ = dist._compute_bucket_assignment_by_size(parameters, limits)  # type: ignore[attr-defined]
         costs = [replicas.ring(4 * sum(parameters[index].numel() for index in bucket), 2) for bucket in buckets]
         return [Messages.of("all-reduce of gradients", reductions, costs)], {}
     if not parallel.sharded:

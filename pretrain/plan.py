@@ -181,6 +181,9 @@ def make_plan(
             loads = Loads.of(learned, step, machine)
             if step is not None:
                 stepping, buffers["messages"], instead = rule_messages(step, loads, links)
+            if step is None or not loads.batches:
+                # where directions do not wait in a message; Newton-Schulz takes bfloat16 ones
+                buffers["directions"] = (2 if loads.batches else 4) * held["celo2"]
             seconds |= {
                 "learned rule": held["celo2"] * machine.rule_seconds(bool(loads.batches)),
                 "Newton-Schulz": max(loads.seconds),
@@ -204,8 +207,15 @@ def make_plan(
         "Newton-Schulz": loads.workspace,
     }
     in_passes = sum(memory.get(key, 0) for key in ("gradients", "activations", "gathered", "reduced"))
-    in_step = parameters + memory.get("messages", 0) + loads.workspace
+    in_step = parameters + sum(memory.get(key, 0) for key in ("messages", "directions", "Newton-Schulz"))
     flops = model.flops_per_token() * recipe.batch_tokens / world_size * (4 / 3 if recompute else 1)
+    settings = [dtype]
+    if world_size > 1:
+        settings.append(f"gradients travel after {'every' if reduce == 'every' else 'the last'} one")
+    if recompute:
+        settings.append("blocks recomputed")
+    if loss_chunks > 1:
+        settings.append(f"the loss in {loss_chunks} parts")
     return Plan(
         size=size,
         config=config,
@@ -216,8 +226,7 @@ def make_plan(
         batch_tokens=recipe.batch_tokens,
         micro_batch=micro_batch,
         micro_steps=micro_steps,
-        settings=f"{dtype}, gradients reduced after {'every' if reductions == micro_steps else 'the last'} micro-batch"
-        + (", blocks recomputed" if recompute else ""),
+        settings=", ".join(settings),
         parameters=rules,
         held=held,
         memory=memory,
@@ -241,13 +250,13 @@ def _explanations(plan: Plan) -> dict[str, str]:
     activations = plan.activations
     return {
         "parameters": "float32",
-        "optimizer state": "",
         "gradients": "float32" + (", whole until the last micro-batch (or --reduce every)" if whole else ""),
         "activations": f"{activations.kept / GIB:.2f} kept by layers; then {activations.loss / GIB:.2f} for the loss"
         + (f" or {activations.block / GIB:.2f} of a block" if activations.block else ""),
         "gathered": "by fully_shard: embeddings, head and two blocks",
         "reduced": "by fully_shard: the largest group's gradients and their message",
         "messages": "of the learned rule, sent and received",
+        "directions": "of the learned rule",
         "learned rule": f"{quantity(held.get('celo2', 0))} parameters x {rate:.1f} ps, the kernels' roofline",
         "AdamW": f"{quantity(held.get('adamw', 0))} parameters x {1e12 * machine.adamw_seconds():.1f} ps, its bytes",
     }
@@ -262,8 +271,9 @@ def describe(plan: Plan) -> str:
     lines = [
         f"plan:       {plan.size} ({config.arch}), {plan.opt}, {plan.ranks} x {machine.chip.name}, {plan.parallel}",
         f"parameters: {total:,} ({rules}; {plan.matrices:,} matrices for Newton-Schulz)",
-        f"batch:      {plan.batch_tokens:,} tokens = {plan.ranks} ranks x {plan.micro_steps} micro-batches x "
-        f"{plan.micro_batch} sequences of {config.context}; {plan.settings}",
+        f"batch:      {plan.batch_tokens:,} tokens: {plan.ranks} ranks, each {plan.micro_steps} micro-batches of "
+        f"{plan.micro_batch} sequences of {config.context}",
+        f"settings:   {plan.settings}",
         "",
         "memory a rank, GiB",
     ]
@@ -282,6 +292,8 @@ def describe(plan: Plan) -> str:
     for owner, kinds in (("model", plan.model_messages), (plan.opt, plan.rule_messages)):
         for kind in kinds:
             lines.append(f"  {owner + ': ' + kind.name:<30}{kind.count:7,}  {kind.sent / 1e6:14,.1f}")
+    if not plan.model_messages:
+        lines.append("  none")
     if plan.rule_messages:
         instead = f"; gathering the directions would send {plan.gathered_instead / 1e9:.3f}"
         lines.append(
@@ -318,7 +330,7 @@ def table(gpu: str = "h100", sizes: Sequence[str] = TABLE_SIZES, world_sizes: Se
     Where the ranks do not divide the batch, the line is of the next larger one that they do.
     """
     header = ("size", "ranks", "GiB a rank", "state", "MB sent", "balance", "optimizer ms", "step ms", "share", "batch")
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for size in sizes:
         own = recipe_for(size, "celo2")
         context = model_config(size).context
