@@ -105,7 +105,8 @@ class Links(NamedTuple):
 
 ASSUMPTIONS = (
     "A model, nothing is measured. Peaks, bandwidths and links are the data sheets'.",
-    f"Forward and backward: model FLOPs at {UTILISATION:.0%} of the peak (published runs: 37% to 50%).",
+    f"Forward and backward: model FLOPs at {UTILISATION:.0%} of the peak (published runs: 37% to 50%), in "
+    f"float32 at {FLOAT32_RATE:.0%} of that.",
     f"Assumed: Newton-Schulz at {NEWTON_SCHULZ_UTILISATION:.0%} of the peak, links at {LINK_UTILISATION:.0%}, "
     f"{HOP * 1e6:g} us a collective for each doubling of its ranks,",
     f"{PEER * 1e6:g} us a peer of an all-to-all, {LAUNCH * 1e6:g} us a launch; nothing of the optimizer overlaps.",

@@ -92,9 +92,13 @@ class Loads:
 
     @property
     def workspace(self) -> int:
-        """Bytes: the largest batch of equal matrices twice, and two Gram matrices of each, in float32."""
+        """Bytes: the largest batch of equal matrices twice, and two Gram matrices of each.
+
+        The kernels have them in bfloat16, owners of sharded ones in float32.
+        """
+        item = 2 if len(self.flops) == 1 else 4
         batches = ((count, m, n) for (_, m, n, _), count in self.batches.items())
-        return max((8 * count * (m * n + min(m, n) ** 2) for count, m, n in batches), default=0)
+        return max((2 * item * count * (m * n + min(m, n) ** 2) for count, m, n in batches), default=0)
 
 
 def model_messages(
@@ -106,7 +110,8 @@ def model_messages(
     """
     if parallel.mode == "ddp":
         # as it sorts them once the first backward pass has shown their order
-        parameters: list[Tensor] = [parameter for parameter in model.parameters() if parameter.requires_grad][::-1]
+        parameters: list[Tensor] = list(model.parameters())
+        parameters.reverse()
         limits = [dist._DEFAULT_FIRST_BUCKET_BYTES, 25 * 2**20]  # type: ignore[attr-defined]
         buckets, _ = dist._compute_bucket_assignment_by_size(parameters, limits)  # type: ignore[attr-defined]
         costs = [replicas.ring(4 * sum(parameters[index].numel() for index in bucket), 2) for bucket in buckets]

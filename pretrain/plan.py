@@ -68,6 +68,7 @@ class Plan:
     """That Newton-Schulz takes."""
     newton_schulz: tuple[int, int, float]
     """FLOPs of all ranks that share them, of the rank with most, and the ratio of that to their mean."""
+    flops_per_token: int
     compute: float
     """Seconds of forward and backward passes."""
     optimizer: dict[str, float] | None
@@ -146,6 +147,7 @@ def make_plan(
     Raises ValueError for an unknown GPU, layout, size or dtype, for fewer than one rank, a batch that does not divide
     among the ranks, and in a process that belongs to a process group already.
     """
+    gpu = gpu.lower()
     choices = {"--gpu": (gpu, MACHINES), "--parallel": (parallel, PARALLEL), "--reduce": (reduce, REDUCE)}
     for name, (value, allowed) in {**choices, "--dtype": (dtype, DTYPES)}.items():
         if value not in allowed:
@@ -237,35 +239,45 @@ def make_plan(
         gathered_instead=instead,
         matrices=sum(loads.batches.values()),
         newton_schulz=(sum(loads.flops), max(loads.flops), loads.balance),
+        flops_per_token=model.flops_per_token(),
         compute=flops / machine.model_rate(dtype),
         optimizer=None if opt == "muon" else seconds,
     )
 
 
-def _explanations(plan: Plan) -> dict[str, str]:
-    """The model behind each part of the optimizer's time, and behind each part of the memory."""
-    machine, held = plan.machine, plan.held
-    rate = 1e12 * machine.rule_seconds(plan.matrices > 0)
+def _memory_notes(plan: Plan) -> dict[str, str]:
+    """What each part of the memory is."""
+    kept, loss, block = (size / GIB for size in plan.activations)
     whole = plan.memory["gradients"] > plan.memory["parameters"]
-    activations = plan.activations
     return {
         "parameters": "float32",
-        "gradients": "float32" + (", whole until the last micro-batch (or --reduce every)" if whole else ""),
-        "activations": f"{activations.kept / GIB:.2f} kept by layers; then {activations.loss / GIB:.2f} for the loss"
-        + (f" or {activations.block / GIB:.2f} of a block" if activations.block else ""),
+        "gradients": "float32" + (", whole until the last micro-batch; --reduce every keeps shards" if whole else ""),
+        "activations": f"{kept:.2f} that layers keep, {loss:.2f} for the loss"
+        + (f" or {block:.2f} of a recomputed block" if block else ""),
         "gathered": "by fully_shard: embeddings, head and two blocks",
-        "reduced": "by fully_shard: the largest group's gradients and their message",
+        "reduced": "by fully_shard: the largest group's gradients, and their message",
         "messages": "of the learned rule, sent and received",
         "directions": "of the learned rule",
-        "learned rule": f"{quantity(held.get('celo2', 0))} parameters x {rate:.1f} ps, the kernels' roofline",
-        "AdamW": f"{quantity(held.get('adamw', 0))} parameters x {1e12 * machine.adamw_seconds():.1f} ps, its bytes",
+    }
+
+
+def _time_notes(plan: Plan) -> dict[str, str]:
+    """The model behind each prediction of the optimizer's time."""
+    machine = plan.machine
+    learned, adamw = (f"{quantity(plan.held.get(rule, 0))} parameters" for rule in ("celo2", "adamw"))
+    rates = 1e12 * machine.rule_seconds(plan.matrices > 0), 1e12 * machine.adamw_seconds()
+    return {
+        "learned rule": f"{learned} x {rates[0]:.1f} ps: the kernels' roofline, of shards too",
+        "AdamW": f"{adamw} x {rates[1]:.1f} ps: bytes over bandwidth",
+        "Newton-Schulz": "FLOPs, or bytes over bandwidth, of the rank with most",
+        "messages": "bytes over links and latencies, of the rank with most",
     }
 
 
 def describe(plan: Plan) -> str:
     """The plan as text, some forty lines."""
-    machine, config = plan.machine, plan.config
-    explained = _explanations(plan)
+    machine, config, tokens = plan.machine, plan.config, plan.batch_tokens // plan.ranks
+    notes, models = _memory_notes(plan), _time_notes(plan)
     total = sum(plan.parameters.values())
     rules = ", ".join(f"{count:,} by {rule}" for rule, count in plan.parameters.items())
     lines = [
@@ -279,7 +291,7 @@ def describe(plan: Plan) -> str:
     ]
     for name, size in plan.memory.items():
         if size:
-            lines.append(f"  {name:<28}{size / GIB:8.2f}  {explained.get(name, '')}".rstrip())
+            lines.append(f"  {name:<28}{size / GIB:8.2f}  {notes.get(name, '')}".rstrip())
     passes, step = plan.peaks
     verdict = "fits" if plan.fits else "does NOT fit"
     lines += [
@@ -307,16 +319,17 @@ def describe(plan: Plan) -> str:
     lines += [
         "",
         "predicted, ms a step",
-        f"  {'forward and backward':<28}{1e3 * plan.compute:8.1f}  {plan.batch_tokens // plan.ranks:,} tokens a rank",
+        f"  {'forward and backward':<28}{1e3 * plan.compute:8.1f}  {tokens:,} tokens a rank x "
+        f"{quantity(plan.flops_per_token)} FLOPs, {quantity(tokens * plan.flops_per_token / plan.compute)} a second",
     ]
     if plan.model_messages:
-        lines.append(f"  {'messages of the model':<28}{1e3 * plan.hidden:8.1f}  the longer of the two counts")
+        lines.append(f"  {'messages of the model':<28}{1e3 * plan.hidden:8.1f}  at the same time: the longer counts")
     if plan.optimizer is None:
         lines.append("  optimizer: no model of torch.optim.Muon")
     else:
         for name, value in plan.optimizer.items():
             if value:
-                lines.append(f"  {name:<28}{1e3 * value:8.2f}  {explained.get(name, '')}".rstrip())
+                lines.append(f"  {name:<28}{1e3 * value:8.2f}  {models.get(name, '')}".rstrip())
         lines.append(
             f"  {'a step':<28}{1e3 * plan.step_seconds:8.1f}  optimizer {1e3 * plan.optimizer_seconds:.1f}, "
             f"{plan.share:.2%} of it; {quantity(plan.batch_tokens / plan.step_seconds)} tokens/s"
