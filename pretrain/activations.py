@@ -75,20 +75,6 @@ def _saved_bytes(
             saved[storage._cdata] = storage
         return tensor
 
-    def keep_inputs(_: nn.Module, inputs: tuple[Tensor, tuple[Tensor, Tensor] | None]) -> None:
-        x_BTD, rope = inputs
-        for tensor in (x_BTD, *(rope or ())):
-            keep(tensor)
-
-    def keep_output(_: nn.Module, inputs: Any, output: Tensor) -> None:
-        keep(output)
-
-    # checkpoint holds its inputs itself, where the hooks of saved tensors do not see them
-    if recompute:
-        for block in model.blocks:
-            block.register_forward_pre_hook(keep_inputs)
-    if loss_chunks > 1:
-        model.final_norm.register_forward_hook(keep_output)
     with (
         _OnGpu(dtype if autocast else None),
         torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),

@@ -91,6 +91,24 @@ def test_state_of_xl(xl: Plan) -> None:
     )
 
 
+def test_memory_of_xl(xl: Plan) -> None:
+    memory, block = xl.memory, 12 * WIDTH**2 + 2 * WIDTH
+    # padded to eight times the first rank's rows
+    root = 8 * 6283 * WIDTH + CONTEXT * WIDTH + WIDTH
+    assert (xl.micro_batch, xl.micro_steps) == (8, 8)
+    assert memory["gradients"] == 4 * sum(xl.parameters.values())
+    assert memory["gathered"] == 2 * (root + 2 * block)
+    assert memory["reduced"] == (2 + 4) * root
+    # 48 of a layer's large matrices on 8 ranks, equal ones together, twice and with two Gram matrices
+    assert memory["Newton-Schulz"] == 4 * 6 * 2 * (8192 * 2048 + 2048**2)
+    all_reduces = xl.rule_messages[0].sent / (2 * 7 / 8)
+    assert memory["messages"] == 2 * (2 * xl.held["celo2"]) + all_reduces
+    lasting = memory["parameters"] + memory["optimizer state"]
+    passes = memory["gradients"] + memory["activations"] + memory["gathered"] + memory["reduced"]
+    step = memory["parameters"] + memory["messages"] + memory["Newton-Schulz"]
+    assert xl.peaks == (lasting + passes, lasting + step)
+
+
 def test_prediction_of_xl(xl: Plan) -> None:
     tokens = 2**20 / 8
     matrices = LAYERS * 12 * WIDTH**2 + VOCAB * WIDTH + (2 * LAYERS + 1) * WIDTH
@@ -362,7 +380,11 @@ def test_layouts() -> None:
     assert hsdp.rule_messages == fsdp.rule_messages
     assert "all-reduce of replicas" in [message.name for message in hsdp.model_messages]
     ddp, one = plan("small", world_size=16, parallel="ddp"), plan("small", world_size=1)
+    assert one.memory["directions"] == 2 * one.parameters["celo2"] and "messages" not in one.memory
     assert ddp.memory["optimizer state"] == one.memory["optimizer state"] > 7 * fsdp.memory["optimizer state"]
+    # only `fully_shard` casts parameters by itself: under autocast the casts are kept
+    assert ddp.activations.kept - hsdp.activations.kept > 2 * ddp.parameters["celo2"]
+    assert ddp.micro_batch == hsdp.micro_batch
     assert ddp.newton_schulz == one.newton_schulz and not ddp.rule_messages and not one.model_messages
     (reduced,) = ddp.model_messages
     assert reduced.sent == pytest.approx(2 * 15 / 16 * 4 * sum(ddp.parameters.values()))
