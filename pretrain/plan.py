@@ -30,6 +30,7 @@ from celo2.pretrain.parallel import PARALLEL, REDUCE, Parallel, shard
 from celo2.pretrain.recipes import Recipe, recipe_for, split_batch
 from celo2.pretrain.runlog import quantity
 from celo2.routing import format_table
+from celo2.sharded_step import ShardedStep
 from celo2.sharding import local
 
 GIB = 2**30
@@ -180,6 +181,7 @@ def make_plan(
         learned = optimizers.members[0]
         if isinstance(learned, FusedCelo2):
             step = learned._plan_sharded() if layout.sharded else None
+            assert step is None or isinstance(step, ShardedStep)
             loads = Loads.of(learned, step, machine)
             if step is not None:
                 stepping, buffers["messages"], instead = rule_messages(step, loads, links)
