@@ -15,6 +15,7 @@ from celo2.pretrain.model import GPT
 from celo2.pretrain.parallel import Parallel
 from celo2.sharded_step import ShardedStep
 from celo2.sharding import Layout, Piece, local, newton_schulz_flops
+from celo2.split_step import BUCKET_BYTES, SplitStep, plan_buckets
 
 
 @dataclass(frozen=True)
@@ -148,3 +149,11 @@ def rule_messages(step: ShardedStep, loads: Loads, links: Links) -> tuple[list[M
         messages.append(Messages("all-to-all", 2, sent, 2 * links.exchange(item * max(*away, *back))))
     buffers = item * max(h + o for h, o in zip(loads.held, loads.owned, strict=True)) + 4 * sum(lengths)
     return messages, buffers, item * sum(loads.held) * (step.ranks - 1) / step.ranks
+
+
+def row_messages(step: SplitStep, links: Links) -> tuple[Messages, int]:
+    """How updated rows of whole float32 parameters reach the other ranks, and bytes of the two buffers under way."""
+    shapes = [parameter.shape for parameter in step.parameters]
+    segments = [4 * size for _, size in plan_buckets(shapes, links.ranks, BUCKET_BYTES // 4)]
+    costs = [links.ring(links.ranks * segment) for segment in segments]
+    return Messages.of("all-gather", 1, costs), 2 * (links.ranks + 1) * max(segments, default=0)

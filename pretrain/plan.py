@@ -23,15 +23,15 @@ from celo2 import FusedCelo2, Theta
 from celo2.pretrain.activations import Activations, count_activations
 from celo2.pretrain.device import DTYPES
 from celo2.pretrain.machines import ASSUMPTIONS, LAUNCH, MACHINES, RULE_LAUNCHES, USABLE, Links, Machine
-from celo2.pretrain.messages import Loads, Messages, model_messages, rule_messages
+from celo2.pretrain.messages import Loads, Messages, model_messages, row_messages, rule_messages
 from celo2.pretrain.model import GPT, GPTConfig, model_config
 from celo2.pretrain.optimizers import Optimizers, local_bytes
 from celo2.pretrain.parallel import PARALLEL, REDUCE, Parallel, shard
 from celo2.pretrain.recipes import Recipe, recipe_for, split_batch
 from celo2.pretrain.runlog import quantity
 from celo2.routing import format_table
-from celo2.sharded_step import ShardedStep
 from celo2.sharding import local
+from celo2.split_step import SplitStep
 
 GIB = 2**30
 TABLE_SIZES = ("small", "medium", "large", "gpt2-xl", "xl")
@@ -142,6 +142,7 @@ def make_plan(
     weights: str | Theta | None = None,
     bias: bool = False,
     wire_dtype: str = "bfloat16",
+    split_step: bool = False,
 ) -> Plan:
     """Plan a run on `world_size` GPUs, `local_ranks` in a node; the options are those of `train_gpt.py`.
 
@@ -160,31 +161,40 @@ def make_plan(
     reductions = micro_steps if reduce == "every" else 1
     local_ranks = min(local_ranks, world_size)
     with fake_processes(world_size):
-        layout = Parallel.choose(parallel, world_size, local_ranks, "cpu", shards)
+        # a split step wants its mesh where the parameters are, and fully_shard a device that there is
+        layout = Parallel.choose(parallel, world_size, local_ranks, "meta" if parallel == "ddp" else "cpu", shards)
+        if split_step and layout.mode != "ddp":
+            raise ValueError(f"--split-step belongs to --parallel ddp, this run is {layout}")
         with torch.device("meta"):
             model = GPT(config, recompute=recompute, loss_chunks=loss_chunks)
         if layout.sharded:
             shard(model, layout, dtype)
-        optimizers = Optimizers(opt, recipe, model, weights, wire_dtype=wire_dtype)
+        over = layout.mesh if split_step else None
+        optimizers = Optimizers(opt, recipe, model, weights, wire_dtype=wire_dtype, split_over=over)
         links = Links(machine, layout.shards, min(layout.shards, local_ranks))
         replicas = Links(machine, layout.replicas, max(1, local_ranks // layout.shards))
         passing, buffers = model_messages(model, layout, links, replicas, dtype, micro_steps, reductions)
 
         held = dict.fromkeys(optimizers.parameters_by_rule(), 0)
         for member in optimizers.members:
-            for parameter in member.state:
+            for parameter, entry in member.state.items():
                 rule = member.rule_of(parameter) if isinstance(member, FusedCelo2) else type(member).__name__.lower()
-                held[rule] += local(parameter).numel()
+                held[rule] += local(entry.get("momentum_fast", parameter)).numel()
         seconds = {"AdamW": held.get("adamw", 0) * machine.adamw_seconds()}
         stepping: list[Messages] = []
         loads, instead = Loads(1, machine), 0.0
         learned = optimizers.members[0]
         if isinstance(learned, FusedCelo2):
-            step = learned._plan_sharded() if layout.sharded else None
-            assert step is None or isinstance(step, ShardedStep)
+            planned = learned._plan_sharded() if layout.sharded or split_step else None
+            step = planned.step if isinstance(planned, SplitStep) else planned
             loads = Loads.of(learned, step, machine)
             if step is not None:
-                stepping, buffers["messages"], instead = rule_messages(step, loads, links)
+                among = replicas if split_step else links
+                stepping, buffers["messages"], instead = rule_messages(step, loads, among)
+                if isinstance(planned, SplitStep):
+                    gather, buckets = row_messages(planned, among)
+                    stepping.append(gather)
+                    buffers["messages"] += buckets
             if step is None or not loads.batches:
                 # where directions do not wait in a message; Newton-Schulz takes bfloat16 ones
                 buffers["directions"] = (2 if loads.batches else 4) * held["celo2"]
@@ -218,6 +228,8 @@ def make_plan(
         settings.append(f"gradients travel after {'every' if reduce == 'every' else 'the last'} one")
     if recompute:
         settings.append("blocks recomputed")
+    if split_step:
+        settings.append("step split over the ranks")
     if loss_chunks > 1:
         settings.append(f"the loss in {loss_chunks} parts")
     return Plan(

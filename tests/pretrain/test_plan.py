@@ -392,6 +392,28 @@ def test_layouts() -> None:
     assert four.memory["parameters"] > hsdp.memory["parameters"]
 
 
+def test_split_step() -> None:
+    whole = plan("small", world_size=8, parallel="ddp")
+    split = plan("small", world_size=8, parallel="ddp", split_step=True)
+    fsdp = plan("small", world_size=8)
+    learned = split.parameters["celo2"]
+    assert split.held == {"celo2": learned // 8, "adamw": whole.held["adamw"]}
+    assert split.newton_schulz == fsdp.newton_schulz and split.memory["parameters"] == whole.memory["parameters"]
+    # state of rows, and the factors of columns whole
+    saved = whole.memory["optimizer state"] - split.memory["optimizer state"]
+    assert 0.98 * 16 * learned * 7 / 8 < saved <= 16.1 * learned * 7 / 8
+    messages = {message.name: message for message in split.rule_messages}
+    assert messages["all-to-all"] == fsdp.rule_messages[1]
+    assert messages["all-gather"].sent == 4 * learned * 7 / 8
+    assert messages["all-gather"].count >= 4 * learned / 2**26
+    assert split.optimizer is not None and whole.optimizer is not None
+    assert split.optimizer["learned rule"] == pytest.approx(whole.optimizer["learned rule"] / 8)
+    with pytest.raises(ValueError, match="--split-step belongs to --parallel ddp, this run is fsdp"):
+        plan(split_step=True)
+    with pytest.raises(ValueError, match="--split-step belongs to --opt celo2"):
+        plan(opt="adamw", parallel="ddp", split_step=True)
+
+
 def test_other_optimizers() -> None:
     base = plan(opt="celo2-base")
     assert [(message.name, message.count) for message in base.rule_messages] == [("all-reduce", 3)]
