@@ -36,6 +36,11 @@ from celo2.split_step import SplitStep
 GIB = 2**30
 TABLE_SIZES = ("small", "medium", "large", "gpt2-xl", "xl")
 TABLE_RANKS = (8, 16, 32, 64, 128, 256, 512, 1024)
+LEGEND = (
+    "GiB a rank: at most (! does not fit). state: of the optimizer. MB sent: by a rank, in the learned rule's step.",
+    "balance: Newton-Schulz FLOPs of the rank with most over the mean. batch: whether the ranks divide the recipe's,",
+    "or how many times larger the batch of this line is.",
+)
 
 
 @dataclass(frozen=True)
@@ -64,7 +69,7 @@ class Plan:
     model_messages: tuple[Messages, ...]
     rule_messages: tuple[Messages, ...]
     gathered_instead: float
-    """Bytes that would leave a rank if every rank gathered all directions."""
+    """Bytes that would leave a rank of a sharded model if every rank gathered all directions; else 0."""
     matrices: int
     """That Newton-Schulz takes."""
     newton_schulz: tuple[int, int, float]
@@ -193,7 +198,7 @@ def make_plan(
                 stepping, buffers["messages"], instead = rule_messages(step, loads, among)
                 if isinstance(planned, SplitStep):
                     gather, buckets = row_messages(planned, among)
-                    stepping.append(gather)
+                    stepping, instead = [*stepping, gather], 0.0
                     buffers["messages"] += buckets
             if step is None or not loads.batches:
                 # where directions do not wait in a message; Newton-Schulz takes bfloat16 ones
@@ -223,15 +228,13 @@ def make_plan(
     in_passes = sum(memory.get(key, 0) for key in ("gradients", "activations", "gathered", "reduced"))
     in_step = parameters + sum(memory.get(key, 0) for key in ("messages", "directions", "Newton-Schulz"))
     flops = model.flops_per_token() * recipe.batch_tokens / world_size * (4 / 3 if recompute else 1)
-    settings = [dtype]
-    if world_size > 1:
-        settings.append(f"gradients travel after {'every' if reduce == 'every' else 'the last'} one")
-    if recompute:
-        settings.append("blocks recomputed")
-    if split_step:
-        settings.append("step split over the ranks")
-    if loss_chunks > 1:
-        settings.append(f"the loss in {loss_chunks} parts")
+    settings = {
+        dtype: True,
+        f"gradients travel after {'every' if reduce == 'every' else 'the last'} one": world_size > 1,
+        "blocks recomputed": recompute,
+        "step split over the ranks": split_step,
+        f"the loss in {loss_chunks} parts": loss_chunks > 1,
+    }
     return Plan(
         size=size,
         config=config,
@@ -242,7 +245,7 @@ def make_plan(
         batch_tokens=recipe.batch_tokens,
         micro_batch=micro_batch,
         micro_steps=micro_steps,
-        settings=", ".join(settings),
+        settings=", ".join(text for text, applies in settings.items() if applies),
         parameters=rules,
         held=held,
         memory=memory,
@@ -322,9 +325,8 @@ def describe(plan: Plan) -> str:
         lines.append("  none")
     if plan.rule_messages:
         instead = f"; gathering the directions would send {plan.gathered_instead / 1e9:.3f}"
-        lines.append(
-            f"  {plan.opt} sends {plan.bytes_sent / 1e9:.3f} GB a rank{instead if plan.gathered_instead else ''}"
-        )
+        sent = f"  {plan.opt} sends {plan.bytes_sent / 1e9:.3f} GB a rank"
+        lines.append(sent + (instead if plan.gathered_instead else ""))
     flops, most, balance = plan.newton_schulz
     if flops:
         lines.append(
@@ -390,15 +392,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--size", nargs="+", choices=TABLE_SIZES, default=TABLE_SIZES)
     arguments = parser.parse_args(argv)
     print(f"celo2, fully_shard over all ranks, 8 x {MACHINES[arguments.gpu].chip.name} in a node; predictions")
-    print(table(arguments.gpu, arguments.size))
-    print(
-        "GiB a rank: at most (! does not fit); state: of the optimizer; MB sent: by a rank in a step of the rule, its"
-    )
-    print(
-        "all-reduces and all-to-alls; balance: Newton-Schulz FLOPs of the rank with most over the mean; batch: whether"
-    )
-    print("the recipe's divides among the ranks, or how many times larger the one of this line is")
-    print("\n".join(ASSUMPTIONS))
+    print("\n".join([table(arguments.gpu, arguments.size), *LEGEND, *ASSUMPTIONS]))
     return 0
 
 
