@@ -148,6 +148,33 @@ def resolve_recipe(arguments: argparse.Namespace) -> Recipe:
     return dataclasses.replace(recipe, **changes)
 
 
+def plan_of(arguments: argparse.Namespace, recipe: Recipe) -> str:
+    """What the run would be on `--world-size` GPUs of the kind `--gpu`."""
+    from celo2.pretrain import plan
+
+    return plan.describe(
+        plan.make_plan(
+            size=arguments.size,
+            arch=arguments.arch,
+            bias=arguments.bias,
+            opt=arguments.opt,
+            weights=arguments.weights,
+            recipe=recipe,
+            world_size=arguments.world_size,
+            parallel=arguments.parallel,
+            shards=arguments.shards,
+            gpu=arguments.gpu,
+            dtype=arguments.dtype or "bfloat16",
+            micro_batch=arguments.micro_batch,
+            reduce=arguments.reduce,
+            recompute=arguments.activation_checkpointing,
+            loss_chunks=arguments.loss_chunks,
+            wire_dtype=arguments.wire_dtype,
+            split_step=arguments.split_step,
+        )
+    )
+
+
 def build(
     arguments: argparse.Namespace, recipe: Recipe, world: World, parallel: Parallel, dtype: str
 ) -> tuple[GPT, nn.Module, Optimizers]:
@@ -182,6 +209,9 @@ def build(
 def train(arguments: argparse.Namespace) -> int:
     """Run the training; returns the exit status."""
     recipe = resolve_recipe(arguments)
+    if arguments.world_size is not None:
+        print(plan_of(arguments, recipe))
+        return 0
     config = model_config(arguments.size, arguments.arch, bias=arguments.bias)
     world = World.start(arguments.device)
     say = print if world.main else _silent

@@ -498,6 +498,21 @@ def test_dry_run_of_gpt3_xl_prints_everything_and_leaves_nothing(tmp_path, capsy
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_dry_run_plans_for_many_gpus(tmp_path, capsys, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    command = ["--size", "xl", "--opt", "celo2", "--dry-run", "--world-size", "8"]
+    assert main(command) == 0
+    text = capsys.readouterr().out
+    assert "plan:       xl (gpt2), celo2, 8 x H100 SXM, fsdp, 8 ranks" in text
+    assert re.search(r"celo2: all-reduce +2 ", text) and re.search(r"celo2: all-to-all +2 ", text)
+    assert main([*command, "--gpu", "abacus"]) == 1
+    assert "--gpu abacus" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["--world-size", "8"])
+    assert "give --dry-run with it" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
 def test_state_of_the_run_is_json(tmp_path, data) -> None:
     assert main(command(data, tmp_path, "--steps", "1")) == 0
     done = json.loads((tmp_path / "step-00000001" / "DONE").read_text())
