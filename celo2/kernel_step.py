@@ -107,14 +107,14 @@ class LearnedJob(NamedTuple):
 
 def refusal(job: LearnedJob) -> str | None:
     """Return why the kernels cannot take a parameter, or None when they can."""
-    parameter, moment = job.parameter, job.state["second_moment"]
+    parameter, moment = job.shard, job.state["second_moment"]
     if parameter.dtype not in PARAMETER_DTYPES or job.gradient.dtype not in PARAMETER_DTYPES:
         return f"{parameter.dtype} with a gradient of {job.gradient.dtype}"
     if reason := refused_limit(job.max_grad_norm):
         return reason
     if parameter.ndim < 2:
         return None if parameter.is_contiguous() and moment.is_contiguous() else "a vector with gaps"
-    return refused_layout(job.view.matrices(parameter.detach()), job.view.matrices(moment))
+    return refused_layout(job.view.matrices(parameter), job.view.matrices(moment))
 
 
 def refused_limit(max_grad_norm: float | None) -> str | None:
@@ -125,12 +125,18 @@ def refused_limit(max_grad_norm: float | None) -> str | None:
     return f"max_grad_norm={max_grad_norm}, above the rule's own clip of {limit:g}"
 
 
+def _is_swapped(matrices: Tensor) -> bool:
+    """Whether the kernels see [B, m, n] transposed: stored by columns, or a single row with gaps."""
+    _, m, n = matrices.shape
+    return is_transposed(matrices) or (m == 1 and n > 1 and matrices.stride(-1) != 1)
+
+
 def refused_layout(p: Tensor, v: Tensor) -> str | None:
     """Return why the kernels cannot take matrices [B, m, n] and their second moment, or None when they can."""
-    if is_transposed(p) != is_transposed(v):
+    if _is_swapped(p) != _is_swapped(v):
         return "a parameter and a state that are transposed to each other"
     for tensor in (p, v):
-        oriented = tensor.mT if is_transposed(tensor) else tensor
+        oriented = tensor.mT if _is_swapped(tensor) else tensor
         if oriented.stride(-1) != 1 and oriented.shape[-1] != 1:
             return f"strides {tuple(p.stride()[1:])}: contiguous along no axis of its matrices"
         if oriented.stride(-2) >= 1 << 24 and oriented.shape[-2] > 1:
@@ -201,7 +207,7 @@ class Part(NamedTuple):
         state = job.state
         matrices = job.view.matrices if matrices is None else matrices
         p = matrices(job.shard)
-        swap = is_transposed(p)
+        swap = _is_swapped(p)
         m, n = p.shape[1:] if whole is None else whole
         if factors is None:
             row, column = (job.view.factors(state[name], p.shape[0]) for name in ("row_factor", "column_factor"))

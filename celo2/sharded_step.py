@@ -24,6 +24,7 @@ from torch import Tensor
 from celo2 import reference
 from celo2.matrices import MatrixView
 from celo2.newton_schulz import newton_schulz
+from celo2.norms import foreach_norm
 from celo2.phases import (
     Factors,
     FoldedTheta,
@@ -303,7 +304,7 @@ class ShardedStep:
         device = self.device
         first = torch.zeros(self.lengths[0], dtype=torch.float32, device=device)
         gradients = [local(m.job.parameter.grad) for m in self.members if m.job.parameter.grad is not None]
-        square = sum(float(torch.linalg.vector_norm(g, dtype=torch.float32)) ** 2 for g in [*gradients, *sharded])
+        square = sum(float(norm) ** 2 for norm in foreach_norm([*gradients, *sharded]))
         # what is not sharded may differ between ranks: all must skip when one has to
         first[0], first[1] = square, float(found or not math.isfinite(whole_square))
         for index, member in enumerate(self.members):
