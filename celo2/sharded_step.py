@@ -8,6 +8,8 @@
 Results do not depend on the number of ranks, up to the order of sums and the rounding of the wire. The layout of every
 message is fixed when the step is made and compared across ranks once; flags in the first all-reduce say which
 parameters have gradients, so that ranks that disagree get an error.
+
+The step here is in PyTorch; `celo2.sharded_kernel_step` fills and reads the same messages by the Triton kernels.
 """
 
 from __future__ import annotations
@@ -104,7 +106,9 @@ class Move(NamedTuple):
 
 
 class ShardedStep:
-    """Collective: every rank of the group makes it and calls `run` in step with the others.
+    """What ranks tell each other in a step, and the step in PyTorch.
+
+    Collective: every rank of the group makes it and calls `run` in step with the others.
 
     Raises ValueError for parameters of several groups, RuntimeError when ranks were given different parameters.
     """
@@ -247,9 +251,9 @@ class ShardedStep:
     def check_flags(self) -> None:
         """Raise RuntimeError when ranks did not agree on the gradients of the last step that was noted.
 
-        Waits for the copy, which ends early in that step.
+        Waits for the copy, which ends early in that step. A CUDA graph neither notes nor checks.
         """
-        if self._noted is None:
+        if self._noted is None or (self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
             return
         (flags, event), self._noted = self._noted, None
         if event is not None:

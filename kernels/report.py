@@ -119,7 +119,10 @@ def weights(count: int) -> tuple[float, ...]:
 def specialisations(
     dtypes: Dtypes, *, aligned: bool = True, columns: int = 128, clip: bool = True
 ) -> Iterator[Specialisation]:
-    """Yield every kernel of a step for matrices of these dtypes, in the order of launches, then all others."""
+    """Yield every kernel of a step for matrices of these dtypes, in the order of launches, then all others.
+
+    Of a kernel with several forms the first is the one that is reported.
+    """
     tile = {"ALIGNED": aligned, "BLOCK_ROWS": 64, "BLOCK_COLUMNS": columns}
     vector = {"ALIGNED": aligned, "BLOCK_COLUMNS": columns}
     step = {"STEP_ROWS": 512 // columns}
@@ -136,25 +139,29 @@ def specialisations(
             {"maxnreg": 128},
         ),
         (apply_update_kernel, {**tile, "STEP_ROWS": 16, "ORTHOGONAL": False}, {}),
-        (
-            vector_update_kernel,
-            {
-                **mlp,
-                "ELEMENT": weights(VECTOR_COLUMNS.value * UNITS),
-                "FIRST_BIAS": weights(UNITS),
-                "BLOCK": 256,
-                "FIRST": 0,
-                "STOP": 3,
-            },
-            {},
+        *(
+            (
+                vector_update_kernel,
+                {
+                    **mlp,
+                    "ELEMENT": weights(VECTOR_COLUMNS.value * UNITS),
+                    "FIRST_BIAS": weights(UNITS),
+                    "BLOCK": 256,
+                    "FIRST": first,
+                    "STOP": stop,
+                },
+                {},
+            )
+            for first, stop in ((0, 3), (0, 1), (1, 2), (2, 3))
         ),
         (start_kernel, {"EPS": 1e-8}, {}),
         (round_kernel, {"BLOCK": 1024}, {}),
+        (control_kernel, {"SHARDED": True, "BLOCK": 1024}, {}),
         (share_gradient_sums_kernel, {**tile, "PARTS": 16}, {}),
         (share_norm_kernel, {"BLOCK": 1024}, {}),
         (share_moments_kernel, {"PARTS": 16}, {}),
         (share_squares_kernel, {}, {}),
-        (move_parts_kernel, {**tile, "BLOCK_ROWS": 16, "BACK": True}, {}),
+        *((move_parts_kernel, {**tile, "BLOCK_ROWS": 16, "BACK": back}, {}) for back in (True, False)),
     ]
     for kernel, values, options in constants:
         yield Specialisation(kernel, dtypes, values, options)
@@ -382,10 +389,12 @@ def print_kernels(target: str, dtypes: Dtypes, codes: dict[str, Code]) -> dict[i
     spills = "B spilled" if target.startswith("sm_") else "registers spilled"
     print(f"\n{target}, {dtypes}")
     instructions: dict[int, float] = {}
+    reported = set()
     for specialisation in specialisations(dtypes):
-        code = codes[specialisation.name]
-        if specialisation.name == "symmetric_product_kernel" and specialisation.constants["BETA"]:
+        if specialisation.name in reported:
             continue
+        reported.add(specialisation.name)
+        code = codes[specialisation.name]
         line = f"  {code.name:25} {code.registers:4} registers {code.spills:3} {spills} {code.shared:6} B shared"
         phase = PHASES.get(code.name)
         if phase is not None:
