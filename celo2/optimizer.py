@@ -642,6 +642,8 @@ class FusedCelo2(Optimizer):
         if old is not None:
             skipped, plan.counted = old.skipped, old.counted
             plan.skipped = skipped
+            # its memory is free for the new one
+            old.step = None
         learned, vectors, adam = self._collect()
         # the collection may have moved state to its parameters
         plan.signature = self._signature()

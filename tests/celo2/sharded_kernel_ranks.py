@@ -10,10 +10,12 @@ from contextlib import contextmanager
 import sharded_ranks as ranks
 import torch
 import torch.distributed as dist
+from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import Replicate, Shard
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
-from celo2 import kernel_step, sharded_kernel_step
+from celo2 import FusedCelo2, kernel_step, sharded_kernel_step
 from celo2.sharded_kernel_step import ShardedKernelStep
 from celo2.sharded_step import ShardedStep
 
@@ -92,14 +94,87 @@ def disagreement(mesh):
     optimizer.step()
     skipped = optimizer.skipped_steps
     del optimizer.found_inf
-    message = ""
+    gradient, message = params[1].grad, ""
     if dist.get_rank() == 0:
         params[1].grad = None
-    try:
+    with deferred_check():
         optimizer.step()
+    unchanged = same_on_all(before, shards(params, optimizer))
+    try:
+        print(optimizer.grad_norm)
     except RuntimeError as error:
         message = str(error)
-    return {"unchanged": same_on_all(before, shards(params, optimizer)), "skipped": skipped, "message": message}
+    params[1].grad = gradient
+    optimizer.step()
+    goes_on = not same_on_all(before, shards(params, optimizer))
+    return {"unchanged": unchanged, "skipped": skipped, "message": message, "goes on": goes_on}
+
+
+@contextmanager
+def deferred_check():
+    """Leave the flags of a step unread when it ends, as on a GPU."""
+    check, ShardedStep.check_flags = ShardedStep.check_flags, lambda step: None
+    try:
+        yield
+    finally:
+        ShardedStep.check_flags = check
+
+
+def beside_whole_ones(mesh):
+    """Largest difference from one process when some parameters are not sharded, and the norm counts them once."""
+    generator = torch.Generator().manual_seed(0)
+    values = [0.1 * torch.randn(shape, generator=generator) for shape in ((6, 4), (4, 6), (5, 3), (5,), (4, 3))]
+    placements = ([Shard(0)], None, [Replicate()], None, [Shard(0)])
+    models = []
+    for backend, placed in (("torch", (None,) * 5), ("triton", placements)):
+        params = [
+            nn.Parameter(value.clone() if where is None else distribute_tensor(value, mesh, where))
+            for value, where in zip(values, placed, strict=True)
+        ]
+        optimizer = FusedCelo2(
+            [{"params": params[:4], "rule": "celo2"}, {"params": params[4:], "rule": "adamw"}],
+            lr=1e-2,
+            weights=ranks.theta("celo2-base"),
+            max_grad_norm=0.1,
+            backend=backend,
+        )
+        for step in range(2):
+            ranks.set_gradients(params, step)
+            optimizer.step()
+        models.append([ranks.whole(p) for p in params])
+    assert isinstance(optimizer._kernels.step, ShardedKernelStep) and not optimizer._kernels.refused
+    return max(float((a - b).abs().max()) for a, b in zip(*models, strict=True))
+
+
+def fsdp2_losses(mesh):
+    """Losses of a model in one process and under `fully_shard`, whose gradients move from step to step."""
+    losses = []
+    for backend in ("torch", "triton"):
+        torch.manual_seed(0)
+        model = ranks.Tied()
+        if backend == "triton":
+            for block in model.blocks:
+                fully_shard(block, mesh=mesh)
+            fully_shard(model, mesh=mesh)
+        optimizer = FusedCelo2(
+            model, lr=1e-2, weights=ranks.theta("celo2"), max_grad_norm=0.5, wire_dtype="float32", backend=backend
+        )
+        run = []
+        for step in range(3):
+            tokens = torch.randint(13, (12, 8), generator=torch.Generator().manual_seed(step))
+            if backend == "triton":
+                tokens = tokens.chunk(mesh.size())[mesh.get_local_rank()]
+            loss = nn.functional.cross_entropy(model(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten())
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            total = loss.detach().clone()
+            if backend == "triton":
+                dist.all_reduce(total)
+                total /= mesh.size()
+            run.append(float(total))
+        losses.append(run)
+    return losses
 
 
 @contextmanager
@@ -108,7 +183,7 @@ def no_host_reads():
     names = ("item", "tolist", "numpy", "cpu", "__float__", "__int__", "__bool__")
     originals = {name: getattr(torch.Tensor, name) for name in names}
     modules = (kernel_step, sharded_kernel_step)
-    launch, check, launches, inside = kernel_step.launch, ShardedStep.check_flags, [], []
+    launch, launches, inside = kernel_step.launch, [], []
 
     def guarded(name):
         def read(*args, **kwargs):
@@ -127,16 +202,14 @@ def no_host_reads():
         setattr(torch.Tensor, name, guarded(name))
     for module in modules:
         module.launch = counted
-    # on a GPU it reads a copy of an earlier step
-    ShardedStep.check_flags = lambda step: None
     try:
-        yield launches
+        with deferred_check():
+            yield launches
     finally:
         for name, original in originals.items():
             setattr(torch.Tensor, name, original)
         for module in modules:
             module.launch = launch
-        ShardedStep.check_flags = check
 
 
 def launches_without_host_reads(mesh):
@@ -180,6 +253,8 @@ def main() -> None:
         report["missing"] = ranks.missing_gradients(mesh, (0, 2), "triton")
         report["skipped"] = ranks.skipped_steps(mesh, (0, 2, 3), "triton")
         report["refused"] = refused(mesh)
+        report["beside whole ones"] = beside_whole_ones(mesh)
+        report["losses"] = fsdp2_losses(mesh)
     if world == 3:
         ranks.SPECS = FEW
         report["disagreement"] = disagreement(mesh)

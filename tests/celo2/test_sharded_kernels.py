@@ -46,11 +46,20 @@ def test_a_bad_gradient_or_infinity_on_one_rank_changes_no_byte(reports):
 
 
 @pytest.mark.dist
+def test_fsdp2_trains_beside_parameters_that_are_not_sharded(reports):
+    whole, sharded = reports[2]["losses"]
+    assert sharded == pytest.approx(whole, abs=1e-5) and whole[-1] != whole[0]
+    assert reports[2]["beside whole ones"] <= 2e-6
+
+
+@pytest.mark.dist
 def test_parameters_without_gradients(reports):
     worst, message = reports[2]["missing"]
     assert worst <= 2e-6
     assert "has a gradient on 1 of 2 ranks" in message
+    # as on a GPU, read after the step, which has changed nothing
     assert "parameter 0 has a gradient on 2 of 3 ranks" in reports[3]["disagreement"]["message"]
+    assert reports[3]["disagreement"]["goes on"]
 
 
 @pytest.mark.dist
