@@ -622,7 +622,7 @@ def batches_of(parts: Sequence[Part], blocks: Blocks) -> list[tuple[bool, list[P
 
 
 def blocks_for(parts: Sequence[Part], device: torch.device) -> Blocks:
-    # narrow heads take narrow tiles, and all matrices then share them: fewer launches
+    """Blocks for all parts: narrow heads take narrow tiles, and all matrices then share them, for fewer launches."""
     return Blocks.choose(min((part.p.shape[-1] for part in parts if part.aligned(64)), default=128), device)
 
 

@@ -54,6 +54,8 @@ def refused_shard(job: ShardedJob, ranks: int, rank: int) -> str | None:
     p, v = local(job.parameter.detach()), local(job.state["second_moment"])
     if p.dtype not in PARAMETER_DTYPES:
         return str(p.dtype)
+    if devices := {value.device for value in job.state.values()} - {p.device}:
+        return f"state on {devices}, the parameter on {p.device}"
     if p.ndim < 2:
         return None if p.is_contiguous() and v.is_contiguous() else "a vector with gaps"
     cut = Layout.of(job.parameter.shape, job.view, job.placing.axis, job.name)
