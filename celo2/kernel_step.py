@@ -278,7 +278,7 @@ def on(device: torch.device) -> AbstractContextManager[Any]:
 def _pinned(array: NDArray[Any], device: torch.device) -> Tensor:
     """Return a copy on the host from which a transfer need not wait: the allocator keeps it until it is over."""
     tensor = torch.from_numpy(array.copy())
-    return tensor.pin_memory() if device.type == "cuda" else tensor
+    return tensor.pin_memory() if device.type == "cuda" and tensor.numel() else tensor
 
 
 def _send(target: Tensor, array: NDArray[Any], captured: list[Tensor]) -> bool:
@@ -731,8 +731,10 @@ class VectorBatch:
     def update(self, control: Tensor, rates: Tensor, first: int = 0, stop: int = 3) -> None:
         """Take the passes from `first` up to but not including `stop`: sums, accumulators and direction, parameter."""
         constants = self.constants
+        if first == 0:
+            self._addresses = self.gradients.refresh()
         launch(vector_update_kernel, (self.vectors,),
-            self.table, self.gradients.refresh(), control, rates, self.p_like, self.g_like, self.state_like,
+            self.table, self._addresses, control, rates, self.p_like, self.g_like, self.state_like,
             ELEMENT=constants.vector, FIRST_BIAS=constants.first_bias, HIDDEN=constants.hidden, BIAS=constants.bias,
             OUTPUT=constants.output, OUTPUT_BIAS=constants.output_bias, BLOCK=self.blocks.vector,
             FIRST=first, STOP=stop,

@@ -49,6 +49,10 @@ def differences(world, mesh):
         square = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicas", "shards"))
         placements = [Replicate(), Shard(0)]
         results["celo2-base hsdp"] = ranks.difference("celo2-base", placements, square, steps=2, backend="triton")
+    if world == 3:
+        ranks.SPECS = [((7, 3), {"rule": "adamw"}), ((2,), {"rule": "adamw"})]
+        results["AdamW alone"] = ranks.difference("celo2", [Shard(0)], mesh, backend="triton", max_grad_norm=0.1)
+        ranks.SPECS = SPECS
     if world == 2:
         results["clipped elements"] = ranks.difference("celo2", [Shard(0)], mesh, steps=1, scale=2e3, backend="triton")
         results["tiles of a GPU"] = tiled_difference(mesh)
