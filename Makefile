@@ -29,7 +29,7 @@ evaluate: $(INSTALLED) ## test the bundled thetas beside tuned baselines, some h
 test: $(INSTALLED) ## run the tests, but for the two below (ARGS="-k golden")
 	$(BIN)/python -m pytest -q -m "not kernels and not dist" $(ARGS)
 
-test-dist: $(INSTALLED) ## run the tests of the sharded step, on 1 to 4 processes, three minutes
+test-dist: $(INSTALLED) ## run the tests on 1 to 4 processes: steps, trainer, launch scripts, ten minutes
 	$(BIN)/python -m pytest -q -m dist $(ARGS)
 
 test-kernels: $(INSTALLED) ## run the tests of the kernels, on a GPU or in the interpreter, some minutes

@@ -4,13 +4,14 @@ Parameters that share dtypes, theta and options form a batch, and a batch is ste
 number of matrices: gradient moments, (once for all batches) control, factors, feature moments, normalisers, learned
 update, and after Newton-Schulz the new parameters. Nothing waits for the device: the global norm, clipping and the
 decision to skip a step stay there. Addresses of gradients are refreshed when they move; all else is rebuilt when a
-parameter, its state or its layout changes.
+parameter, its state or its layout changes. `celo2.sharded_kernel_step` makes the same launches on shards of matrices,
+and lets the ranks add up their sums in between.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -34,7 +35,7 @@ from celo2.matrices import MatrixView
 from celo2.newton_schulz import COEFFICIENTS, EPS, iterate
 from celo2.norms import foreach_norm
 from celo2.phases import ELEMENT_ROWS, LONG_ROWS, SHORT_ROWS
-from celo2.state import MOMENTUM_KEYS, is_transposed
+from celo2.state import MOMENTUM_KEYS, is_transposed, local
 from celo2.stochastic_rounding import mix64
 from celo2.theta import Theta
 
@@ -74,7 +75,10 @@ def interpreted() -> bool:
 
 
 class LearnedJob(NamedTuple):
-    """One parameter of the learned rule, and the options of its group that its kernels depend on."""
+    """One parameter of the learned rule, and the options of its group that its kernels depend on.
+
+    Of a sharded parameter (a DTensor) `shard`, `gradient` and `state` are this rank's part.
+    """
 
     group: int
     parameter: Tensor
@@ -87,9 +91,13 @@ class LearnedJob(NamedTuple):
     max_grad_norm: float | None
 
     @property
+    def shard(self) -> Tensor:
+        return local(self.parameter.detach())
+
+    @property
     def gradient(self) -> Tensor:
         assert self.parameter.grad is not None
-        return self.parameter.grad
+        return local(self.parameter.grad)
 
     @property
     def clips(self) -> bool:
@@ -99,68 +107,145 @@ class LearnedJob(NamedTuple):
 
 def refusal(job: LearnedJob) -> str | None:
     """Return why the kernels cannot take a parameter, or None when they can."""
-    parameter, moment = job.parameter, job.state["second_moment"]
-    limit = float(layout.GRADIENT_CLIP.value)
+    parameter, moment = job.shard, job.state["second_moment"]
     if parameter.dtype not in PARAMETER_DTYPES or job.gradient.dtype not in PARAMETER_DTYPES:
         return f"{parameter.dtype} with a gradient of {job.gradient.dtype}"
-    if job.max_grad_norm is not None and job.max_grad_norm > limit:
-        return f"max_grad_norm={job.max_grad_norm}, above the rule's own clip of {limit:g}"
+    if reason := refused_limit(job.max_grad_norm):
+        return reason
     if parameter.ndim < 2:
         return None if parameter.is_contiguous() and moment.is_contiguous() else "a vector with gaps"
-    p, v = job.view.matrices(parameter.detach()), job.view.matrices(moment)
-    if is_transposed(p) != is_transposed(v):
+    return refused_layout(job.view.matrices(parameter), job.view.matrices(moment))
+
+
+def refused_limit(max_grad_norm: float | None) -> str | None:
+    """Return why the kernels cannot take gradients that are clipped to a norm, or None when they can."""
+    limit = float(layout.GRADIENT_CLIP.value)
+    if max_grad_norm is None or max_grad_norm <= limit:
+        return None
+    return f"max_grad_norm={max_grad_norm}, above the rule's own clip of {limit:g}"
+
+
+def _is_swapped(matrices: Tensor) -> bool:
+    """Whether the kernels see [B, m, n] transposed: stored by columns, or a single row with gaps."""
+    _, m, n = matrices.shape
+    return is_transposed(matrices) or (m == 1 and n > 1 and matrices.stride(-1) != 1)
+
+
+def refused_layout(p: Tensor, v: Tensor) -> str | None:
+    """Return why the kernels cannot take matrices [B, m, n] and their second moment, or None when they can."""
+    if _is_swapped(p) != _is_swapped(v):
         return "a parameter and a state that are transposed to each other"
     for tensor in (p, v):
-        oriented = tensor.mT if is_transposed(tensor) else tensor
+        oriented = tensor.mT if _is_swapped(tensor) else tensor
         if oriented.stride(-1) != 1 and oriented.shape[-1] != 1:
-            return f"strides {tuple(parameter.stride())}: contiguous along no axis of its matrices"
+            return f"strides {tuple(p.stride()[1:])}: contiguous along no axis of its matrices"
         if oriented.stride(-2) >= 1 << 24 and oriented.shape[-2] > 1:
             return "rows of more than 16 million elements"
     return None
 
 
-class _Oriented(NamedTuple):
-    """The matrices of a job, [B, rows, columns] with contiguous columns; the rule's axes may be swapped."""
+class Sums(NamedTuple):
+    """Where the ranks add up the sums of the parts of matrices: addresses of float32, int64 [B] each."""
 
+    cut: int  # layout.CUT_ROWS or CUT_COLS
+    totals: NDArray[np.int64]  # of g^2 along the cut axis
+    moments: NDArray[np.int64]  # 18 of the elements, 6 of the vectors along the cut axis
+    squares: NDArray[np.int64] | None  # of d^2
+
+    def fill(self, table: NDArray[np.int64], first: int, count: int, length: int) -> None:
+        """Enter them in `count` rows of the table; `length` is that of the axis that is not cut."""
+        shared: dict[str, int | NDArray[np.int64]] = {"CUT": self.cut}
+        shared |= {"SQUARES": self.totals, "SQUARE_PARTS": length}
+        shared |= {"ELEMENT_MOMENTS": self.moments, "ELEMENT_PARTS": 1}
+        if self.squares is not None:
+            shared |= {"DIRECTION_SQUARES": self.squares, "DIRECTION_PARTS": 1}
+        vectors = self.moments + 4 * layout.VECTOR_MOMENTS.value
+        if self.cut == layout.CUT_ROWS.value:
+            shared |= {"COLUMN_TOTALS": self.totals, "COLUMN_PARTS": 1, "ROWS_GIVE_MEAN": 0}
+            shared |= {"ROW_MOMENTS": vectors, "ROW_MOMENT_PARTS": 1}
+        else:
+            shared |= {"ROW_TOTALS": self.totals, "ROW_PARTS": 1, "ROWS_GIVE_MEAN": 1}
+            shared |= {"COLUMN_MOMENTS": vectors, "COLUMN_MOMENT_PARTS": 1}
+        _fill(table, first, count, **shared)
+
+
+class Part(NamedTuple):
+    """The matrices of a job, [B, rows, columns] with contiguous columns, or what a rank has of them.
+
+    The rule's axes may be swapped.
+    """
+
+    job: LearnedJob
     p: Tensor
     g: Tensor
     momenta: tuple[Tensor, ...]
     v: Tensor
     row_factor: Tensor  # [B, rows, 3]
     column_factor: Tensor  # [B, columns, 3]
+    swapped: bool
     rows_are_short: bool
+    whole: tuple[int, int]  # rows and columns of the whole matrices
+    seeds: NDArray[np.int64]
     buffer: Tensor | None  # where the gradient is copied to when its own layout does not fit
+    counts: bool = True  # whether the first matrix advances the parameter's counter
+    sums: Sums | None = None  # None where the sums of the part are those of the whole
+    directions: NDArray[np.int64] | None = None  # where directions go, in elements; None for one after another
 
     @classmethod
-    def of(cls, job: LearnedJob) -> _Oriented:
-        state, view = job.state, job.view
-        p = view.matrices(job.parameter.detach())
-        swap = is_transposed(p)
+    def of(
+        cls,
+        job: LearnedJob,
+        matrices: Callable[[Tensor], Tensor] | None = None,
+        factors: tuple[Tensor, Tensor] | None = None,
+        whole: tuple[int, int] | None = None,
+        seeds: NDArray[np.int64] | None = None,
+    ) -> Part:
+        """See a job as matrices: `matrices` views a tensor like its parameter so, and may raise; default, all of it.
+
+        `factors` are those of its rows and columns, and `whole` the shape of which it has a part.
+        """
+        state = job.state
+        matrices = job.view.matrices if matrices is None else matrices
+        p = matrices(job.shard)
+        swap = _is_swapped(p)
+        m, n = p.shape[1:] if whole is None else whole
+        if factors is None:
+            row, column = (job.view.factors(state[name], p.shape[0]) for name in ("row_factor", "column_factor"))
+        else:
+            row, column = factors
 
         def oriented(tensor: Tensor) -> Tensor:
-            matrices = view.matrices(tensor)
-            return matrices.mT if swap else matrices
+            return matrices(tensor).mT if swap else matrices(tensor)
 
         buffer = None
         try:
             g = oriented(job.gradient)
             fits = g.stride(-1) == 1 or g.shape[-1] == 1
-        except ValueError:
+        except (ValueError, RuntimeError):
             fits = False
-        if not fits:
-            buffer = torch.empty_like(state["second_moment"], dtype=job.gradient.dtype)
+        wide = job.gradient.dtype not in PARAMETER_DTYPES
+        if wide or not fits:
+            dtype = torch.float32 if wide else job.gradient.dtype
+            buffer = torch.empty_like(state["second_moment"], dtype=dtype)
             g = oriented(buffer)
-        factors = [view.factors(state[name], p.shape[0]) for name in ("row_factor", "column_factor")]
         return cls(
-            oriented(job.parameter.detach()),
+            job,
+            oriented(job.shard),
             g,
             tuple(oriented(state[name]) for name in MOMENTUM_KEYS),
             oriented(state["second_moment"]),
-            factors[1] if swap else factors[0],
-            factors[0] if swap else factors[1],
-            (p.shape[1] <= p.shape[2]) != swap,
+            column if swap else row,
+            row if swap else column,
+            swap,
+            (m <= n) != swap,
+            (n, m) if swap else (m, n),
+            seeds_of(job.position, p.shape[0]) if seeds is None else seeds,
             buffer,
         )
+
+    @property
+    def dtypes(self) -> tuple[torch.dtype, ...]:
+        return self.p.dtype, self.g.dtype, self.momenta[0].dtype, self.v.dtype
 
     def aligned(self, columns: int) -> bool:
         """Whether accesses may be 16 bytes wide in tiles of that many columns."""
@@ -193,7 +278,7 @@ def on(device: torch.device) -> AbstractContextManager[Any]:
 def _pinned(array: NDArray[Any], device: torch.device) -> Tensor:
     """Return a copy on the host from which a transfer need not wait: the allocator keeps it until it is over."""
     tensor = torch.from_numpy(array.copy())
-    return tensor.pin_memory() if device.type == "cuda" else tensor
+    return tensor.pin_memory() if device.type == "cuda" and tensor.numel() else tensor
 
 
 def _send(target: Tensor, array: NDArray[Any], captured: list[Tensor]) -> bool:
@@ -209,16 +294,15 @@ def _send(target: Tensor, array: NDArray[Any], captured: list[Tensor]) -> bool:
     return True
 
 
-def _upload(array: NDArray[Any], device: torch.device) -> Tensor:
+def upload(array: NDArray[Any], device: torch.device) -> Tensor:
     return _pinned(array, device).to(device, non_blocking=True)
 
 
 class _Gradients:
     """Addresses of a batch's gradients on the device, uploaded again when one has moved."""
 
-    def __init__(self, jobs: list[LearnedJob], views: Sequence[Tensor], buffers: Sequence[Tensor | None]) -> None:
-        self._parameters = [job.parameter for job in jobs]
-        self._buffers = list(buffers)
+    def __init__(self, jobs: Sequence[LearnedJob], views: Sequence[Tensor], buffers: Sequence[Tensor | None]) -> None:
+        self._jobs, self._buffers = list(jobs), list(buffers)
         # in bytes, from the start of a gradient to each of its matrices
         self._offsets = [
             _addresses(view) - (job.gradient if buffer is None else buffer).data_ptr()
@@ -233,11 +317,11 @@ class _Gradients:
     def refresh(self) -> Tensor:
         """Return the addresses, int64 [matrices], always in the same memory: a captured graph reads it."""
         bases = []
-        for parameter, buffer in zip(self._parameters, self._buffers, strict=True):
-            assert parameter.grad is not None
+        for job, buffer in zip(self._jobs, self._buffers, strict=True):
+            gradient = job.gradient
             if buffer is not None:
-                buffer.copy_(parameter.grad)
-            bases.append((parameter.grad if buffer is None else buffer).data_ptr())
+                gradient = buffer.copy_(gradient)
+            bases.append(gradient.data_ptr())
         if bases != self._bases:
             table = np.concatenate([base + offset for base, offset in zip(bases, self._offsets, strict=True)])
             sent = _send(self._addresses, table, self._captured)
@@ -283,12 +367,12 @@ def _fill(table: NDArray[np.int64], first: int, count: int, **values: int | NDAr
         table[first : first + count, getattr(layout, name).value] = value
 
 
-def _seeds(position: int, count: int) -> NDArray[np.int64]:
+def seeds_of(position: int, count: int) -> NDArray[np.int64]:
     """Seeds of 32 bits for the matrices of the parameter at `position` of the optimizer."""
     return np.array([mix64(mix64(position) ^ index) >> 32 for index in range(count)], dtype=np.int64)
 
 
-def _launch(
+def launch(
     kernel: Any,
     grid: tuple[int, ...],
     table: Tensor,
@@ -298,6 +382,8 @@ def _launch(
     **constants: Any,
 ) -> None:
     """Launch a kernel whose first argument is a tensor, with the options of its device's compiler."""
+    if not grid[0]:
+        return
     options = {}
     if table.device.type != "cpu":
         # AMD's waves are twice as wide, and the limit on registers is NVIDIA's
@@ -307,32 +393,35 @@ def _launch(
     kernel[grid](table, *arguments, **constants, **options)
 
 
-class _MatrixBatch:
-    """Tables and scratch memory of the matrices that one set of launches steps."""
+class MatrixBatch:
+    """Tables and scratch memory of the matrices that one set of launches steps.
 
-    def __init__(self, jobs: list[LearnedJob], blocks: Blocks, aligned: bool, direction_dtype: torch.dtype) -> None:
-        # equal shapes side by side, so that Newton-Schulz takes them as one batch
-        pairs = sorted(((job, _Oriented.of(job)) for job in jobs), key=lambda pair: pair[1].p.shape[1:])
-        jobs, views = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
-        first, device = jobs[0], jobs[0].parameter.device
+    Directions go to `directions`, and sums of squares of the gradients to `totals`, float32 [tiles].
+    """
+
+    def __init__(
+        self, parts: Sequence[Part], blocks: Blocks, aligned: bool, directions: Tensor, totals: Tensor
+    ) -> None:
+        first, device = parts[0].job, totals.device
         self.orthogonalize, self.ns_steps, self.clips = first.orthogonalize, first.ns_steps, first.clips
-        self.device, self.blocks, self.aligned = device, blocks, aligned
+        self.blocks, self.aligned, self.totals, self.directions = blocks, aligned, totals, directions
         self.constants = _Constants.of(first.theta)
         self.units = len(self.constants.first_bias)
         # they only name a dtype: no gradient or state is kept alive by them
-        self.p_like, self.g_like, self.m_like, self.v_like = (
-            torch.empty(16, dtype=dtype, device=device) for dtype in _dtypes(first)
+        self.p_like, self.g_like, self.m_like, self.v_like, self.d_like = (
+            torch.empty(16, dtype=dtype, device=device) for dtype in (*parts[0].dtypes, directions.dtype)
         )
-        self.gradients = _Gradients(jobs, [view.g for view in views], [view.buffer for view in views])
-        self.matrices = sum(view.p.shape[0] for view in views)
-        self.direction = torch.empty(sum(view.p.numel() for view in views), dtype=direction_dtype, device=device)
+        self.gradients = _Gradients(
+            [part.job for part in parts], [part.g for part in parts], [part.buffer for part in parts]
+        )
+        self.matrices = sum(part.p.shape[0] for part in parts)
 
         table = np.zeros((self.matrices, layout.COLUMNS.value), dtype=np.int64)
         tiles, chunks = [], []
         self.shapes: list[tuple[int, int, int]] = []  # matrices, rows, columns of each run of equal shapes
         matrix = tile = chunk = sums = elements = 0
-        for job, view in zip(jobs, views, strict=True):
-            batch, m, n = view.p.shape
+        for part in parts:
+            job, (batch, m, n) = part.job, part.p.shape
             tile_grid = np.stack(
                 np.meshgrid(np.arange(0, m, blocks.rows), np.arange(0, n, blocks.columns), indexing="ij"), axis=-1
             ).reshape(-1, 2)
@@ -340,23 +429,26 @@ class _MatrixBatch:
             row_chunks, column_chunks = -(-m // blocks.columns), tile_columns
             starts = [*((0, start) for start in range(0, m, blocks.columns))]
             starts += [(1, start) for start in range(0, n, blocks.columns)]
+            # an empty part still has its parameter's counter to advance
+            starts = starts or [(1, 0)]
             # a matrix's partial sums begin at a multiple of 16
             size_of_sums = -(-(tile_columns * m) // 16) * 16, -(-(tile_rows * n) // 16) * 16
             steps = np.arange(batch)
+            directed = elements + steps * m * n if part.directions is None else part.directions
             _fill(
                 table,
                 matrix,
                 batch,
-                P=_addresses(view.p),
-                V=_addresses(view.v),
-                D=self.direction.data_ptr() + self.direction.element_size() * (elements + steps * m * n),
+                P=_addresses(part.p),
+                V=_addresses(part.v),
+                D=directions.data_ptr() + directions.element_size() * directed,
                 ROWS=m,
                 COLS=n,
-                P_STRIDE=_row_stride(view.p),
-                G_STRIDE=_row_stride(view.g),
-                STATE_STRIDE=_row_stride(view.v),
-                ROW_FACTOR=_addresses(view.row_factor),
-                COLUMN_FACTOR=_addresses(view.column_factor),
+                P_STRIDE=_row_stride(part.p),
+                G_STRIDE=_row_stride(part.g),
+                STATE_STRIDE=_row_stride(part.v),
+                ROW_FACTOR=_addresses(part.row_factor),
+                COLUMN_FACTOR=_addresses(part.column_factor),
                 ROW_SUMS=sums + steps * sum(size_of_sums),
                 COLUMN_SUMS=sums + steps * sum(size_of_sums) + size_of_sums[0],
                 FIRST_TILE=tile + steps * len(tile_grid),
@@ -365,15 +457,19 @@ class _MatrixBatch:
                 ROW_CHUNKS=row_chunks,
                 COLUMN_CHUNK=chunk + steps * len(starts) + row_chunks,
                 COLUMN_CHUNKS=column_chunks,
-                ROWS_ARE_SHORT=int(view.rows_are_short),
+                ROWS_ARE_SHORT=int(part.rows_are_short),
                 GROUP=job.group,
-                SEED=_seeds(job.position, batch),
+                SEED=part.seeds,
                 COUNTER=job.state["step"].data_ptr(),
-                COUNTS=(steps == 0).astype(np.int64),
+                COUNTS=((steps == 0) & part.counts).astype(np.int64),
+                WHOLE_ROWS=part.whole[0],
+                WHOLE_COLS=part.whole[1],
+                ROW_PARTS=tile_columns,
+                COLUMN_PARTS=tile_rows,
             )
             if "momentum_scale" in job.state:
                 _fill(table, matrix, batch, MOMENTUM_SCALE=_addresses(job.state["momentum_scale"]))
-            for k, momentum in enumerate(view.momenta):
+            for k, momentum in enumerate(part.momenta):
                 table[matrix : matrix + batch, layout.MOMENTUM.value + k] = _addresses(momentum)
             for index in range(matrix, matrix + batch):
                 tiles.append(np.insert(tile_grid, 0, index, axis=1))
@@ -389,10 +485,6 @@ class _MatrixBatch:
                 sums + batch * sum(size_of_sums),
             )
         self.tiles, self.chunks = tile, chunk
-        self.table = _upload(table, device)
-        self.tile_list = _upload(np.concatenate(tiles).astype(np.int32), device)
-        self.chunk_list = _upload(np.concatenate(chunks).astype(np.int32), device)
-        self.first_layer = _upload(self.constants.first_layer, device)
 
         def scratch(*shape: int) -> Tensor:
             return torch.empty(shape, dtype=torch.float32, device=device)
@@ -407,59 +499,150 @@ class _MatrixBatch:
         self.matrix_squares = scratch(matrix)
         self.starts = scratch(matrix)
 
-    def gradient_moments(self, unscale: Tensor, totals: Tensor) -> None:
-        """Phase 1; `totals` [tiles] is this batch's part of the sums of squares of all gradients."""
+        self._place_sums(table, parts)
+        self.table = upload(table, device)
+        self.tile_list = upload(np.concatenate(tiles).astype(np.int32), device)
+        self.chunk_list = upload(np.concatenate(chunks).astype(np.int32), device)
+        self.first_layer = upload(self.constants.first_layer, device)
+
+    def _place_sums(self, table: NDArray[np.int64], parts: Sequence[Part]) -> None:
+        """Enter where the sums over whole matrices are: in this batch's memory, or in the ranks' messages."""
+
+        def column(name: str) -> NDArray[np.int64]:
+            return table[:, getattr(layout, name).value]
+
+        def address(tensor: Tensor, index: NDArray[np.int64], size: int = 1) -> NDArray[np.int64]:
+            return tensor.data_ptr() + 4 * size * index
+
+        tile, tiles = column("FIRST_TILE"), column("TILES")
+        by_matrix = self.orthogonalize
+        _fill(
+            table,
+            0,
+            self.matrices,
+            ROW_TOTALS=address(self.sums, column("ROW_SUMS")),
+            COLUMN_TOTALS=address(self.sums, column("COLUMN_SUMS")),
+            SQUARES=address(self.clipped_totals if self.clips else self.totals, tile),
+            SQUARE_PARTS=tiles,
+            ROWS_GIVE_MEAN=column("ROWS_ARE_SHORT"),
+            ROW_MOMENTS=address(self.chunk_sums, column("ROW_CHUNK"), layout.CHUNK_SUMS.value),
+            ROW_MOMENT_PARTS=column("ROW_CHUNKS"),
+            COLUMN_MOMENTS=address(self.chunk_sums, column("COLUMN_CHUNK"), layout.CHUNK_SUMS.value),
+            COLUMN_MOMENT_PARTS=column("COLUMN_CHUNKS"),
+            ELEMENT_MOMENTS=address(self.moments, tile, layout.ELEMENT_STRIDE.value),
+            ELEMENT_PARTS=tiles,
+            DIRECTION_SQUARES=address(self.matrix_squares, np.arange(self.matrices))
+            if by_matrix
+            else address(self.squares, tile),
+            DIRECTION_PARTS=1 if by_matrix else tiles,
+        )
+        first = 0
+        for part in parts:
+            count = part.p.shape[0]
+            if part.sums is not None:
+                part.sums.fill(table, first, count, part.whole[1 if part.sums.cut == layout.CUT_ROWS.value else 0])
+            first += count
+
+    @property
+    def shape(self) -> dict[str, Any]:
+        return {"ALIGNED": self.aligned, "BLOCK_COLUMNS": self.blocks.columns}
+
+    def gradient_moments(self, unscale: Tensor) -> None:
+        """Phase 1."""
         self._addresses = self.gradients.refresh()
-        _launch(gradient_moments_kernel, (self.tiles,),
-            self.table, self._addresses, self.tile_list, unscale, self.sums, totals, self.clipped_totals,
-            self.g_like, CLIP=self.clips, ALIGNED=self.aligned, BLOCK_ROWS=self.blocks.rows,
-            BLOCK_COLUMNS=self.blocks.columns,
+        launch(gradient_moments_kernel, (self.tiles,),
+            self.table, self._addresses, self.tile_list, unscale, self.sums, self.totals, self.clipped_totals,
+            self.g_like, CLIP=self.clips, BLOCK_ROWS=self.blocks.rows, **self.shape,
         )  # fmt: skip
 
-    def update(self, control: Tensor, rates: Tensor, totals: Tensor) -> None:
-        """Phases 2 to 4, once `control` [1 + groups, 2] has the gradients' factors."""
-        blocks, gradients = self.blocks, self._addresses
-        shape = {"ALIGNED": self.aligned, "BLOCK_COLUMNS": blocks.columns}
-        _launch(factors_kernel, (self.chunks,),
-            self.table, self.chunk_list, control, self.sums, self.clipped_totals if self.clips else totals,
-            self.vectors, self.chunk_sums, UNITS=self.units, BLOCK_ROWS=blocks.rows, PARTS=blocks.parts, **shape,
+    def feature_moments(self, control: Tensor) -> None:
+        """New factors, and phase 2, once `control` [1 + groups, 2] has the gradients' factors."""
+        blocks = self.blocks
+        launch(factors_kernel, (self.chunks,),
+            self.table, self.chunk_list, control, self.vectors, self.chunk_sums, UNITS=self.units, PARTS=blocks.parts,
+            **self.shape,
         )  # fmt: skip
-        _launch(feature_moments_kernel, (self.tiles,),
-            self.table, gradients, self.tile_list, control, self.vectors, self.moments,
+        launch(feature_moments_kernel, (self.tiles,),
+            self.table, self._addresses, self.tile_list, control, self.vectors, self.moments,
             self.p_like, self.g_like, self.m_like, self.v_like, UNITS=self.units, CLIP=self.clips,
-            BLOCK_ROWS=blocks.rows, STEP_ROWS=blocks.step_rows, **shape,
+            BLOCK_ROWS=blocks.rows, STEP_ROWS=blocks.step_rows, **self.shape,
         )  # fmt: skip
-        _launch(normalisers_kernel, (self.chunks,),
-            self.table, self.chunk_list, control, self.chunk_sums, self.moments, self.first_layer, self.vectors,
-            self.normalisers, UNITS=self.units, PARTS=blocks.parts, **shape,
+
+    def learned_update(self, control: Tensor) -> None:
+        """Normalisers, and phase 3."""
+        blocks, constants = self.blocks, self.constants
+        launch(normalisers_kernel, (self.chunks,),
+            self.table, self.chunk_list, control, self.first_layer, self.vectors, self.normalisers,
+            UNITS=self.units, PARTS=blocks.parts, **self.shape,
         )  # fmt: skip
-        constants = self.constants
-        _launch(learned_update_kernel, (self.tiles,),
-            self.table, gradients, self.tile_list, control, self.vectors, self.normalisers, self.squares,
-            self.p_like, self.g_like, self.m_like, self.v_like, self.direction,
+        launch(learned_update_kernel, (self.tiles,),
+            self.table, self._addresses, self.tile_list, control, self.vectors, self.normalisers, self.squares,
+            self.p_like, self.g_like, self.m_like, self.v_like, self.d_like,
             ELEMENT=constants.element, HIDDEN=constants.hidden, BIAS=constants.bias, OUTPUT=constants.output,
             OUTPUT_BIAS=constants.output_bias, UNITS=self.units, CLIP=self.clips, BLOCK_ROWS=blocks.rows,
-            STEP_ROWS=blocks.step_rows, **shape, maxnreg=128,
+            STEP_ROWS=blocks.step_rows, **self.shape, maxnreg=128,
         )  # fmt: skip
+
+    def apply(self, control: Tensor, rates: Tensor) -> None:
+        """Phase 4."""
+        blocks = self.blocks
+        launch(apply_update_kernel, (self.tiles,),
+            self.table, self.tile_list, control, rates, self.p_like, self.d_like, ORTHOGONAL=self.orthogonalize,
+            BLOCK_ROWS=blocks.rows, STEP_ROWS=blocks.apply_rows, **self.shape,
+        )  # fmt: skip
+
+    def update(self, control: Tensor, rates: Tensor) -> None:
+        """Phases 2 to 4 of whole matrices, whose directions lie one after another."""
+        self.feature_moments(control)
+        self.learned_update(control)
         if self.orthogonalize:
             self._orthogonalize()
-        _launch(apply_update_kernel, (self.tiles,),
-            self.table, self.tile_list, control, self.matrix_squares if self.orthogonalize else self.squares, rates,
-            self.p_like, self.direction, ORTHOGONAL=self.orthogonalize, BLOCK_ROWS=blocks.rows,
-            STEP_ROWS=blocks.apply_rows, **shape,
-        )  # fmt: skip
+        self.apply(control, rates)
 
     def _orthogonalize(self) -> None:
         """Replace the directions by their orthogonalised form, and note each matrix's sum of squares."""
-        _launch(start_kernel, (self.matrices,), self.table, self.squares, self.starts, EPS=EPS)
+        launch(start_kernel, (self.matrices,), self.table, self.squares, self.starts, EPS=EPS)
         matrix = element = 0
         for batch, m, n in self.shapes:
-            d = self.direction[element : element + batch * m * n].view(batch, m, n)
-            x = d * self.starts[matrix : matrix + batch, None, None].to(d.dtype)
-            d.copy_(orthogonalize(x, self.ns_steps))
-            norm = torch.linalg.vector_norm(d, dim=-1, dtype=torch.float32).square()
-            torch.sum(norm, dim=-1, out=self.matrix_squares[matrix : matrix + batch])
+            d = self.directions[element : element + batch * m * n].view(batch, m, n)
+            here = slice(matrix, matrix + batch)
+            orthogonalize_(d, self.starts[here], self.ns_steps, self.matrix_squares[here])
             matrix, element = matrix + batch, element + batch * m * n
+
+
+def batches_of(parts: Sequence[Part], blocks: Blocks) -> list[tuple[bool, list[Part]]]:
+    """Group parts that one set of launches can step; with each, whether its accesses may be 16 bytes wide."""
+    batches: dict[tuple[Any, ...], list[Part]] = {}
+    for part in parts:
+        job, aligned = part.job, part.aligned(blocks.columns)
+        key = (*part.dtypes, job.theta, job.orthogonalize, job.ns_steps, job.clips, aligned)
+        batches.setdefault(key, []).append(part)
+    # equal shapes side by side, so that Newton-Schulz takes them as one batch
+    return [(key[-1], sorted(batch, key=lambda part: part.p.shape[1:])) for key, batch in batches.items()]
+
+
+def blocks_for(parts: Sequence[Part], device: torch.device) -> Blocks:
+    """Blocks for all parts: narrow heads take narrow tiles, and all matrices then share them, for fewer launches."""
+    return Blocks.choose(min((part.p.shape[-1] for part in parts if part.aligned(64)), default=128), device)
+
+
+def tiles_of(parts: Sequence[Part], blocks: Blocks) -> int:
+    """Return the number of tiles of some parts."""
+    return sum(
+        batch * -(-rows // blocks.rows) * -(-columns // blocks.columns)
+        for batch, rows, columns in (part.p.shape for part in parts)
+    )
+
+
+def orthogonalize_(d: Tensor, starts: Tensor, ns_steps: int, squares: Tensor) -> None:
+    """Replace directions `d` [B, m, n] by their orthogonalised form; write the sums of its squares to `squares` [B].
+
+    `starts` [B] has 1 / (||d|| + eps).
+    """
+    x = d * starts[:, None, None].to(d.dtype)
+    d.copy_(orthogonalize(x, ns_steps))
+    norm = torch.linalg.vector_norm(d, dim=-1, dtype=torch.float32).square()
+    torch.sum(norm, dim=-1, out=squares)
 
 
 # the shorter side from which half of a symmetric product is worth a kernel of our own
@@ -486,17 +669,27 @@ def symmetric_product(
     batch, size, inner = x.shape
     out = x.new_empty(batch, size, size)
     tiles = -(-size // block)
-    _launch(symmetric_product_kernel, (tiles * (tiles + 1) // 2, batch),
+    launch(symmetric_product_kernel, (tiles * (tiles + 1) // 2, batch),
         x, x if add is None else add, out, size, inner, *x.stride(), ALPHA=alpha, BETA=beta, PRECISION="ieee",
         BLOCK=block, BLOCK_INNER=32 if x.element_size() == 4 else 64, num_warps=8,
     )  # fmt: skip
     return out
 
 
-class _VectorBatch:
-    """Table and scratch memory of the parameters with fewer than two axes."""
+class VectorBatch:
+    """Table and scratch memory of the parameters with fewer than two axes.
 
-    def __init__(self, jobs: list[LearnedJob], blocks: Blocks) -> None:
+    `moments` and `squares` are the addresses where the ranks add up the 15 sums and the one of a sharded vector.
+    """
+
+    def __init__(
+        self,
+        jobs: Sequence[LearnedJob],
+        blocks: Blocks,
+        seeds: NDArray[np.int64] | None = None,
+        moments: NDArray[np.int64] | int = 0,
+        squares: NDArray[np.int64] | int = 0,
+    ) -> None:
         device = jobs[0].parameter.device
         self.blocks, self.vectors = blocks, len(jobs)
         self.constants = _Constants.of(jobs[0].theta)
@@ -505,41 +698,46 @@ class _VectorBatch:
         )
         buffers = [
             None
-            if job.gradient.is_contiguous()
-            else torch.empty(job.gradient.shape, dtype=job.gradient.dtype, device=device)
+            if job.gradient.is_contiguous() and job.gradient.dtype in PARAMETER_DTYPES
+            else torch.empty(job.gradient.shape, dtype=_dtypes(job)[1], device=device)
             for job in jobs
         ]
         sources = [job.gradient if buffer is None else buffer for job, buffer in zip(jobs, buffers, strict=True)]
         self.gradients = _Gradients(jobs, [source.reshape(1, -1) for source in sources], buffers)
-        self.direction = torch.empty(sum(job.parameter.numel() for job in jobs), dtype=torch.float32, device=device)
+        lengths = np.array([job.shard.numel() for job in jobs])
+        self.direction = torch.empty(int(lengths.sum()), dtype=torch.float32, device=device)
         table = np.zeros((len(jobs), layout.COLUMNS.value), dtype=np.int64)
-        element = 0
-        for index, job in enumerate(jobs):
-            _fill(
-                table,
-                index,
-                1,
-                P=job.parameter.data_ptr(),
-                V=job.state["second_moment"].data_ptr(),
-                D=self.direction.data_ptr() + 4 * element,
-                ROWS=1,
-                COLS=job.parameter.numel(),
-                ROW_FACTOR=job.state["factor"].data_ptr(),
-                GROUP=job.group,
-                SEED=_seeds(job.position, 1),
-                COUNTER=job.state["step"].data_ptr(),
-            )
-            for k, name in enumerate(MOMENTUM_KEYS):
-                table[index, layout.MOMENTUM.value + k] = job.state[name].data_ptr()
-            element += job.parameter.numel()
-        self.table = _upload(table, device)
+        _fill(
+            table,
+            0,
+            len(jobs),
+            P=np.array([job.shard.data_ptr() for job in jobs]),
+            V=np.array([job.state["second_moment"].data_ptr() for job in jobs]),
+            D=self.direction.data_ptr() + 4 * (np.cumsum(lengths) - lengths),
+            ROWS=1,
+            COLS=lengths,
+            WHOLE_COLS=np.array([job.parameter.numel() for job in jobs]),
+            ROW_FACTOR=np.array([job.state["factor"].data_ptr() for job in jobs]),
+            GROUP=np.array([job.group for job in jobs]),
+            SEED=np.concatenate([seeds_of(job.position, 1) for job in jobs]) if seeds is None else seeds,
+            COUNTER=np.array([job.state["step"].data_ptr() for job in jobs]),
+            ELEMENT_MOMENTS=moments,
+            DIRECTION_SQUARES=squares,
+        )
+        for k, name in enumerate(MOMENTUM_KEYS):
+            table[:, layout.MOMENTUM.value + k] = [job.state[name].data_ptr() for job in jobs]
+        self.table = upload(table, device)
 
-    def update(self, control: Tensor, rates: Tensor) -> None:
+    def update(self, control: Tensor, rates: Tensor, first: int = 0, stop: int = 3) -> None:
+        """Take the passes from `first` up to but not including `stop`: sums, accumulators and direction, parameter."""
         constants = self.constants
-        _launch(vector_update_kernel, (self.vectors,),
-            self.table, self.gradients.refresh(), control, rates, self.p_like, self.g_like, self.state_like,
+        if first == 0:
+            self._addresses = self.gradients.refresh()
+        launch(vector_update_kernel, (self.vectors,),
+            self.table, self._addresses, control, rates, self.p_like, self.g_like, self.state_like,
             ELEMENT=constants.vector, FIRST_BIAS=constants.first_bias, HIDDEN=constants.hidden, BIAS=constants.bias,
             OUTPUT=constants.output, OUTPUT_BIAS=constants.output_bias, BLOCK=self.blocks.vector,
+            FIRST=first, STOP=stop,
         )  # fmt: skip
 
 
@@ -551,37 +749,26 @@ class KernelStep:
     of group i are multiplied by.
     """
 
-    def __init__(self, jobs: list[LearnedJob], groups: int, skipped: Tensor | None = None) -> None:
-        device = self.device = jobs[0].parameter.device
+    def __init__(
+        self, jobs: Sequence[LearnedJob], groups: int, device: torch.device, skipped: Tensor | None = None
+    ) -> None:
+        self.device = device
         self.parameters = [job.parameter for job in jobs]
-        matrices = [job for job in jobs if job.parameter.ndim > 1]
-        views = [_Oriented.of(job) for job in matrices]
-        # narrow heads take narrow tiles, and all matrices then share them: fewer launches
-        wide = [view.p.shape[-1] for view in views if view.aligned(64)]
-        self.blocks = Blocks.choose(min(wide, default=128), device)
-        batches: dict[tuple[Any, ...], list[LearnedJob]] = {}
-        for job, view in zip(matrices, views, strict=True):
-            key = (
-                *_dtypes(job),
-                job.theta,
-                job.orthogonalize,
-                job.ns_steps,
-                job.clips,
-                view.aligned(self.blocks.columns),
-            )
-            batches.setdefault(key, []).append(job)
+        parts = [Part.of(job) for job in jobs if job.parameter.ndim > 1]
+        self.blocks = blocks_for(parts, device)
+        self.totals = torch.zeros(tiles_of(parts, self.blocks), dtype=torch.float32, device=device)
         low = torch.bfloat16 if device.type == "cuda" else torch.float32
-        self.batches = [
-            _MatrixBatch(batch, self.blocks, key[-1], low if batch[0].orthogonalize else torch.float32)
-            for key, batch in batches.items()
-        ]
-        vectors: dict[tuple[Any, ...], list[LearnedJob]] = {}
-        for job in jobs:
-            if job.parameter.ndim < 2:
-                vectors.setdefault((*_dtypes(job), job.theta), []).append(job)
-        self.vectors = [_VectorBatch(batch, self.blocks) for batch in vectors.values()]
-        self.vector_jobs = [job for batch in vectors.values() for job in batch]
-        self.totals = torch.zeros(sum(batch.tiles for batch in self.batches), dtype=torch.float32, device=device)
+        self.batches, first = [], 0
+        for aligned, batch in batches_of(parts, self.blocks):
+            size, tiles = sum(part.p.numel() for part in batch), tiles_of(batch, self.blocks)
+            dtype = low if batch[0].job.orthogonalize else torch.float32
+            directions = torch.empty(size, dtype=dtype, device=device)
+            self.batches.append(
+                MatrixBatch(batch, self.blocks, aligned, directions, self.totals[first : first + tiles])
+            )
+            first += tiles
+        self.vectors = [VectorBatch(batch, self.blocks) for batch in vector_batches(jobs)]
+        self.vector_jobs = [job for batch in vector_batches(jobs) for job in batch]
 
         def scratch(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
             return torch.zeros(shape, dtype=dtype, device=device)
@@ -637,23 +824,55 @@ class KernelStep:
         found_inf: Tensor | None,
     ) -> None:
         self._set(groups)
+        unscale, found = self._scalers(grad_scale, found_inf)
+        norms = norms_of([*others, *(job.gradient for job in self.vector_jobs)], self.zero)
+        for batch in self.batches:
+            batch.gradient_moments(unscale)
+        self._decide(norms, unscale, found)
+        self._update()
+
+    def _scalers(self, grad_scale: Tensor | None, found_inf: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Return what gradients are multiplied by, and whether the step must be skipped, float32 [1] on the device."""
         unscale = self.one if grad_scale is None else grad_scale.to(self.device, torch.float32).reshape(1).reciprocal()
         found = self.zero if found_inf is None else found_inf.to(self.device, torch.float32).reshape(1)
-        gradients = [*others, *(job.gradient for job in self.vector_jobs)]
-        norms = torch.stack(foreach_norm(gradients)).float() if gradients else self.zero
-        first, parts = 0, []
-        for batch in self.batches:
-            parts.append(self.totals[first : first + batch.tiles])
-            batch.gradient_moments(unscale, parts[-1])
-            first += batch.tiles
-        _launch(control_kernel, (1,),
-            self.totals, first, norms, norms.numel(), unscale, found, self.limits, self.groups, self.control,
-            self.grad_norm, self.skip, self.skipped, BLOCK=self.blocks.control,
+        return unscale, found
+
+    def _decide(
+        self,
+        norms: Tensor,
+        unscale: Tensor,
+        found: Tensor,
+        message: Tensor | None = None,
+        members: int = 0,
+        ranks: int = 1,
+    ) -> None:
+        """Global norm, clipping and skipping; `message` has what the ranks have added up."""
+        launch(control_kernel, (1,),
+            self.totals, self.totals.numel(), norms, norms.numel(), unscale, found, self.limits, self.groups,
+            self.control, self.grad_norm, self.skip, self.skipped, self.zero if message is None else message, members,
+            ranks, SHARDED=message is not None, BLOCK=self.blocks.control,
         )  # fmt: skip
-        for batch, totals in zip(self.batches, parts, strict=True):
-            batch.update(self.control, self.rates, totals)
+
+    def _update(self) -> None:
+        """All that follows the decision."""
+        for batch in self.batches:
+            batch.update(self.control, self.rates)
         for vectors in self.vectors:
             vectors.update(self.control, self.rates)
+
+
+def norms_of(gradients: Sequence[Tensor], nothing: Tensor) -> Tensor:
+    """Return the norms of some gradients, float32 [gradients]; `nothing` when there are none."""
+    return torch.stack(foreach_norm(gradients)).float() if gradients else nothing
+
+
+def vector_batches(jobs: Sequence[LearnedJob]) -> list[list[LearnedJob]]:
+    """Group the jobs with fewer than two axes that one launch can step."""
+    batches: dict[tuple[Any, ...], list[LearnedJob]] = {}
+    for job in jobs:
+        if job.parameter.ndim < 2:
+            batches.setdefault((*_dtypes(job), job.theta), []).append(job)
+    return list(batches.values())
 
 
 def round_on_device(job: AdamWJob, wide: Tensor) -> None:
@@ -664,15 +883,16 @@ def round_on_device(job: AdamWJob, wide: Tensor) -> None:
         round_on_host(job, wide)
     else:
         size = wide.numel()
-        seed = int(_seeds(job.position, 1)[0])
+        seed = int(seeds_of(job.position, 1)[0])
         with on(wide.device):
-            _launch(round_kernel, (-(-size // 1024),), job.parameter, wide, job.state["step"], seed, size, BLOCK=1024)
+            launch(round_kernel, (-(-size // 1024),), job.parameter, wide, job.state["step"], seed, size, BLOCK=1024)
         torch.autograd.graph.increment_version(job.parameter)
 
 
 def _dtypes(job: LearnedJob) -> tuple[torch.dtype, ...]:
     accumulators = job.state[MOMENTUM_KEYS[0]].dtype, job.state["second_moment"].dtype
-    return job.parameter.dtype, job.gradient.dtype, *accumulators
+    gradient = job.gradient.dtype
+    return job.parameter.dtype, gradient if gradient in PARAMETER_DTYPES else torch.float32, *accumulators
 
 
 def _on_device(lr: float | Tensor) -> bool:

@@ -9,7 +9,7 @@ import math
 import os
 import warnings
 from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple, overload
+from typing import TYPE_CHECKING, Any, NamedTuple, cast, overload
 
 import torch
 from torch import Tensor, nn
@@ -47,6 +47,7 @@ from celo2.state import (
     create_state,
     follow_parameter,
     is_dtensor,
+    local,
     read_momenta,
     write_momenta,
 )
@@ -126,10 +127,14 @@ class FusedCelo2(Optimizer):
     learned.
 
     Parameters sharded by `fully_shard` (FSDP2, HSDP) are stepped by their ranks together: `step` is collective then,
-    and its results do not depend on the number of ranks but for the order of sums and `wire_dtype`. They go through
-    PyTorch for now, not through the kernels. So do those that are split over replicas: all ranks of `split_over` step
-    together, and have the same parameters afterwards, to the bit. Their state is sharded as FSDP2 shards it, and moves
-    between both, one process and other numbers of ranks through `torch.distributed.checkpoint`.
+    and its results do not depend on the number of ranks but for the order of sums and `wire_dtype`. They go through the
+    kernels when every rank can take all of its shards so, else through PyTorch. When ranks disagree on which parameters
+    have gradients, nothing is changed and every rank raises RuntimeError: at once through PyTorch, and through the
+    kernels at the next step, or when `grad_norm` or `skipped_steps` is read.
+
+    Parameters that are split over replicas go through PyTorch: all ranks of `split_over` step together, and have the
+    same parameters afterwards, to the bit. Their state is sharded as FSDP2 shards it, and moves between both, one
+    process and other numbers of ranks through `torch.distributed.checkpoint`.
 
     Raises ValueError or TypeError for options out of range, unknown rules, duplicate, sparse, complex or integer
     parameters or gradients, parameters sharded on two axes, and with `split_over` for sharded parameters, for
@@ -200,7 +205,7 @@ class FusedCelo2(Optimizer):
         super().__init__(params, defaults)
 
     def _reset_caches(self) -> None:
-        self.grad_norm: Tensor | None = None
+        self._grad_norm: Tensor | None = None
         self._folded: dict[tuple[str, torch.dtype, torch.device], FoldedTheta] = {}
         self._unfolded: dict[tuple[str, torch.dtype, torch.device], dict[str, Tensor]] = {}
         self._workspaces: dict[tuple[torch.dtype, torch.device], Workspace] = {}
@@ -208,10 +213,20 @@ class FusedCelo2(Optimizer):
         self._loading: dict[str, Any] | None = None
         self._kernels: _KernelPlan | None = None
         self._sharded: ShardedStep | SplitStep | None = None
+        self._shards_refused: str | None = None  # why the kernels do not take the sharded parameters
+
+    @property
+    def grad_norm(self) -> Tensor | None:
+        """Global gradient norm of the last step, before clipping; 0-d, on the parameters' device with the kernels."""
+        if self._sharded is not None:
+            self._sharded.check_flags()
+        return self._grad_norm
 
     @property
     def skipped_steps(self) -> int:
         """Number of steps skipped for a non-finite gradient; part of the state dict."""
+        if self._sharded is not None:
+            self._sharded.check_flags()
         self._count_skipped()
         return max(int(group["skipped_steps"]) for group in self.param_groups)
 
@@ -407,7 +422,7 @@ class FusedCelo2(Optimizer):
         grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         inverse_scale = 1.0 if grad_scale is None else 1.0 / float(grad_scale)
         norm *= inverse_scale
-        self.grad_norm = torch.tensor(norm, dtype=torch.float32)
+        self._grad_norm = torch.tensor(norm, dtype=torch.float32)
         if not math.isfinite(norm) or (found_inf is not None and float(found_inf) != 0):
             for group in self.param_groups:
                 group["skipped_steps"] += 1
@@ -449,8 +464,8 @@ class FusedCelo2(Optimizer):
                             raise ValueError("its gradient is not placed on the mesh as the parameter is")
                         if rule == "celo2" and _placing_of(parameter) is not None:
                             continue
-                        parameter, gradient = _local(parameter), _local(gradient)
-                        state = {key: _local(value) for key, value in state.items()}
+                        parameter, gradient = local(parameter), local(gradient)
+                        state = {key: local(value) for key, value in state.items()}
                     if rule == "adamw":
                         adam[index].append(AdamWJob(parameter, gradient, state, position))
                     elif parameter.ndim < 2:
@@ -525,30 +540,42 @@ class FusedCelo2(Optimizer):
         wide = wide - float(group["lr"]) * (update + group["weight_decay"] * wide)
         round_stochastically_(parameter, wide.view(parameter.shape), _rounding_seed(parameter, job))
 
+    def _everything(self) -> list[Tensor]:
+        """All parameters, by position."""
+        return [parameter for group in self.param_groups for parameter in group["params"]]
+
     def _position(self, parameter: Tensor) -> int:
         if not self._positions:
-            everything = [parameter for group in self.param_groups for parameter in group["params"]]
-            self._positions = {parameter: position for position, parameter in enumerate(everything)}
+            self._positions = {parameter: position for position, parameter in enumerate(self._everything())}
         return self._positions[parameter]
 
     # the step of sharded parameters
 
     def _step_sharded(self) -> None:
-        learned, vectors, adam = self._collect()
+        from celo2.sharded_step import ShardedStep
+
         if self._sharded is None:
+            self._collect()  # what can be refused is refused before any rank waits for another
             self._sharded = self._plan_sharded()
+            if isinstance(self._sharded, ShardedStep):
+                self._shards_refused = self._refuse_shards(self._sharded)
+        self._sharded.check_flags()
+        if isinstance(self._sharded, ShardedStep) and self._take_kernels():
+            self._step_with_kernels()
+            return
         step = self._sharded
+        learned, vectors, adam = self._collect()
         whole = [job.matrices.g for job in learned] + [job.gradient for job in vectors]
         sharded: list[Tensor] = []
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is not None and self.rule_of(parameter) == "adamw":
                     is_sharded = is_dtensor(parameter) and _placing_of(parameter) is not None
-                    (sharded if is_sharded else whole).append(_local(parameter.grad))
+                    (sharded if is_sharded else whole).append(local(parameter.grad))
         if self.split_over is not None:
             sharded, whole = _shares(whole, self.split_over), []
         grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
-        inverse_scale = 1.0 if grad_scale is None else 1.0 / float(_local(grad_scale))
+        inverse_scale = 1.0 if grad_scale is None else 1.0 / float(local(grad_scale))
 
         def meanwhile(scales: Sequence[float], norm: float) -> None:
             for job in learned:
@@ -563,12 +590,12 @@ class FusedCelo2(Optimizer):
             self.param_groups,
             sharded,
             global_norm([], whole) ** 2,
-            found_inf is not None and float(_local(found_inf)) != 0,
+            found_inf is not None and float(local(found_inf)) != 0,
             inverse_scale,
             meanwhile,
         )
-        if any(parameter.grad is not None for group in self.param_groups for parameter in group["params"]):
-            self.grad_norm = torch.tensor(norm, dtype=torch.float32)
+        if any(parameter.grad is not None for parameter in self._everything()):
+            self._grad_norm = torch.tensor(norm, dtype=torch.float32)
         if scales is None:
             for group in self.param_groups:
                 group["skipped_steps"] += 1
@@ -622,6 +649,21 @@ class FusedCelo2(Optimizer):
 
         return placing_on(self.split_over)
 
+    def _refuse_shards(self, sharded: ShardedStep) -> str | None:
+        """Return why the kernels of some rank do not take its shards, None when all do; collective."""
+        from celo2.sharding import gather
+
+        reason = None
+        if not self._kernels_run_on({sharded.device}):
+            reason = f"backend={self.backend!r} on {sharded.device}"
+        else:
+            from celo2.sharded_kernel_step import refused_shard
+
+            for member in sharded.members:
+                refusal = refused_shard(member.job, sharded.ranks, sharded.rank)
+                reason = reason or (refusal and f"{member.job.name}: {refusal}")
+        return next((other for other in gather(reason, sharded.group) if other is not None), None)
+
     # the step through the kernels
 
     def _take_kernels(self) -> bool:
@@ -644,10 +686,14 @@ class FusedCelo2(Optimizer):
                 gradient = parameter.grad
                 if gradient is None or gradient.layout != torch.strided:
                     parts.append(gradient)
-                else:
-                    parts.append((parameter.data_ptr(), parameter.dtype, parameter.stride()))
-                    parts.append((gradient.dtype, gradient.stride(), gradient.data_ptr() % 16))
-                    parts.append([value.data_ptr() for value in self.state[parameter].values()])
+                    continue
+                values: Iterable[Tensor] = self.state[parameter].values()
+                if is_dtensor(parameter):
+                    parts.append(getattr(gradient, "placements", None))
+                    parameter, gradient, values = local(parameter), local(gradient), map(local, values)
+                parts.append((parameter.data_ptr(), parameter.dtype, parameter.stride()))
+                parts.append((gradient.dtype, gradient.stride(), gradient.data_ptr() % 16))
+                parts.append([value.data_ptr() for value in values])
         return parts
 
     def _plan_kernels(self, signature: list[object], old: _KernelPlan | None) -> _KernelPlan:
@@ -656,40 +702,31 @@ class FusedCelo2(Optimizer):
         if old is not None:
             skipped, plan.counted = old.skipped, old.counted
             plan.skipped = skipped
+            # its memory is free for the new one
+            old.step = None
         learned, vectors, adam = self._collect()
         # the collection may have moved state to its parameters
         plan.signature = self._signature()
         jobs: list[_MatrixJob | _VectorJob] = [*learned, *vectors]
+        # a split step never comes here
+        sharded, everything = cast("ShardedStep | None", self._sharded), self._everything()
         devices = {job.parameter.device for job in jobs}
         devices |= {job.parameter.device for group in adam for job in group}
-        if not jobs or (
-            self.backend == "auto"
-            and (len(devices) != 1 or next(iter(devices)).type != "cuda" or not _triton_is_installed())
-        ):
+        if sharded is not None:
+            devices.add(sharded.device)
+            if self._refuse_whole_step(plan, sharded):
+                return plan
+        if not (jobs or sharded) or not self._kernels_run_on(devices):
             return plan
         from celo2 import kernel_step
 
-        if len(devices) > 1:
-            raise ValueError(f"backend='triton': parameters on several devices ({devices}); use backend='auto'")
         device = next(iter(devices))
-        if device.type == "cuda" and kernel_step.interpreted():
-            if self.backend == "auto":
-                return plan
-            raise ValueError(
-                f"backend='triton' with parameters on {device}: TRITON_INTERPRET is set, and the interpreter reads the "
-                "host's memory; unset it, or use backend='torch'"
-            )
-        if device.type != "cuda" and not kernel_step.interpreted():
-            raise ValueError(
-                f"backend='triton' with parameters on {device}: the kernels run on GPUs; set "
-                "TRITON_INTERPRET=1 before Python starts to interpret them, or use backend='auto'"
-            )
         taken = []
         for job in jobs:
-            group = self.param_groups[job.group]
+            group, parameter = self.param_groups[job.group], everything[job.position]
             kernel_job = kernel_step.LearnedJob(
                 job.group,
-                job.parameter,
+                parameter,
                 job.state,
                 group_view(group),
                 job.position,
@@ -702,52 +739,114 @@ class FusedCelo2(Optimizer):
             if reason is None:
                 taken.append(kernel_job)
             else:
-                plan.refused[job.parameter] = reason
-        plan.adam = [[job.parameter for job in group] for group in adam]
-        if taken:
-            # an inference tensor could not be written in a later step outside of inference mode
-            with torch.inference_mode(False):
-                plan.step = kernel_step.KernelStep(taken, len(self.param_groups), skipped)
+                plan.refused[parameter] = reason
+        plan.adam = [[everything[job.position] for job in group] for group in adam]
+        if sharded is not None:
+            parameters = [parameter for group in plan.adam for parameter in group if is_dtensor(parameter)]
+            plan.shards = {self._position(p) for p in parameters if _placing_of(p) is not None}
+        # an inference tensor could not be written in a later step outside of inference mode
+        with torch.inference_mode(False):
+            if sharded is not None:
+                from celo2.sharded_kernel_step import ShardedKernelStep
+
+                plan.step = ShardedKernelStep(sharded, taken, self.param_groups, skipped)
+            elif taken:
+                plan.step = kernel_step.KernelStep(taken, len(self.param_groups), device, skipped)
+        if plan.step is not None:
             plan.skipped = plan.step.skipped
             plan.rounding = kernel_step.round_on_device
         return plan
 
+    def _refuse_whole_step(self, plan: _KernelPlan, sharded: ShardedStep) -> bool:
+        """Whether PyTorch must step all parameters: ranks exchange sums of all sharded ones, so they go one way."""
+        reason = self._shards_refused
+        if reason is None:
+            from celo2.kernel_step import refused_limit
+
+            limits = [self.param_groups[member.job.group]["max_grad_norm"] for member in sharded.members]
+            reason = next((refusal for limit in limits if (refusal := refused_limit(limit)) is not None), None)
+        if reason is not None and self._kernels_run_on({sharded.device}):
+            plan.refused = {member.job.parameter: reason for member in sharded.members}
+        return reason is not None
+
+    def _kernels_run_on(self, devices: set[torch.device]) -> bool:
+        """Whether the kernels step parameters on these devices; raises ValueError where they must and cannot."""
+        automatic = self.backend == "auto"
+        if self.backend == "torch" or (
+            automatic and (len(devices) != 1 or next(iter(devices)).type != "cuda" or not _triton_is_installed())
+        ):
+            return False
+        from celo2 import kernel_step
+
+        if len(devices) > 1:
+            raise ValueError(f"backend='triton': parameters on several devices ({devices}); use backend='auto'")
+        device = next(iter(devices))
+        if device.type == "cuda" and kernel_step.interpreted():
+            if automatic:
+                return False
+            raise ValueError(
+                f"backend='triton' with parameters on {device}: TRITON_INTERPRET is set, and the interpreter reads the "
+                "host's memory; unset it, or use backend='torch'"
+            )
+        if device.type != "cuda" and not kernel_step.interpreted():
+            raise ValueError(
+                f"backend='triton' with parameters on {device}: the kernels run on GPUs; set "
+                "TRITON_INTERPRET=1 before Python starts to interpret them, or use backend='auto'"
+            )
+        return True
+
     def _step_with_kernels(self) -> None:
         plan = self._kernels
         assert plan is not None and plan.step is not None
+        step = plan.step
         rest: list[_MatrixJob] = []
         rest_vectors: list[_VectorJob] = []
         if plan.refused:
             learned, vectors, _ = self._collect()
-            rest = [job for job in learned if job.parameter in plan.refused]
-            rest_vectors = [job for job in vectors if job.parameter in plan.refused]
-        adam = [
-            [
-                AdamWJob(parameter, parameter.grad, self.state[parameter], self._position(parameter))
-                for parameter in parameters
-                if parameter.grad is not None
-            ]
-            for parameters in plan.adam
-        ]
-        others = [job.gradient for jobs in adam for job in jobs]
-        others += [parameter.grad for parameter in plan.refused if parameter.grad is not None]
-        grad_scale = getattr(self, "grad_scale", None)
-        plan.step.run(self.param_groups, others, grad_scale, getattr(self, "found_inf", None))
+            refused = {self._position(parameter) for parameter in plan.refused}
+            rest = [job for job in learned if job.position in refused]
+            rest_vectors = [job for job in vectors if job.position in refused]
+        adam = [[self._adamw_job(p) for p in parameters if p.grad is not None] for parameters in plan.adam]
+        grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+
+        def step_adam() -> None:
+            for index, jobs in enumerate(adam):
+                group = self.param_groups[index]
+                # a factor that is known to be 1 saves the scaled copies
+                scaled = grad_scale is not None or group["max_grad_norm"] is not None
+                scale = step.control[1 + index, 0] if scaled else 1.0
+                step_adamw(jobs, group, scale, found_inf=step.skip, rounding=plan.rounding)
+
+        others = [job.gradient for jobs in adam for job in jobs if job.position not in plan.shards]
+        others += [job.matrices.g for job in rest] + [job.gradient for job in rest_vectors]
+        if self._sharded is not None:
+            from celo2.sharded_kernel_step import ShardedKernelStep
+
+            assert isinstance(step, ShardedKernelStep)
+            shards = [job.gradient for jobs in adam for job in jobs if job.position in plan.shards]
+            grad_scale, found_inf = (None if x is None else local(x) for x in (grad_scale, found_inf))
+            step.run_sharded(self.param_groups, others, shards, grad_scale, found_inf, step_adam)
+        else:
+            step.run(self.param_groups, others, grad_scale, found_inf)
+            step_adam()
         # the plan's own is overwritten by the next step
-        self.grad_norm = plan.step.grad_norm.clone()
-        for index, jobs in enumerate(adam):
-            group = self.param_groups[index]
-            # a factor that is known to be 1 saves the scaled copies
-            scaled = grad_scale is not None or group["max_grad_norm"] is not None
-            scale = plan.step.control[1 + index, 0] if scaled else 1.0
-            step_adamw(jobs, group, scale, found_inf=plan.step.skip, rounding=plan.rounding)
-        if (rest or rest_vectors) and not float(plan.step.skip):
-            scales = plan.step.control[1:, 0].tolist()
+        self._grad_norm = step.grad_norm.clone()
+        if (rest or rest_vectors) and not float(step.skip):
+            scales = step.control[1:, 0].tolist()
             for job in rest:
                 moments = gradient_moments(job.matrices.g, self._workspace(job.parameter))
                 self._step_matrices(job, moments, scales[job.group])
             for vector in rest_vectors:
                 self._step_vector(vector, scales[vector.group])
+
+    def _adamw_job(self, parameter: Tensor) -> AdamWJob:
+        """Return this rank's part of a parameter of the AdamW side."""
+        gradient, state, position = parameter.grad, self.state[parameter], self._position(parameter)
+        assert gradient is not None
+        if is_dtensor(parameter):
+            parameter, gradient = local(parameter), local(gradient)
+            state = {key: local(value) for key, value in state.items()}
+        return AdamWJob(parameter, gradient, state, position)
 
     def table(self, *, collapse: bool = False) -> str:
         """Return the routing as text: a line a parameter with name, shape, matrices, rule, learning rate and decay.
@@ -787,11 +886,6 @@ def _rounding_seed(target: Tensor, job: _MatrixJob | _VectorJob) -> int:
     return rounding_seed(job.position, int(job.state["step"])) if target.dtype == torch.bfloat16 else 0
 
 
-def _local(tensor: Tensor) -> Tensor:
-    """Return this rank's part of a tensor, on the same storage; a plain tensor is its own part."""
-    return tensor.to_local() if is_dtensor(tensor) else tensor  # type: ignore[attr-defined]
-
-
 # celo2.sharding loads torch.distributed, which costs half of `import celo2`: only for a tensor that has loaded it
 def _placing_of(parameter: Tensor) -> Placing | None:
     from celo2 import sharding
@@ -825,6 +919,7 @@ class _KernelPlan:
         self.step: KernelStep | None = None  # None: nothing goes through the kernels
         self.refused: dict[Tensor, str] = {}  # learned parameters that PyTorch steps, and why
         self.adam: list[list[Tensor]] = []
+        self.shards: set[int] = set()  # positions of the sharded ones among them
         self.rounding = round_on_host
         self.skipped: Tensor | None = None  # skipped steps counted on the device, int64 [1]
         self.counted = 0  # how many of them the groups have already

@@ -8,6 +8,8 @@
 Results do not depend on the number of ranks, up to the order of sums and the rounding of the wire. The layout of every
 message is fixed when the step is made and compared across ranks once; flags in the first all-reduce say which
 parameters have gradients, so that ranks that disagree get an error.
+
+The step here is in PyTorch; `celo2.sharded_kernel_step` fills and reads the same messages by the Triton kernels.
 """
 
 from __future__ import annotations
@@ -37,14 +39,19 @@ from celo2.phases import (
     vector_sums,
 )
 from celo2.reference import NORM_EPS
-from celo2.sharding import Layout, Piece, Placing, agree, assign_owners, local
-from celo2.state import MOMENTUM_KEYS, compute_dtype
+from celo2.sharding import Layout, Piece, Placing, agree, assign_owners
+from celo2.state import MOMENTUM_KEYS, compute_dtype, local
 from celo2.stochastic_rounding import mix64, round_stochastically_
 from celo2.theta import Theta
 
 WIRE_DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 # the first entries of the first message: squared norm, and whether a rank asks to skip the step
 HEADER = 2
+
+
+def padded(length: int) -> int:
+    """Round up to a multiple of 16 elements, so that every part of a message begins at 16 bytes."""
+    return -(-length // 16) * 16
 
 
 class ShardedJob(NamedTuple):
@@ -63,7 +70,7 @@ class ShardedJob(NamedTuple):
 
 
 @dataclass(eq=False)
-class _Member:
+class Member:
     """One parameter: its layout, and where its part of each message begins."""
 
     job: ShardedJob
@@ -88,7 +95,7 @@ class _Member:
         return 1 if self.layout is None else self.layout.matrices[0]
 
 
-class _Move(NamedTuple):
+class Move(NamedTuple):
     """Elements of a message that are a part of a matrix: of piece `piece` of a member, its `index`-th matrix."""
 
     member: int
@@ -98,20 +105,22 @@ class _Move(NamedTuple):
     offset: int
 
 
-def _lay_out(parts: list[list[tuple[int, int, Piece, int]]]) -> tuple[list[_Move], list[int]]:
+def _lay_out(parts: list[list[tuple[int, int, Piece, int]]]) -> tuple[list[Move], list[int]]:
     """Give the parts of a message their offsets, one rank after the other; return them, and each rank's elements."""
     moves, counts, offset = [], [], 0
     for there in parts:
         start = offset
         for index, matrix, piece, number in there:
-            moves.append(_Move(index, matrix, piece, number, offset))
-            offset += piece.rows * piece.columns
+            moves.append(Move(index, matrix, piece, number, offset))
+            offset += padded(piece.rows * piece.columns)
         counts.append(offset - start)
     return moves, counts
 
 
 class ShardedStep:
-    """Collective: every rank of the group makes it and calls `run` in step with the others.
+    """What ranks tell each other in a step, and the step in PyTorch.
+
+    Collective: every rank of the group makes it and calls `run` in step with the others.
 
     Raises ValueError for parameters of several groups, RuntimeError when ranks were given different parameters.
     """
@@ -122,16 +131,16 @@ class ShardedStep:
         self.group, self.device = group, device
         self.ranks, self.rank = dist.get_world_size(group), dist.get_rank(group)
         self.wire = WIRE_DTYPES[wire_dtype]
-        self.members: list[_Member] = []
+        self.members: list[Member] = []
         sums, moments, squares = HEADER + len(jobs), 0, 0
         for job in jobs:
             if job.parameter.ndim < 2:
-                self.members.append(_Member(job, None, [], sums, moments, squares))
+                self.members.append(Member(job, None, [], sums, moments, squares))
                 moments, squares = moments + 15, squares + 1
                 continue
             layout = Layout.of(job.parameter.shape, job.view, job.placing.axis, job.name)
             pieces = layout.pieces(self.ranks, self.rank)
-            self.members.append(_Member(job, layout, pieces, sums, moments, squares))
+            self.members.append(Member(job, layout, pieces, sums, moments, squares))
             batch, m, n = layout.matrices
             if layout.kind != "whole":
                 sums += batch * (n if layout.kind == "rows" else m)
@@ -150,6 +159,7 @@ class ShardedStep:
             group,
             "the set of sharded parameters",
         )
+        self._noted: tuple[Tensor, torch.cuda.Event | None] | None = None
         self._folded: dict[tuple[str, torch.dtype, torch.device], FoldedTheta] = {}
         self._workspaces: dict[tuple[torch.dtype, torch.device], Workspace] = {}
 
@@ -198,7 +208,7 @@ class ShardedStep:
                             coming[rank].append((index, b, piece, number))
         self.sends, self.send_counts = _lay_out(going)
         self.receives, self.receive_counts = _lay_out(coming)
-        self.sends_of: dict[tuple[int, int], list[_Move]] = {}
+        self.sends_of: dict[tuple[int, int], list[Move]] = {}
         for move in self.sends:
             self.sends_of.setdefault((move.member, move.number), []).append(move)
         self.owned: dict[tuple[int, int, int], list[tuple[int, int]]] = {}  # (m, n, ns_steps) -> matrices
@@ -220,9 +230,41 @@ class ShardedStep:
             "all-to-all": itemsize * (away + back),
         }
 
+    # which parameters have gradients
+
+    def _check(self, flags: Sequence[float]) -> None:
+        for member, flag in zip(self.members, flags, strict=True):
+            if flag not in (0, self.ranks):
+                raise RuntimeError(
+                    f"{member.job.name} has a gradient on {flag:g} of {self.ranks} ranks: all or none must have one"
+                )
+
+    def note_flags(self, flags: Tensor) -> None:
+        """Begin to copy the sums of the flags [members] to the host, for `check_flags` to read."""
+        if flags.device.type != "cuda":
+            self._noted = flags.clone(), None
+        elif not torch.cuda.is_current_stream_capturing():
+            host = torch.empty(flags.shape, dtype=flags.dtype, pin_memory=True)
+            host.copy_(flags, non_blocking=True)
+            event: torch.cuda.Event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            event.record()
+            self._noted = host, event
+
+    def check_flags(self) -> None:
+        """Raise RuntimeError when ranks did not agree on the gradients of the last step that was noted.
+
+        Waits for the copy, which ends early in that step. A CUDA graph neither notes nor checks.
+        """
+        if self._noted is None or (self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
+            return
+        (flags, event), self._noted = self._noted, None
+        if event is not None:
+            event.synchronize()
+        self._check(flags.tolist())
+
     # the step
 
-    def _views(self, member: _Member, tensor: Tensor) -> list[Tensor]:
+    def _views(self, member: Member, tensor: Tensor) -> list[Tensor]:
         assert member.layout is not None
         return member.layout.views(local(tensor), self.ranks, self.rank)
 
@@ -232,7 +274,7 @@ class ShardedStep:
             self._workspaces[key] = Workspace(*key)
         return self._workspaces[key]
 
-    def _gradient_sums(self, buffer: Tensor, active: Sequence[_Member], scale: Sequence[float], clip: bool) -> None:
+    def _gradient_sums(self, buffer: Tensor, active: Sequence[Member], scale: Sequence[float], clip: bool) -> None:
         """Phase 1: sums of g^2 by row and column of every piece, and their part of the first message."""
         for member in active:
             layout, job = member.layout, member.job
@@ -277,11 +319,7 @@ class ShardedStep:
         self._gradient_sums(first, self.members, ones, clip=False)
         dist.all_reduce(first, group=self.group)
         flags = first[HEADER : HEADER + len(self.members)].tolist()
-        for member, flag in zip(self.members, flags, strict=True):
-            if flag not in (0, self.ranks):
-                raise RuntimeError(
-                    f"{member.job.name} has a gradient on {flag:g} of {self.ranks} ranks: all or none must have one"
-                )
+        self._check(flags)
         square = float(first[0]) + whole_square
         norm = math.sqrt(square) * inverse_scale if square >= 0 else math.nan
         if not math.isfinite(float(first[0])) or float(first[1]) != 0:
@@ -310,22 +348,21 @@ class ShardedStep:
         if not all(member.job.orthogonalize for member in self.members) and third.numel():
             dist.all_reduce(third, group=self.group)
         received = torch.empty(sum(self.receive_counts), dtype=self.wire, device=device)
-        work = self._exchange(received, sent, self.receive_counts, self.send_counts) if self.owner else None
+        work = self.exchange(received, sent, self.receive_counts, self.send_counts) if self.owner else None
         meanwhile(scales, norm)
         if work is not None:
             work.wait()
             self._orthogonalize(received)
-            back = self._exchange(sent, received, self.send_counts, self.receive_counts)
-            assert back is not None
-            back.wait()
+            self.exchange(sent, received, self.send_counts, self.receive_counts).wait()
         for member in active:
             self._apply(member, third, sent, groups[member.job.group])
         return norm, scales
 
-    def _exchange(self, out: Tensor, given: Tensor, out_counts: list[int], counts: list[int]) -> dist.Work | None:
+    def exchange(self, out: Tensor, given: Tensor, out_counts: list[int], counts: list[int]) -> dist.Work:
+        """Start an all-to-all between messages in the wire's dtype; counts are elements for each rank."""
         # as bytes: every backend takes them
         size = self.wire.itemsize
-        return dist.all_to_all_single(
+        work = dist.all_to_all_single(
             out.view(torch.uint8),
             given.view(torch.uint8),
             [count * size for count in out_counts],
@@ -333,8 +370,10 @@ class ShardedStep:
             group=self.group,
             async_op=True,
         )
+        assert work is not None
+        return work
 
-    def _feature_sums(self, member: _Member, first: Tensor, second: Tensor, scale: float, clip: bool) -> None:
+    def _feature_sums(self, member: Member, first: Tensor, second: Tensor, scale: float, clip: bool) -> None:
         """Phase 2: the new factors, and this rank's part of every sum of squares."""
         job, layout, workspace = member.job, member.layout, self._workspace(member.job.parameter)
         member.steps, member.new_factors, member.directions = [], [], []
@@ -415,7 +454,7 @@ class ShardedStep:
         """Seed of a shard's rounding: replicas of a shard round alike, different shards do not."""
         return mix64(mix64(job.position) ^ mix64(int(job.state["step"])) ^ mix64(-1 - self.rank))
 
-    def _directions(self, member: _Member, second: Tensor, third: Tensor, sent: Tensor) -> None:
+    def _directions(self, member: Member, second: Tensor, third: Tensor, sent: Tensor) -> None:
         """Phase 3: momenta, second moment and direction of every piece, into the message or with its sum of squares."""
         job, layout = member.job, member.layout
         job.state["step"] += 1
@@ -456,7 +495,7 @@ class ShardedStep:
 
     def _orthogonalize(self, received: Tensor) -> None:
         """Newton-Schulz and an RMS of 1 on the whole matrices that this rank owns, in place of what it received."""
-        parts: dict[tuple[int, int], list[_Move]] = {}
+        parts: dict[tuple[int, int], list[Move]] = {}
         for move in self.receives:
             parts.setdefault((move.member, move.matrix), []).append(move)
         for (m, n, ns_steps), matrices in self.owned.items():
@@ -477,7 +516,7 @@ class ShardedStep:
                 source = _part_of(x[position], move.piece)
                 values.view(source.shape).copy_(source)
 
-    def _apply(self, member: _Member, third: Tensor, returned: Tensor, group: dict[str, Any]) -> None:
+    def _apply(self, member: Member, third: Tensor, returned: Tensor, group: dict[str, Any]) -> None:
         """Phase 4: p <- p - lr (u + weight_decay p) on this rank's shard."""
         job, layout = member.job, member.layout
         options = {"lr": float(group["lr"]), "weight_decay": group["weight_decay"]}

@@ -62,11 +62,6 @@ def placing_of(parameter: Tensor, name: str = "parameter") -> Placing | None:
     return Placing(axis, group, mesh.size(mesh_axis), mesh.get_local_rank(mesh_axis))
 
 
-def local(tensor: Tensor) -> Tensor:
-    """Return this rank's part of a tensor, on the same storage; a plain tensor is its own part."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
 def same_placing(parameter: Tensor, gradient: Tensor) -> bool:
     """Whether a gradient lies on the ranks as its parameter does."""
     if isinstance(parameter, DTensor) and isinstance(gradient, DTensor):
@@ -255,11 +250,16 @@ def assign_owners(
     return owners
 
 
+def gather(value: str | None, group: dist.ProcessGroup) -> list[str | None]:
+    """Return every rank's value."""
+    values: list[str | None] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(values, value, group=group)
+    return values
+
+
 def agree(description: Any, group: dist.ProcessGroup, what: str) -> None:
     """Compare a description of the plan over a group, once; raises RuntimeError on every rank when two differ."""
-    digest = hashlib.sha256(repr(description).encode()).hexdigest()
-    digests: list[str | None] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(digests, digest, group=group)
+    digests = gather(hashlib.sha256(repr(description).encode()).hexdigest(), group)
     if len(set(digests)) > 1:
         ranks = [index for index, other in enumerate(digests) if other != digests[0]]
         raise RuntimeError(

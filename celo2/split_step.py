@@ -223,6 +223,10 @@ class SplitStep:
         )
         return {**self.step.bytes_sent(), "all-gather": gathered}
 
+    def check_flags(self) -> None:
+        """As `ShardedStep.check_flags`."""
+        self.step.check_flags()
+
     def run(
         self,
         groups: Sequence[dict[str, Any]],

@@ -72,6 +72,11 @@ def is_dtensor(tensor: Tensor) -> bool:
     return module is not None and isinstance(tensor, module.DTensor)
 
 
+def local(tensor: Tensor) -> Tensor:
+    """Return this rank's part of a tensor, on the same storage; a plain tensor is its own part."""
+    return tensor.to_local() if is_dtensor(tensor) else tensor  # type: ignore[attr-defined]
+
+
 def _sharded_factors(parameter: Tensor, view: MatrixView, dtype: str) -> dict[str, Tensor]:
     """Return zero factors on the parameter's mesh, sharded along the axis that they share with it."""
     from celo2.sharding import Layout, placing_of, zeros_placed

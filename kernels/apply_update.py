@@ -18,7 +18,6 @@ def apply_update_kernel(
     table_ptr,
     tiles_ptr,
     control_ptr,
-    squares_ptr,  # float32: sums of d^2 of each tile, or of each matrix when ORTHOGONAL
     rates_ptr,  # float32 [groups, 2]: learning rate, weight decay
     p_like,
     d_like,
@@ -40,12 +39,15 @@ def apply_update_kernel(
     group = layout.entry(table_ptr, matrix, layout.GROUP)
     lr = tl.load(rates_ptr + group * layout.RATES)
     decay = tl.load(rates_ptr + group * layout.RATES + 1)
+    squares_ptr = layout.sums_at(table_ptr, matrix, layout.DIRECTION_SQUARES)
     if ORTHOGONAL:
-        square = tl.load(squares_ptr + matrix)
+        # one sum a matrix
+        square = tl.load(squares_ptr)
     else:
-        tiles = layout.entry(table_ptr, matrix, layout.TILES)
-        square = sum_of(squares_ptr + layout.entry(table_ptr, matrix, layout.FIRST_TILE), tiles, 256)
-    scale = tl.rsqrt(square / (rows.to(tl.float32) * columns.to(tl.float32)) + layout.NORM_EPS)
+        square = sum_of(squares_ptr, layout.entry(table_ptr, matrix, layout.DIRECTION_PARTS), 256)
+    whole_rows = layout.entry(table_ptr, matrix, layout.WHOLE_ROWS)
+    whole_columns = layout.entry(table_ptr, matrix, layout.WHOLE_COLS)
+    scale = tl.rsqrt(square / (whole_rows.to(tl.float32) * whole_columns.to(tl.float32)) + layout.NORM_EPS)
 
     p_stride = layout.length_of(table_ptr, matrix, layout.P_STRIDE, ALIGNED)
     p_ptr = layout.tensor_at(table_ptr, matrix, layout.P, p_like, ALIGNED) + column

@@ -137,8 +137,6 @@ def normalisers_kernel(
     table_ptr,
     chunks_ptr,
     control_ptr,
-    chunk_sums_ptr,
-    moments_ptr,
     first_layer_ptr,  # float32 [13, units]: the columns of R and rsqrt(R), of C and rsqrt(C), and the bias
     vectors_ptr,  # planes UNIT on are written
     normalisers_ptr,  # float32 [matrices, 32], written
@@ -150,28 +148,30 @@ def normalisers_kernel(
     if not layout.accepted(control_ptr):
         return
     chunk = tl.program_id(0)
-    matrix, of_columns, length, offset, inside, own = chunk_of(table_ptr, chunks_ptr, chunk, ALIGNED, BLOCK_COLUMNS)
+    matrix, of_columns, _, offset, inside, own = chunk_of(table_ptr, chunks_ptr, chunk, ALIGNED, BLOCK_COLUMNS)
     rows_are_short = layout.entry(table_ptr, matrix, layout.ROWS_ARE_SHORT) != 0
-    first_chunk = layout.entry(table_ptr, matrix, layout.ROW_CHUNK)
-    count = layout.entry(table_ptr, matrix, layout.ROW_CHUNKS)
-    factor_ptr = layout.entry(table_ptr, matrix, layout.ROW_FACTOR).to(tl.pointer_type(tl.float32))
-    is_first = chunk == first_chunk
+    parts_ptr = layout.sums_at(table_ptr, matrix, layout.ROW_MOMENTS)
+    count = layout.entry(table_ptr, matrix, layout.ROW_MOMENT_PARTS)
+    whole_length = layout.entry(table_ptr, matrix, layout.WHOLE_ROWS)
+    factor_ptr = layout.sums_at(table_ptr, matrix, layout.ROW_FACTOR)
+    is_first = chunk == layout.entry(table_ptr, matrix, layout.ROW_CHUNK)
     is_short = rows_are_short
     if of_columns:
-        first_chunk = layout.entry(table_ptr, matrix, layout.COLUMN_CHUNK)
-        count = layout.entry(table_ptr, matrix, layout.COLUMN_CHUNKS)
-        factor_ptr = layout.entry(table_ptr, matrix, layout.COLUMN_FACTOR).to(tl.pointer_type(tl.float32))
+        parts_ptr = layout.sums_at(table_ptr, matrix, layout.COLUMN_MOMENTS)
+        count = layout.entry(table_ptr, matrix, layout.COLUMN_MOMENT_PARTS)
+        whole_length = layout.entry(table_ptr, matrix, layout.WHOLE_COLS)
+        factor_ptr = layout.sums_at(table_ptr, matrix, layout.COLUMN_FACTOR)
         is_short = not rows_are_short
 
     o_sum = tl.arange(0, layout.CHUNK_SUMS)
     total = tl.zeros([PARTS, layout.CHUNK_SUMS], tl.float32)
     for part in range(0, count, PARTS):
         o_part = part + tl.arange(0, PARTS).to(tl.int64)
-        address = (first_chunk + o_part)[:, None] * layout.CHUNK_SUMS + o_sum[None, :]
+        address = o_part[:, None] * layout.CHUNK_SUMS + o_sum[None, :]
         # the last two sums are padding
         mask = (o_part < count)[:, None] & (o_sum < 6)[None, :]
-        total += tl.load(chunk_sums_ptr + address, mask=mask, other=0.0)
-    normaliser = tl.rsqrt(tl.sum(total, axis=0) / length.to(tl.float32) + layout.NORM_EPS)
+        total += tl.load(parts_ptr + address, mask=mask, other=0.0)
+    normaliser = tl.rsqrt(tl.sum(total, axis=0) / whole_length.to(tl.float32) + layout.NORM_EPS)
 
     weights_ptr = first_layer_ptr + 6 * UNITS
     if is_short:
@@ -196,17 +196,17 @@ def normalisers_kernel(
         tl.store(planes_ptr + (layout.UNIT + unit) * BLOCK_COLUMNS, contribution)
 
     if is_first:
-        tile = layout.entry(table_ptr, matrix, layout.FIRST_TILE)
-        tiles = layout.entry(table_ptr, matrix, layout.TILES)
+        moments_ptr = layout.sums_at(table_ptr, matrix, layout.ELEMENT_MOMENTS)
+        parts = layout.entry(table_ptr, matrix, layout.ELEMENT_PARTS)
         o_moment = tl.arange(0, layout.ELEMENT_STRIDE)
         moments = tl.zeros([PARTS, layout.ELEMENT_STRIDE], tl.float32)
-        for part in range(0, tiles, PARTS):
+        for part in range(0, parts, PARTS):
             o_part = part + tl.arange(0, PARTS).to(tl.int64)
-            address = (tile + o_part)[:, None] * layout.ELEMENT_STRIDE + o_moment[None, :]
-            mask = (o_part < tiles)[:, None] & (o_moment < layout.ELEMENT_COLUMNS)[None, :]
+            address = o_part[:, None] * layout.ELEMENT_STRIDE + o_moment[None, :]
+            mask = (o_part < parts)[:, None] & (o_moment < layout.ELEMENT_COLUMNS)[None, :]
             moments += tl.load(moments_ptr + address, mask=mask, other=0.0)
-        rows = layout.entry(table_ptr, matrix, layout.ROWS).to(tl.float32)
-        size = rows * layout.entry(table_ptr, matrix, layout.COLS).to(tl.float32)
+        rows = layout.entry(table_ptr, matrix, layout.WHOLE_ROWS).to(tl.float32)
+        size = rows * layout.entry(table_ptr, matrix, layout.WHOLE_COLS).to(tl.float32)
         normalisers = tl.rsqrt(tl.sum(moments, axis=0) / size + layout.NORM_EPS)
         tl.store(normalisers_ptr + matrix * layout.ELEMENT_STRIDE + o_moment, normalisers)
         if layout.entry(table_ptr, matrix, layout.COUNTS) != 0:

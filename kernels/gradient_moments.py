@@ -63,6 +63,20 @@ def gradient_moments_kernel(
 
 
 @triton.jit
+def square_of(totals_ptr, tiles, norms_ptr, others, unscale, BLOCK: tl.constexpr):
+    """Return a sum of squares in float64: `tiles` that are unscaled already, and of `others` norms that are not."""
+    # float64, so that the order of the matrices does not show in a float32
+    offset = tl.arange(0, BLOCK)
+    square = tl.zeros([BLOCK], tl.float64)
+    for first in range(0, tiles, BLOCK):
+        square += tl.load(totals_ptr + first + offset, mask=first + offset < tiles, other=0.0).to(tl.float64)
+    for first in range(0, others, BLOCK):
+        norm = tl.load(norms_ptr + first + offset, mask=first + offset < others, other=0.0) * unscale
+        square += norm.to(tl.float64) * norm.to(tl.float64)
+    return tl.sum(square)
+
+
+@triton.jit
 def control_kernel(
     totals_ptr,  # float32 [tiles]: sums of squares of the matrices, unscaled
     tiles,
@@ -76,20 +90,28 @@ def control_kernel(
     grad_norm_ptr,  # float32, written
     skip_ptr,  # float32, written: 1 when the step is skipped
     skipped_ptr,  # int64: counts the skipped steps
+    message_ptr,  # float32: the first message, added up over the ranks; read when SHARDED
+    members,  # sharded parameters
+    ranks,
+    SHARDED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    # float64, so that the order of the matrices does not show in a float32
-    offset = tl.arange(0, BLOCK)
-    square = tl.zeros([BLOCK], tl.float64)
-    for first in range(0, tiles, BLOCK):
-        square += tl.load(totals_ptr + first + offset, mask=first + offset < tiles, other=0.0).to(tl.float64)
     unscale = tl.load(unscale_ptr)
-    for first in range(0, others, BLOCK):
-        norm = tl.load(norms_ptr + first + offset, mask=first + offset < others, other=0.0) * unscale
-        square += norm.to(tl.float64) * norm.to(tl.float64)
-    norm = tl.sqrt(tl.sum(square)).to(tl.float32)
+    square = square_of(totals_ptr, tiles, norms_ptr, others, unscale, BLOCK)
+    wrong = tl.load(found_inf_ptr) != 0
+    if SHARDED:
+        square += tl.load(message_ptr).to(tl.float64)
+        wrong = wrong | (tl.load(message_ptr + 1) != 0)
+        disagreements = tl.zeros([BLOCK], tl.int32)
+        offset = tl.arange(0, BLOCK)
+        for first in range(0, members, BLOCK):
+            inside = first + offset < members
+            flag = tl.load(message_ptr + layout.FLAGS + first + offset, mask=inside, other=0.0)
+            disagreements += ((flag != 0) & (flag != ranks)).to(tl.int32)
+        wrong = wrong | (tl.sum(disagreements) != 0)
+    norm = tl.sqrt(square).to(tl.float32)
     # false for a NaN as well
-    accepted = (norm < float("inf")) & (tl.load(found_inf_ptr) == 0)
+    accepted = (norm < float("inf")) & (wrong == 0)
     tl.store(control_ptr, tl.where(accepted, 1.0, 0.0))
     tl.store(control_ptr + 1, norm)
     tl.store(grad_norm_ptr, norm)
@@ -146,13 +168,10 @@ def factors_kernel(
     table_ptr,
     chunks_ptr,  # int32 [chunks, 3]: matrix, 0 for rows and 1 for columns, first entry
     control_ptr,
-    sums_ptr,
-    totals_ptr,  # float32 [tiles] of the gradients that the sums are of
     vectors_ptr,  # float32 [chunks, UNIT + units, BLOCK_COLUMNS], planes FACTOR and SCALE written
     chunk_sums_ptr,  # float32 [chunks, CHUNK_SUMS], written
     UNITS: tl.constexpr,
     ALIGNED: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
     PARTS: tl.constexpr,  # partial sums read at once
 ):
@@ -160,24 +179,25 @@ def factors_kernel(
         return
     chunk = tl.program_id(0)
     matrix, of_columns, length, offset, inside, own = chunk_of(table_ptr, chunks_ptr, chunk, ALIGNED, BLOCK_COLUMNS)
-    rows = layout.entry(table_ptr, matrix, layout.ROWS)
-    columns = layout.entry(table_ptr, matrix, layout.COLS)
-    factor_ptr = layout.entry(table_ptr, matrix, layout.ROW_FACTOR).to(tl.pointer_type(tl.float32))
-    column_factor_ptr = layout.entry(table_ptr, matrix, layout.COLUMN_FACTOR).to(tl.pointer_type(tl.float32))
+    rows = layout.entry(table_ptr, matrix, layout.WHOLE_ROWS)
+    columns = layout.entry(table_ptr, matrix, layout.WHOLE_COLS)
+    factor_ptr = layout.sums_at(table_ptr, matrix, layout.ROW_FACTOR)
+    column_factor_ptr = layout.sums_at(table_ptr, matrix, layout.COLUMN_FACTOR)
     rows_are_short = layout.entry(table_ptr, matrix, layout.ROWS_ARE_SHORT) != 0
-    short_ptr = column_factor_ptr
-    short_length = columns
-    if rows_are_short:
-        short_ptr = factor_ptr
-        short_length = rows
-    parts_ptr = sums_ptr + layout.entry(table_ptr, matrix, layout.ROW_SUMS)
-    parts = tl.cdiv(columns, BLOCK_COLUMNS)
+    # of the two, one that is here as a whole
+    mean_ptr = column_factor_ptr
+    mean_length = columns
+    if layout.entry(table_ptr, matrix, layout.ROWS_GIVE_MEAN) != 0:
+        mean_ptr = factor_ptr
+        mean_length = rows
+    parts_ptr = layout.sums_at(table_ptr, matrix, layout.ROW_TOTALS)
+    parts = layout.entry(table_ptr, matrix, layout.ROW_PARTS)
     other_length = columns
     is_short = rows_are_short
     if of_columns:
         factor_ptr = column_factor_ptr
-        parts_ptr = sums_ptr + layout.entry(table_ptr, matrix, layout.COLUMN_SUMS)
-        parts = tl.cdiv(rows, BLOCK_ROWS)
+        parts_ptr = layout.sums_at(table_ptr, matrix, layout.COLUMN_TOTALS)
+        parts = layout.entry(table_ptr, matrix, layout.COLUMN_PARTS)
         other_length = rows
         is_short = not rows_are_short
 
@@ -189,11 +209,11 @@ def factors_kernel(
     square_scale = tl.load(control_ptr + (1 + layout.entry(table_ptr, matrix, layout.GROUP)) * layout.CONTROL + 1)
     mean = tl.sum(total, axis=0) / other_length.to(tl.float32) * square_scale + layout.SQUARE_EPS
 
-    # the mean of the factors is the moving average of the matrix's mean g^2: no sum over the new ones is needed
-    tile = layout.entry(table_ptr, matrix, layout.FIRST_TILE)
-    tiles = layout.entry(table_ptr, matrix, layout.TILES)
+    # the mean of either factor is the moving average of the matrix's mean g^2: no sum over the new ones is needed
+    squares_ptr = layout.sums_at(table_ptr, matrix, layout.SQUARES)
+    square_parts = layout.entry(table_ptr, matrix, layout.SQUARE_PARTS)
     size = rows.to(tl.float32) * columns.to(tl.float32)
-    matrix_mean = sum_of(totals_ptr + tile, tiles, 256) / size * square_scale + layout.SQUARE_EPS
+    matrix_mean = sum_of(squares_ptr, square_parts, 256) / size * square_scale + layout.SQUARE_EPS
 
     planes_ptr = vectors_ptr + chunk.to(tl.int64) * ((layout.UNIT + UNITS) * BLOCK_COLUMNS)
     planes_ptr += tl.arange(0, BLOCK_COLUMNS)
@@ -202,7 +222,7 @@ def factors_kernel(
         factor = layout.DECAYS[k] * old + (1 - layout.DECAYS[k]) * mean
         scale = factor
         if is_short:
-            old_mean = mean_of_factor(short_ptr, short_length, k, 256)
+            old_mean = mean_of_factor(mean_ptr, mean_length, k, 256)
             factor_mean = layout.DECAYS[k] * old_mean + (1 - layout.DECAYS[k]) * matrix_mean
             scale = factor / (factor_mean + layout.FACTOR_EPS)
         scale = tl.rsqrt(tl.maximum(scale, layout.FACTOR_EPS))

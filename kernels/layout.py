@@ -41,7 +41,29 @@ SEED = tl.constexpr(23)  # of its random bits, 32 bits
 COUNTER = tl.constexpr(24)  # address of its parameter's step counter, float32
 COUNTS = tl.constexpr(25)  # 1 for the one matrix of a parameter that advances the counter
 MOMENTUM_SCALE = tl.constexpr(26)  # address of [rows, quanta, 3], for 8-bit momenta
-COLUMNS = tl.constexpr(27)
+# sums over the whole matrix: a row of the table may be a shard of one, and some of its sums then come from all ranks
+WHOLE_ROWS = tl.constexpr(27)  # lengths of the whole matrix: ROWS and COLS unless it is sharded
+WHOLE_COLS = tl.constexpr(28)
+CUT = tl.constexpr(29)  # which of its axes is sharded: CUT_ROWS, CUT_COLS or neither
+ROW_TOTALS = tl.constexpr(30)  # address of the sums of g^2 of whole rows, float32 [parts, rows], and their parts
+ROW_PARTS = tl.constexpr(31)
+COLUMN_TOTALS = tl.constexpr(32)
+COLUMN_PARTS = tl.constexpr(33)
+SQUARES = tl.constexpr(34)  # address of what adds up to the sum of g^2, float32 [parts]
+SQUARE_PARTS = tl.constexpr(35)
+ROWS_GIVE_MEAN = tl.constexpr(36)  # whether the mean of the factors is taken over the rows' one, or the columns'
+ROW_MOMENTS = tl.constexpr(37)  # address of the sums of chunks of rows, float32 [parts, CHUNK_SUMS]
+ROW_MOMENT_PARTS = tl.constexpr(38)
+COLUMN_MOMENTS = tl.constexpr(39)
+COLUMN_MOMENT_PARTS = tl.constexpr(40)
+ELEMENT_MOMENTS = tl.constexpr(41)  # address of the sums of the 18 per-element columns, float32 [parts, ELEMENT_STRIDE]
+ELEMENT_PARTS = tl.constexpr(42)
+DIRECTION_SQUARES = tl.constexpr(43)  # address of what adds up to the sum of d^2, float32 [parts]
+DIRECTION_PARTS = tl.constexpr(44)
+COLUMNS = tl.constexpr(45)
+
+CUT_ROWS = tl.constexpr(1)
+CUT_COLS = tl.constexpr(2)
 
 # `vectors`, float32 [chunks, PLANES + units, chunk]: new factors, their scales rf or cf, first-layer contributions
 FACTOR = tl.constexpr(0)
@@ -53,6 +75,11 @@ CHUNK_SUMS = tl.constexpr(8)
 # the 18 per-element columns, padded
 ELEMENT_COLUMNS = tl.constexpr(18)
 ELEMENT_STRIDE = tl.constexpr(32)
+
+# what ranks add up. The first message: the sum of g^2, whether one of them must skip the step, a flag for each sharded
+# parameter that has a gradient, and sums of g^2 along cut axes. The second: 18 and 6 sums of squares a matrix
+FLAGS = tl.constexpr(2)
+VECTOR_MOMENTS = tl.constexpr(18)
 
 # `control`, float32 [1 + groups, 2]: 1 when the step is accepted, and the gradient norm; then for each group what its
 # gradients are multiplied by, and what their squares of phase 1 still lack
@@ -78,6 +105,12 @@ NORM_EPS = tl.constexpr(1e-9)
 def entry(table_ptr, matrix, COLUMN: tl.constexpr):
     """Load one entry of the table, int64."""
     return tl.load(table_ptr + matrix.to(tl.int64) * COLUMNS + COLUMN)
+
+
+@triton.jit
+def sums_at(table_ptr, matrix, COLUMN: tl.constexpr):
+    """Load an address of the table as a pointer to float32."""
+    return entry(table_ptr, matrix, COLUMN).to(tl.pointer_type(tl.float32))
 
 
 @triton.jit

@@ -33,6 +33,13 @@ from celo2.kernels.learned_update import learned_update_kernel
 from celo2.kernels.newton_schulz import start_kernel, symmetric_product_kernel
 from celo2.kernels.roofline import ADAMW_BYTES, DTYPES, GPUS, Dtypes, phase_bytes, roofline
 from celo2.kernels.rounding import round_kernel
+from celo2.kernels.sharing import (
+    move_parts_kernel,
+    share_gradient_sums_kernel,
+    share_moments_kernel,
+    share_norm_kernel,
+    share_squares_kernel,
+)
 from celo2.kernels.vector_update import VECTOR_COLUMNS, vector_update_kernel
 
 TARGETS = {
@@ -83,29 +90,49 @@ def weights(count: int) -> tuple[float, ...]:
 def specialisations(
     dtypes: Dtypes, *, aligned: bool = True, columns: int = 128, clip: bool = True
 ) -> Iterator[Specialisation]:
-    """Yield every kernel of a step for matrices of these dtypes, in the order of launches, then the vectors'."""
+    """Yield every kernel of a step for matrices of these dtypes, in the order of launches, then all others.
+
+    Of a kernel with several forms the first is the one that is reported.
+    """
     tile = {"ALIGNED": aligned, "BLOCK_ROWS": 64, "BLOCK_COLUMNS": columns}
+    vector = {"ALIGNED": aligned, "BLOCK_COLUMNS": columns}
     step = {"STEP_ROWS": 512 // columns}
     mlp = {"HIDDEN": weights(UNITS * UNITS), "BIAS": weights(UNITS), "OUTPUT": weights(UNITS), "OUTPUT_BIAS": 0.1}
     constants: list[tuple[Any, dict[str, Any], dict[str, int]]] = [
         (gradient_moments_kernel, {**tile, "CLIP": clip}, {}),
-        (control_kernel, {"BLOCK": 1024}, {}),
-        (factors_kernel, {**tile, "UNITS": UNITS, "PARTS": 16}, {}),
+        (control_kernel, {"SHARDED": False, "BLOCK": 1024}, {}),
+        (factors_kernel, {**vector, "UNITS": UNITS, "PARTS": 16}, {}),
         (feature_moments_kernel, {**tile, **step, "UNITS": UNITS, "CLIP": clip}, {}),
-        (normalisers_kernel, {"ALIGNED": aligned, "BLOCK_COLUMNS": columns, "UNITS": UNITS, "PARTS": 16}, {}),
+        (normalisers_kernel, {**vector, "UNITS": UNITS, "PARTS": 16}, {}),
         (
             learned_update_kernel,
             {**tile, **step, **mlp, "ELEMENT": weights(18 * UNITS), "UNITS": UNITS, "CLIP": clip},
             {"maxnreg": 128},
         ),
         (apply_update_kernel, {**tile, "STEP_ROWS": 16, "ORTHOGONAL": False}, {}),
-        (
-            vector_update_kernel,
-            {**mlp, "ELEMENT": weights(VECTOR_COLUMNS.value * UNITS), "FIRST_BIAS": weights(UNITS), "BLOCK": 256},
-            {},
+        *(
+            (
+                vector_update_kernel,
+                {
+                    **mlp,
+                    "ELEMENT": weights(VECTOR_COLUMNS.value * UNITS),
+                    "FIRST_BIAS": weights(UNITS),
+                    "BLOCK": 256,
+                    "FIRST": first,
+                    "STOP": stop,
+                },
+                {},
+            )
+            for first, stop in ((0, 3), (0, 1), (1, 2), (2, 3))
         ),
         (start_kernel, {"EPS": 1e-8}, {}),
         (round_kernel, {"BLOCK": 1024}, {}),
+        (control_kernel, {"SHARDED": True, "BLOCK": 1024}, {}),
+        (share_gradient_sums_kernel, {**tile, "PARTS": 16}, {}),
+        (share_norm_kernel, {"BLOCK": 1024}, {}),
+        (share_moments_kernel, {"PARTS": 16}, {}),
+        (share_squares_kernel, {}, {}),
+        *((move_parts_kernel, {**tile, "BLOCK_ROWS": 16, "BACK": back}, {}) for back in (True, False)),
     ]
     for kernel, values, options in constants:
         yield Specialisation(kernel, dtypes, values, options)
@@ -126,7 +153,10 @@ def compile_for(specialisation: Specialisation, target: GPUTarget) -> Any:
         "d_like": dtypes.d,
     }
     short |= {"x_ptr": dtypes.d, "add_ptr": dtypes.d, "out_ptr": dtypes.d, "target_ptr": dtypes.p}
+    short |= {"wire_ptr": dtypes.d, "matrices_ptr": dtypes.d}
     tables = {"table_ptr": "i64", "gradients_ptr": "i64", "skipped_ptr": "i64", "tiles_ptr": "i32", "chunks_ptr": "i32"}
+    if kernel is move_parts_kernel:
+        tables["parts_ptr"] = "i64"
     signature: dict[str, str] = {}
     attributes: dict[tuple[int, ...], list[list[Any]]] = {}
     for index, name in enumerate(kernel.arg_names):
@@ -297,10 +327,12 @@ def print_kernels(target: str, dtypes: Dtypes, codes: dict[str, Code]) -> dict[i
     spills = "B spilled" if target.startswith("sm_") else "registers spilled"
     print(f"\n{target}, {dtypes}")
     instructions: dict[int, float] = {}
+    reported = set()
     for specialisation in specialisations(dtypes):
-        code = codes[specialisation.name]
-        if specialisation.name == "symmetric_product_kernel" and specialisation.constants["BETA"]:
+        if specialisation.name in reported:
             continue
+        reported.add(specialisation.name)
+        code = codes[specialisation.name]
         line = f"  {code.name:25} {code.registers:4} registers {code.spills:3} {spills} {code.shared:6} B shared"
         phase = PHASES.get(code.name)
         if phase is not None:

@@ -1,7 +1,8 @@
 """The rule for parameters with fewer than two axes (Celo2-base): one program a vector, all phases in one kernel.
 
 The first 15 columns of the rule, with an unfactored accumulator V_k in the place of R_k and C_k. Three passes: sums of
-squares; accumulators and direction; the parameter. A model's vectors are short beside its matrices.
+squares; accumulators and direction; the parameter. A model's vectors are short beside its matrices. Each pass over a
+sharded vector is a launch of its own, and the ranks add up the sums of the first two in between.
 Source: Celo2 (arXiv 2602.19142), section 2 of the rule, 1-D parameters.
 """
 
@@ -43,11 +44,16 @@ def vector_update_kernel(
     OUTPUT: tl.constexpr,
     OUTPUT_BIAS: tl.constexpr,
     BLOCK: tl.constexpr,
+    FIRST: tl.constexpr,  # of the three passes, those of this launch: from FIRST up to but not including STOP
+    STOP: tl.constexpr,
 ):
     if not layout.accepted(control_ptr):
         return
     vector = tl.program_id(0)
     length = layout.entry(table_ptr, vector, layout.COLS)
+    whole_length = layout.entry(table_ptr, vector, layout.WHOLE_COLS).to(tl.float32)
+    moments_ptr = layout.sums_at(table_ptr, vector, layout.ELEMENT_MOMENTS)
+    square_ptr = layout.sums_at(table_ptr, vector, layout.DIRECTION_SQUARES)
     gradient_scale = layout.gradient_scale_of(control_ptr, table_ptr, vector)
     group = layout.entry(table_ptr, vector, layout.GROUP)
     lr = tl.load(rates_ptr + group * layout.RATES)
@@ -66,10 +72,13 @@ def vector_update_kernel(
 
     # pass 1 only sums, pass 2 advances the accumulators by the same formulas
     scales = ()
-    for _ in tl.static_range(VECTOR_COLUMNS):
-        scales = scales + (0.0,)
+    for c in tl.static_range(VECTOR_COLUMNS):
+        scale = 0.0
+        if FIRST == 1:
+            scale = tl.rsqrt(tl.load(moments_ptr + c) / whole_length + layout.NORM_EPS)
+        scales = scales + (scale,)
     square = 0.0
-    for WRITES in tl.static_range(2):
+    for WRITES in tl.static_range(FIRST, 2 if STOP == 3 else STOP):
         sums = ()
         for _ in tl.static_range(VECTOR_COLUMNS):
             sums = sums + (tl.zeros([BLOCK], tl.float32),)
@@ -126,16 +135,26 @@ def vector_update_kernel(
         if WRITES == 0:
             scales = ()
             for c in tl.static_range(VECTOR_COLUMNS):
-                scales = scales + (tl.rsqrt(tl.sum(sums[c]) / length.to(tl.float32) + layout.NORM_EPS),)
+                moment = tl.sum(sums[c])
+                if STOP == 1:
+                    tl.store(moments_ptr + c, moment)
+                scales = scales + (tl.rsqrt(moment / whole_length + layout.NORM_EPS),)
         else:
             square = tl.sum(squares)
-    scale = tl.rsqrt(square / length.to(tl.float32) + layout.NORM_EPS)
-    for first in range(0, length, BLOCK):
-        offset = first + tl.arange(0, BLOCK).to(tl.int64)
-        mask = offset < length
-        p = tl.load(p_ptr + offset, mask=mask, other=0.0).to(tl.float32)
-        p -= lr * (tl.load(d_ptr + offset, mask=mask, other=0.0) * scale + decay * p)
-        noise = rounding.noise_of(seed, length * 0, offset.to(tl.int32), 2)
-        rounding.store(p_ptr + offset, p, mask, noise, False, False)
-    # last, behind the barriers of the sums: every thread has read the old count
-    tl.store(counter_ptr, count)
+    if STOP == 2:
+        tl.store(square_ptr, square)
+    if STOP == 3:
+        if FIRST == 2:
+            square = tl.load(square_ptr)
+        scale = tl.rsqrt(square / whole_length + layout.NORM_EPS)
+        for first in range(0, length, BLOCK):
+            offset = first + tl.arange(0, BLOCK).to(tl.int64)
+            mask = offset < length
+            p = tl.load(p_ptr + offset, mask=mask, other=0.0).to(tl.float32)
+            p -= lr * (tl.load(d_ptr + offset, mask=mask, other=0.0) * scale + decay * p)
+            noise = rounding.noise_of(seed, length * 0, offset.to(tl.int32), 2)
+            rounding.store(p_ptr + offset, p, mask, noise, False, False)
+        if FIRST == 2:
+            tl.debug_barrier()
+        # last, behind a barrier or those of the sums: every thread has read the old count
+        tl.store(counter_ptr, count)

@@ -14,8 +14,9 @@ from celo2.pretrain.machines import ITERATION_LAUNCHES, Links, Machine
 from celo2.pretrain.model import GPT
 from celo2.pretrain.parallel import Parallel
 from celo2.sharded_step import ShardedStep
-from celo2.sharding import Layout, Piece, local, newton_schulz_flops
+from celo2.sharding import Layout, Piece, newton_schulz_flops
 from celo2.split_step import BUCKET_BYTES, SplitStep, plan_buckets
+from celo2.state import local
 
 
 @dataclass(frozen=True)

@@ -30,8 +30,8 @@ from celo2.pretrain.parallel import PARALLEL, REDUCE, Parallel, shard
 from celo2.pretrain.recipes import Recipe, recipe_for, split_batch
 from celo2.pretrain.runlog import quantity
 from celo2.routing import format_table
-from celo2.sharding import local
 from celo2.split_step import SplitStep
+from celo2.state import local
 
 GIB = 2**30
 TABLE_SIZES = ("small", "medium", "large", "gpt2-xl", "xl")

@@ -17,7 +17,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from celo2 import load_weights
 from celo2.matrices import MatrixView
-from celo2.sharded_step import ShardedJob, ShardedStep
+from celo2.sharded_step import ShardedJob, ShardedStep, padded
 from celo2.sharding import Layout, assign_owners, chunk, newton_schulz_flops, placing_of, zeros_placed
 
 PROGRAM = Path(__file__).with_name("sharded_ranks.py")

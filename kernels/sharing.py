@@ -1,0 +1,198 @@
+"""What the ranks of a sharded step tell each other: their parts of sums into messages, and directions out of them.
+
+A matrix may be cut along its rows or its columns (`CUT` in the table); each rank has a part of it. Sums along the cut
+axis are a rank's own part of a sum over the whole matrix, those along the other axis are whole. Three kernels write
+the parts to where the table looks for the sums of whole matrices, a message of float32 that an all-reduce then adds up;
+what no rank has stays zero. `move_parts_kernel` puts the directions that arrive at a matrix's owner together, and takes
+them apart again. All read and write what is small beside the matrices, but for the last: two times the direction.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from celo2.kernels import layout
+from celo2.kernels.gradient_moments import chunk_of, square_of, sum_of
+
+
+@triton.jit
+def share_gradient_sums_kernel(
+    table_ptr,
+    chunks_ptr,
+    sums_ptr,  # float32: partial sums of rows and columns
+    ALIGNED: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr,
+    PARTS: tl.constexpr,
+):
+    """Add up this rank's sums of g^2 along the cut axis, a chunk of the other axis a program."""
+    chunk = tl.program_id(0)
+    matrix, of_columns, length, offset, inside, own = chunk_of(table_ptr, chunks_ptr, chunk, ALIGNED, BLOCK_COLUMNS)
+    cut = layout.entry(table_ptr, matrix, layout.CUT)
+    parts_ptr = sums_ptr + layout.entry(table_ptr, matrix, layout.ROW_SUMS)
+    parts = tl.cdiv(layout.entry(table_ptr, matrix, layout.COLS), BLOCK_COLUMNS)
+    total_ptr = layout.sums_at(table_ptr, matrix, layout.ROW_TOTALS)
+    is_shared = cut == layout.CUT_COLS
+    if of_columns:
+        parts_ptr = sums_ptr + layout.entry(table_ptr, matrix, layout.COLUMN_SUMS)
+        parts = tl.cdiv(layout.entry(table_ptr, matrix, layout.ROWS), BLOCK_ROWS)
+        total_ptr = layout.sums_at(table_ptr, matrix, layout.COLUMN_TOTALS)
+        is_shared = cut == layout.CUT_ROWS
+    if is_shared:
+        total = tl.zeros([PARTS, BLOCK_COLUMNS], tl.float32)
+        for part in range(0, parts, PARTS):
+            o_part = part + tl.arange(0, PARTS).to(tl.int64)
+            mask = (o_part < parts)[:, None] & inside[None, :]
+            total += tl.load(parts_ptr + o_part[:, None] * length + offset[None, :], mask=mask, other=0.0)
+        tl.store(total_ptr + offset, tl.sum(total, axis=0), mask=inside & own)
+
+
+@triton.jit
+def share_norm_kernel(
+    totals_ptr,  # float32 [tiles]: sums of squares of the sharded matrices, unscaled
+    tiles,
+    norms_ptr,  # float32 [others]: norms of all other sharded gradients, as they came
+    others,
+    whole_totals_ptr,  # the same of what every rank has whole
+    whole_tiles,
+    whole_norms_ptr,
+    whole_others,
+    unscale_ptr,
+    found_inf_ptr,
+    flags_ptr,  # float32 [members]: 1 for each sharded parameter that has a gradient here
+    members,
+    message_ptr,  # float32, the first FLAGS + members are written
+    BLOCK: tl.constexpr,
+):
+    """Write the head of the first message."""
+    unscale = tl.load(unscale_ptr)
+    tl.store(message_ptr, square_of(totals_ptr, tiles, norms_ptr, others, unscale, BLOCK).to(tl.float32))
+    # what is not sharded may differ between ranks: all must skip when one has to
+    whole = square_of(whole_totals_ptr, whole_tiles, whole_norms_ptr, whole_others, unscale, BLOCK)
+    is_finite = tl.sqrt(whole).to(tl.float32) < float("inf")
+    skips = (tl.load(found_inf_ptr) != 0) | (is_finite == 0)
+    tl.store(message_ptr + 1, tl.where(skips, 1.0, 0.0))
+    for first in range(0, members, BLOCK):
+        offset = first + tl.arange(0, BLOCK)
+        flag = tl.load(flags_ptr + offset, mask=offset < members, other=0.0)
+        tl.store(message_ptr + layout.FLAGS + offset, flag, mask=offset < members)
+
+
+@triton.jit
+def share_moments_kernel(
+    table_ptr,
+    control_ptr,
+    moments_ptr,  # float32 [tiles, ELEMENT_STRIDE]
+    chunk_sums_ptr,  # float32 [chunks, CHUNK_SUMS]
+    PARTS: tl.constexpr,
+):
+    """Add up this rank's 18 sums of squares of a matrix, and the 6 of the vectors along its cut axis."""
+    if not layout.accepted(control_ptr):
+        return
+    matrix = tl.program_id(0)
+    cut = layout.entry(table_ptr, matrix, layout.CUT)
+    tiles = layout.entry(table_ptr, matrix, layout.TILES)
+    # where the matrix lies on other ranks alone, the message keeps its zeros
+    if (cut != 0) & (tiles != 0):
+        message_ptr = layout.sums_at(table_ptr, matrix, layout.ELEMENT_MOMENTS)
+        moments_ptr += layout.entry(table_ptr, matrix, layout.FIRST_TILE) * layout.ELEMENT_STRIDE
+        o_moment = tl.arange(0, layout.ELEMENT_STRIDE)
+        is_moment = o_moment < layout.ELEMENT_COLUMNS
+        moments = tl.zeros([PARTS, layout.ELEMENT_STRIDE], tl.float32)
+        for part in range(0, tiles, PARTS):
+            o_part = part + tl.arange(0, PARTS).to(tl.int64)
+            mask = (o_part < tiles)[:, None] & is_moment[None, :]
+            address = o_part[:, None] * layout.ELEMENT_STRIDE + o_moment[None, :]
+            moments += tl.load(moments_ptr + address, mask=mask, other=0.0)
+        tl.store(message_ptr + o_moment, tl.sum(moments, axis=0), mask=is_moment)
+
+        first = layout.entry(table_ptr, matrix, layout.ROW_CHUNK)
+        count = layout.entry(table_ptr, matrix, layout.ROW_CHUNKS)
+        if cut == layout.CUT_COLS:
+            first = layout.entry(table_ptr, matrix, layout.COLUMN_CHUNK)
+            count = layout.entry(table_ptr, matrix, layout.COLUMN_CHUNKS)
+        chunk_sums_ptr += first * layout.CHUNK_SUMS
+        o_sum = tl.arange(0, layout.CHUNK_SUMS)
+        sums = tl.zeros([PARTS, layout.CHUNK_SUMS], tl.float32)
+        for part in range(0, count, PARTS):
+            o_part = part + tl.arange(0, PARTS).to(tl.int64)
+            # the last two sums are padding
+            mask = (o_part < count)[:, None] & (o_sum < 6)[None, :]
+            sums += tl.load(chunk_sums_ptr + o_part[:, None] * layout.CHUNK_SUMS + o_sum[None, :], mask=mask, other=0.0)
+        tl.store(message_ptr + layout.VECTOR_MOMENTS + o_sum, tl.sum(sums, axis=0), mask=o_sum < 6)
+
+
+@triton.jit
+def share_squares_kernel(
+    table_ptr,
+    control_ptr,
+    squares_ptr,  # float32 [tiles]: sums of d^2
+):
+    """Add up this rank's sum of d^2 of a matrix."""
+    if not layout.accepted(control_ptr):
+        return
+    matrix = tl.program_id(0)
+    tiles = layout.entry(table_ptr, matrix, layout.TILES)
+    if (layout.entry(table_ptr, matrix, layout.CUT) != 0) & (tiles != 0):
+        first = layout.entry(table_ptr, matrix, layout.FIRST_TILE)
+        tl.store(layout.sums_at(table_ptr, matrix, layout.DIRECTION_SQUARES), sum_of(squares_ptr + first, tiles, 256))
+
+
+# columns of `parts`, int64: what a rank has of a matrix, and where it lies in the message and at the matrix's owner
+PART_OFFSET = tl.constexpr(0)  # in the message, [rows, columns] without gaps
+PART_TARGET = tl.constexpr(1)  # first element among the owner's matrices
+PART_ROWS = tl.constexpr(2)
+PART_COLS = tl.constexpr(3)
+PART_STRIDE = tl.constexpr(4)  # from row to row of the matrix
+PART_MATRIX = tl.constexpr(5)  # number of the matrix, and how many elements it has
+PART_SIZE = tl.constexpr(6)
+PART_COLUMNS = tl.constexpr(7)
+
+
+@triton.jit
+def part_entry(parts_ptr, part, COLUMN: tl.constexpr):
+    return tl.load(parts_ptr + part.to(tl.int64) * PART_COLUMNS + COLUMN)
+
+
+@triton.jit
+def move_parts_kernel(
+    parts_ptr,  # int64 [parts, PART_COLUMNS]
+    tiles_ptr,  # int32 [tiles, 3]: part, first row, first column
+    wire_ptr,
+    matrices_ptr,
+    squares_ptr,  # float32 [matrices]: sums of squares of what is taken back; the message gets it with an RMS of 1
+    BACK: tl.constexpr,  # from the matrices to the message
+    ALIGNED: tl.constexpr,  # offsets, lengths and strides are multiples of 16
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr,
+):
+    """Copy a tile of a part between the message and the matrix that it is a part of."""
+    tile = tl.program_id(0)
+    part = tl.load(tiles_ptr + 3 * tile)
+    o_row = tl.load(tiles_ptr + 3 * tile + 1) + tl.arange(0, BLOCK_ROWS)
+    column0 = tl.multiple_of(tl.load(tiles_ptr + 3 * tile + 2), 16)
+    o_column = column0 + tl.arange(0, BLOCK_COLUMNS)
+    rows = part_entry(parts_ptr, part, PART_ROWS)
+    p_part = parts_ptr + part.to(tl.int64) * PART_COLUMNS
+    if ALIGNED:
+        columns = tl.multiple_of(tl.load(p_part + PART_COLS), 16)
+        stride = tl.multiple_of(tl.load(p_part + PART_STRIDE), 16)
+        wire_ptr += tl.multiple_of(tl.load(p_part + PART_OFFSET), 16)
+        matrices_ptr += tl.multiple_of(tl.load(p_part + PART_TARGET), 16)
+    else:
+        columns = tl.load(p_part + PART_COLS)
+        stride = tl.load(p_part + PART_STRIDE)
+        wire_ptr += tl.load(p_part + PART_OFFSET)
+        matrices_ptr += tl.load(p_part + PART_TARGET)
+    mask = (o_row < rows)[:, None] & (o_column < columns)[None, :]
+    wire_ptr += o_row[:, None].to(tl.int64) * columns + o_column[None, :]
+    matrices_ptr += o_row[:, None].to(tl.int64) * stride + o_column[None, :]
+    if BACK:
+        square = tl.load(squares_ptr + part_entry(parts_ptr, part, PART_MATRIX))
+        scale = tl.rsqrt(square / part_entry(parts_ptr, part, PART_SIZE).to(tl.float32) + layout.NORM_EPS)
+        value = tl.load(matrices_ptr, mask=mask, other=0.0).to(tl.float32) * scale
+        tl.store(wire_ptr, value.to(wire_ptr.dtype.element_ty), mask=mask)
+    else:
+        value = tl.load(wire_ptr, mask=mask, other=0.0)
+        tl.store(matrices_ptr, value.to(matrices_ptr.dtype.element_ty), mask=mask)

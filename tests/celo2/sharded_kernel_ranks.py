@@ -1,0 +1,274 @@
+"""The program of one rank for `test_sharded_kernels.py`: cases of `sharded_ranks.py` through interpreted kernels."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from contextlib import contextmanager
+
+import sharded_ranks as ranks
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+from celo2 import FusedCelo2, kernel_step, sharded_kernel_step
+from celo2.sharded_kernel_step import ShardedKernelStep
+from celo2.sharded_step import ShardedStep
+
+# uneven, empty, heads that do not align with shards, batched, a convolution, a vector: small, for the interpreter
+SPECS = [
+    ((10, 6), {}),
+    ((2, 5), {}),
+    ((12, 4), {"heads": 3}),
+    ((6, 8), {"heads": 2, "axis": 1}),
+    ((2, 4, 5), {}),
+    ((6, 2, 2), {"flatten": True}),
+    ((7,), {}),
+    ((6, 4), {"rule": "adamw"}),
+]
+FEW = [((10, 6), {}), ((2, 5), {}), ((7,), {}), ((6, 4), {"rule": "adamw"})]
+# on how many ranks: variant, sharded axis, steps, options
+CASES = {
+    1: [("celo2", 0, 2, {"max_grad_norm": 0.3})],
+    2: [("celo2", 1, 2, {}), ("celo2-base", 0, 3, {"max_grad_norm": 0.3})],
+    3: [("celo2", 0, 3, {}), ("celo2-base", 1, 2, {"max_grad_norm": 0.3})],
+    4: [("celo2", 0, 2, {"max_grad_norm": 0.3})],
+}
+
+
+def differences(world, mesh):
+    results = {}
+    for variant, axis, steps, options in CASES[world]:
+        case = ranks.difference(variant, [Shard(axis)], mesh, steps=steps, backend="triton", **options)
+        results[f"{variant} axis {axis}"] = case
+    if world == 4:
+        square = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicas", "shards"))
+        placements = [Replicate(), Shard(0)]
+        results["celo2-base hsdp"] = ranks.difference("celo2-base", placements, square, steps=2, backend="triton")
+    if world == 3:
+        ranks.SPECS = [((7, 3), {"rule": "adamw"}), ((2,), {"rule": "adamw"})]
+        results["AdamW alone"] = ranks.difference("celo2", [Shard(0)], mesh, backend="triton", max_grad_norm=0.1)
+        ranks.SPECS = SPECS
+    if world == 2:
+        results["clipped elements"] = ranks.difference("celo2", [Shard(0)], mesh, steps=1, scale=2e3, backend="triton")
+        results["tiles of a GPU"] = tiled_difference(mesh)
+    return results
+
+
+def tiled_difference(mesh):
+    """Several aligned tiles a shard, cut as on a GPU; NaN in all memory that nobody has written."""
+    choose, empty, specs = kernel_step.Blocks.choose, torch.empty, ranks.SPECS
+
+    def poisoned(*args, **kwargs):
+        tensor = empty(*args, **kwargs)
+        return tensor.fill_(torch.nan) if tensor.is_floating_point() else tensor
+
+    kernel_step.Blocks.choose = classmethod(lambda cls, columns, device: cls(columns=64, step_rows=8))
+    ranks.SPECS = [((130, 64), {}), ((64, 128), {})]
+    torch.empty = poisoned
+    try:
+        return ranks.difference("celo2", [Shard(0)], mesh, steps=1, backend="triton")
+    finally:
+        kernel_step.Blocks.choose, torch.empty, ranks.SPECS = choose, empty, specs
+
+
+def shards(params, optimizer):
+    """This rank's part of all parameters and state."""
+    tensors = [*params, *(value for p in params for value in optimizer.state[p].values())]
+    return [(t.to_local() if hasattr(t, "placements") else t).detach().clone() for t in tensors]
+
+
+def same_on_all(before, after):
+    same = torch.tensor(float(all(torch.equal(a, b) for a, b in zip(before, after, strict=True))))
+    dist.all_reduce(same, op=dist.ReduceOp.MIN)
+    return bool(same)
+
+
+def disagreement(mesh):
+    """What a found infinity on the last rank, and a gradient that rank 0 lacks, do to a step."""
+    params, optimizer = ranks.build("celo2", [Shard(0)], mesh, backend="triton")
+    ranks.set_gradients(params, 0)
+    optimizer.step()
+    before = shards(params, optimizer)
+    optimizer.found_inf = torch.tensor(float(dist.get_rank() == dist.get_world_size() - 1))
+    optimizer.step()
+    skipped = optimizer.skipped_steps
+    del optimizer.found_inf
+    gradient, message = params[1].grad, ""
+    if dist.get_rank() == 0:
+        params[1].grad = None
+    with deferred_check():
+        optimizer.step()
+    unchanged = same_on_all(before, shards(params, optimizer))
+    try:
+        print(optimizer.grad_norm)
+    except RuntimeError as error:
+        message = str(error)
+    params[1].grad = gradient
+    optimizer.step()
+    goes_on = not same_on_all(before, shards(params, optimizer))
+    return {"unchanged": unchanged, "skipped": skipped, "message": message, "goes on": goes_on}
+
+
+@contextmanager
+def deferred_check():
+    """Leave the flags of a step unread when it ends, as on a GPU."""
+    check, ShardedStep.check_flags = ShardedStep.check_flags, lambda step: None
+    try:
+        yield
+    finally:
+        ShardedStep.check_flags = check
+
+
+def beside_whole_ones(mesh):
+    """Largest difference from one process when some parameters are not sharded, and the norm counts them once."""
+    generator = torch.Generator().manual_seed(0)
+    values = [0.1 * torch.randn(shape, generator=generator) for shape in ((6, 4), (4, 6), (5, 3), (5,), (4, 3))]
+    placements = ([Shard(0)], None, [Replicate()], None, [Shard(0)])
+    models = []
+    for backend, placed in (("torch", (None,) * 5), ("triton", placements)):
+        params = [
+            nn.Parameter(value.clone() if where is None else distribute_tensor(value, mesh, where))
+            for value, where in zip(values, placed, strict=True)
+        ]
+        optimizer = FusedCelo2(
+            [{"params": params[:4], "rule": "celo2"}, {"params": params[4:], "rule": "adamw"}],
+            lr=1e-2,
+            weights=ranks.theta("celo2-base"),
+            max_grad_norm=0.1,
+            backend=backend,
+        )
+        for step in range(2):
+            ranks.set_gradients(params, step)
+            optimizer.step()
+        models.append([ranks.whole(p) for p in params])
+    assert isinstance(optimizer._kernels.step, ShardedKernelStep) and not optimizer._kernels.refused
+    return max(float((a - b).abs().max()) for a, b in zip(*models, strict=True))
+
+
+def fsdp2_losses(mesh):
+    """Losses of a model in one process and under `fully_shard`, whose gradients move from step to step."""
+    losses = []
+    for backend in ("torch", "triton"):
+        torch.manual_seed(0)
+        model = ranks.Tied()
+        if backend == "triton":
+            for block in model.blocks:
+                fully_shard(block, mesh=mesh)
+            fully_shard(model, mesh=mesh)
+        optimizer = FusedCelo2(
+            model, lr=1e-2, weights=ranks.theta("celo2"), max_grad_norm=0.5, wire_dtype="float32", backend=backend
+        )
+        run = []
+        for step in range(3):
+            tokens = torch.randint(13, (12, 8), generator=torch.Generator().manual_seed(step))
+            if backend == "triton":
+                tokens = tokens.chunk(mesh.size())[mesh.get_local_rank()]
+            loss = nn.functional.cross_entropy(model(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten())
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            total = loss.detach().clone()
+            if backend == "triton":
+                dist.all_reduce(total)
+                total /= mesh.size()
+            run.append(float(total))
+        losses.append(run)
+    return losses
+
+
+@contextmanager
+def no_host_reads():
+    """Refuse to read a tensor on the host, but for the interpreter, within a launch."""
+    names = ("item", "tolist", "numpy", "cpu", "__float__", "__int__", "__bool__")
+    originals = {name: getattr(torch.Tensor, name) for name in names}
+    modules = (kernel_step, sharded_kernel_step)
+    launch, launches, inside = kernel_step.launch, [], []
+
+    def guarded(name):
+        def read(*args, **kwargs):
+            assert inside, f"a tensor's {name} in the step"
+            return originals[name](*args, **kwargs)
+
+        return read
+
+    def counted(kernel, *args, **kwargs):
+        launches.append(kernel)
+        inside.append(kernel)
+        launch(kernel, *args, **kwargs)
+        inside.pop()
+
+    for name in names:
+        setattr(torch.Tensor, name, guarded(name))
+    for module in modules:
+        module.launch = counted
+    try:
+        with deferred_check():
+            yield launches
+    finally:
+        for name, original in originals.items():
+            setattr(torch.Tensor, name, original)
+        for module in modules:
+            module.launch = launch
+
+
+def launches_without_host_reads(mesh):
+    """Launches of a step, for one matrix and for several."""
+    counts = []
+    for shapes in ([(8, 4)], [(8, 4), (6, 4), (4, 6)]):
+        ranks.SPECS = [*((shape, {}) for shape in shapes), ((6, 4), {"rule": "adamw"})]
+        params, optimizer = ranks.build("celo2", [Shard(0)], mesh, backend="triton", max_grad_norm=0.3)
+        ranks.set_gradients(params, 0)
+        optimizer.step()  # plans, and compares the plan between ranks
+        ranks.set_gradients(params, 1)
+        with no_host_reads() as launches:
+            optimizer.step()
+        assert isinstance(optimizer._kernels.step, ShardedKernelStep)
+        counts.append(len(launches))
+    collectives = ranks.count_collectives("celo2", mesh, backend="triton")
+    return {"launches": counts, "collectives": collectives}
+
+
+def refused(mesh):
+    """Which parameters go through PyTorch, with a limit above the rule's clip and in float64."""
+    found = {}
+    for name, options in (("limit", {"max_grad_norm": 2000.0}), ("float64", {"dtype": torch.float64})):
+        params, optimizer = ranks.build("celo2", [Shard(0)], mesh, backend="triton", **options)
+        ranks.set_gradients(params, 0)
+        optimizer.step()
+        found[name] = [optimizer._kernels.step is None, optimizer.table()]
+    return found
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    world = dist.get_world_size()
+    mesh = init_device_mesh("cpu", (world,))
+    ranks.SPECS, ranks.HIDDEN = SPECS, 2
+    start = time.monotonic()
+    report = {"differences": differences(world, mesh)}
+    if world == 2:
+        ranks.SPECS = FEW
+        report["missing"] = ranks.missing_gradients(mesh, (0, 2), "triton")
+        report["skipped"] = ranks.skipped_steps(mesh, (0, 2, 3), "triton")
+        report["refused"] = refused(mesh)
+        report["beside whole ones"] = beside_whole_ones(mesh)
+        report["losses"] = fsdp2_losses(mesh)
+    if world == 3:
+        ranks.SPECS = FEW
+        report["disagreement"] = disagreement(mesh)
+        report |= launches_without_host_reads(mesh)
+    report["seconds"] = time.monotonic() - start
+    if dist.get_rank() == 0:
+        print(json.dumps(report), flush=True)
+    dist.barrier()
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,80 @@
+"""The sharded step through the kernels, real processes on gloo with Triton's interpreter: equal to one process."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("triton")
+
+PROGRAM = Path(__file__).with_name("sharded_kernel_ranks.py")
+
+
+@pytest.fixture(scope="module")
+def reports() -> dict[int, Any]:
+    """What the program found on 1 to 4 ranks."""
+    found = {}
+    for ranks in (1, 2, 3, 4):
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+        environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+        result = subprocess.run([*command, PROGRAM], capture_output=True, text=True, timeout=600, env=environment)
+        if result.returncode:
+            pytest.fail(f"{ranks} ranks: {result.stderr[-4000:]}", pytrace=False)
+        found[ranks] = json.loads(result.stdout.strip().splitlines()[-1])
+    return found
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("ranks", [1, 2, 3, 4])
+def test_equals_one_process(ranks, reports):
+    report = reports[ranks]
+    print(json.dumps(report["differences"]), f"{report['seconds']:.0f} s")
+    assert len(report["differences"]) == {1: 1, 2: 4, 3: 3, 4: 2}[ranks]
+    assert max(report["differences"].values()) <= 2e-6
+
+
+@pytest.mark.dist
+def test_a_bad_gradient_or_infinity_on_one_rank_changes_no_byte(reports):
+    assert reports[2]["skipped"] == [True, 3]
+    assert reports[3]["disagreement"]["unchanged"] and reports[3]["disagreement"]["skipped"] == 1
+
+
+@pytest.mark.dist
+def test_fsdp2_trains_beside_parameters_that_are_not_sharded(reports):
+    whole, sharded = reports[2]["losses"]
+    assert sharded == pytest.approx(whole, abs=1e-5) and whole[-1] != whole[0]
+    assert reports[2]["beside whole ones"] <= 2e-6
+
+
+@pytest.mark.dist
+def test_parameters_without_gradients(reports):
+    worst, message = reports[2]["missing"]
+    assert worst <= 2e-6
+    assert "has a gradient on 1 of 2 ranks" in message
+    # as on a GPU, read after the step, which has changed nothing
+    assert "parameter 0 has a gradient on 2 of 3 ranks" in reports[3]["disagreement"]["message"]
+    assert reports[3]["disagreement"]["goes on"]
+
+
+@pytest.mark.dist
+def test_nothing_is_read_on_the_host_and_launches_do_not_grow(reports):
+    launches, collectives = reports[3]["launches"], reports[3]["collectives"]
+    assert launches == [12, 12]
+    assert {name: collectives[name] for name in ("all_reduce", "all_to_all_single")} == {
+        "all_reduce": 2,
+        "all_to_all_single": 2,
+    }
+    assert not {"all_gather_into_tensor", "all_gather_object", "broadcast"} & set(collectives)
+
+
+@pytest.mark.dist
+def test_what_the_kernels_cannot_take_goes_through_pytorch(reports):
+    refused = reports[2]["refused"]
+    assert refused["limit"][0] and "max_grad_norm=2000.0, above the rule's own clip" in refused["limit"][1]
+    assert refused["float64"][0] and "stepped by PyTorch, parameter 0: torch.float64" in refused["float64"][1]
