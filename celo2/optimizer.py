@@ -67,7 +67,7 @@ _FOREIGN_KEYS = frozenset({"params", "param_names", "initial_lr", "max_lr", "min
 
 
 BACKENDS = ("auto", "triton", "torch")
-WIRE_DTYPES = ("bfloat16", "float32")
+WIRE_DTYPES = ("auto", "bfloat16", "float32")
 
 
 class _MatrixJob(NamedTuple):
@@ -112,7 +112,8 @@ class FusedCelo2(Optimizer):
             `"auto"` takes the kernels for parameters on a GPU where Triton is installed. On a CPU `"triton"` needs
             `TRITON_INTERPRET=1` in the environment, for tests.
         wire_dtype: what directions of sharded parameters travel in to the rank that orthogonalises them and back:
-            `"bfloat16"`, or `"float32"` for results that differ from one process's by the order of sums only.
+            `"bfloat16"`, `"float32"`, or `"auto"`: bfloat16 on a GPU, where the kernels keep directions in it anyway,
+            and float32 on a CPU. Where a wire rounds what one process would not, Newton-Schulz amplifies it.
         split_over: a mesh of one axis, of ranks that have the parameters whole and equal gradients
             (DistributedDataParallel): the learned rule's work on parameters of two axes or more, and their state, are
             split over them by rows.
@@ -160,7 +161,7 @@ class FusedCelo2(Optimizer):
         ns_steps: int = 5,
         state_dtype: str = "float32",
         backend: str = "auto",
-        wire_dtype: str = "bfloat16",
+        wire_dtype: str = "auto",
         split_over: DeviceMesh | None = None,
     ) -> None:
         if wire_dtype not in WIRE_DTYPES:
@@ -629,15 +630,18 @@ class FusedCelo2(Optimizer):
                             group["ns_steps"],
                         )
                     )
+        wire_dtype = self.wire_dtype
+        if wire_dtype == "auto":
+            wire_dtype = "float32" if device.type == "cpu" else "bfloat16"
         if self.split_over is not None:
             from celo2.split_step import SplitStep
 
-            return SplitStep(jobs, self.split_over, self.wire_dtype, device)
+            return SplitStep(jobs, self.split_over, wire_dtype, device)
         if len(process_groups) != 1:
             raise ValueError(
                 f"parameters are sharded over {len(process_groups)} process groups: one optimizer needs one mesh"
             )
-        return ShardedStep(jobs, process_groups[0], self.wire_dtype, device)
+        return ShardedStep(jobs, process_groups[0], wire_dtype, device)
 
     def _placing(self, parameter: Tensor) -> Placing | None:
         """Return how the step of a parameter is split over ranks, None when each takes it whole."""

@@ -35,7 +35,7 @@ class Optimizers:
         model: GPT,
         weights: str | Theta | None = None,
         *,
-        wire_dtype: str = "bfloat16",
+        wire_dtype: str = "auto",
         split_over: DeviceMesh | None = None,
     ) -> None:
         if opt not in OPTS:

@@ -146,7 +146,7 @@ def make_plan(
     loss_chunks: int = 1,
     weights: str | Theta | None = None,
     bias: bool = False,
-    wire_dtype: str = "bfloat16",
+    wire_dtype: str = "auto",
     split_step: bool = False,
 ) -> Plan:
     """Plan a run on `world_size` GPUs, `local_ranks` in a node; the options are those of `train_gpt.py`.

@@ -104,7 +104,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         "--reduce", choices=REDUCE, default="last", help="gradients travel after the last micro-batch, or every one"
     )
     several.add_argument(
-        "--wire-dtype", choices=WIRE_DTYPES, default="bfloat16", help="of celo2's directions between ranks"
+        "--wire-dtype", choices=WIRE_DTYPES, default="auto", help="of celo2's directions between ranks"
     )
     several.add_argument("--split-step", action="store_true", help="ddp: ranks share celo2's work and state")
     several.add_argument("--async-save", action="store_true", help="write checkpoints in the background")

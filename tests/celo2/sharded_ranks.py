@@ -112,11 +112,10 @@ def set_low_rank_gradients(params, step):
         p.grad = distribute_tensor(gradient, p.device_mesh, p.placements) if hasattr(p, "placements") else gradient
 
 
-def wire_differences(mesh, split: bool, low_rank: bool = False, steps: int = 20) -> dict[str, float]:
-    """Relative differences of parameters from one process's after steps with a bfloat16 wire, of usual scale and rate.
+def wire_runs(mesh, split: bool, low_rank: bool = False, steps: int = 20) -> list[list[torch.Tensor]]:
+    """Parameters of one process, on rank 0, and of all ranks after steps with a bfloat16 wire, of usual scale and rate.
 
     `split` says that every rank has whole parameters; else they are sharded. Gradients are noise, or of low rank.
-    Rank 0 has the result.
     """
     runs = []
     for several in (False, True):
@@ -135,6 +134,11 @@ def wire_differences(mesh, split: bool, low_rank: bool = False, steps: int = 20)
                 set_gradients(params, step, 1e-2)
             optimizer.step()
         runs.append([whole(p) for p in params])
+    return runs
+
+
+def relative_differences(runs: list[list[torch.Tensor]]) -> dict[str, float]:
+    """Of each parameter's worst matrix, and of all parameters, between two runs of `wire_runs`."""
     differences, squares = {}, torch.zeros(2)
     for (shape, view), one, other in zip(WIRE_SPECS, *runs, strict=True):
         a, b = (MatrixView(**view).matrices(p) for p in (one, other))
@@ -297,15 +301,17 @@ def main() -> None:
     report = {
         "differences": results,
         "bfloat16 wire": bfloat16,
-        "wire": wire_differences(mesh, split=False),
+        "wire": relative_differences(wire_runs(mesh, split=False)),
         "collectives": {variant: count_collectives(variant, mesh) for variant in ("celo2", "celo2-base")},
         "skipped": skipped_steps(mesh),
         "missing": missing_gradients(mesh),
         "other": other_parameters(mesh),
         "losses": train(Path(sys.argv[1]), world, mesh),
     }
-    if world == 4:
-        report["low-rank wire"] = wire_differences(mesh, split=False, low_rank=True)
+    alone, several = wire_runs(mesh, split=False, low_rank=True)
+    report["low-rank wire"] = relative_differences([alone, several])
+    if dist.get_rank() == 0:
+        torch.save(several, Path(sys.argv[1]) / f"low-rank-{world}.pt")
     if dist.get_rank() == 0:
         print(json.dumps(report), flush=True)
     dist.barrier()

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from sharded_ranks import SPECS, Tied, set_gradients, theta, wire_differences
+from sharded_ranks import SPECS, Tied, relative_differences, set_gradients, theta, wire_runs
 from torch import nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -454,7 +454,7 @@ def main() -> None:
     losses, parameters = train_all(Path(sys.argv[1]), world, mesh)
     report = {
         "differences": results,
-        "wire": wire_differences(mesh, split=True),
+        "wire": relative_differences(wire_runs(mesh, split=True)),
         "gathered": gathered(mesh),
         "collectives": {variant: count_collectives(variant, mesh) for variant in ("celo2", "celo2-base")},
         "skipped": skipped_steps(mesh),

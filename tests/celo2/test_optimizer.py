@@ -644,7 +644,7 @@ def test_shards_that_cannot_be_stepped_are_refused(tmp_path):
             FusedCelo2([plain], weights="momentum", state_dtype="int8")
     finally:
         destroy_process_group()
-    with pytest.raises(ValueError, match="wire_dtype='float16', allowed: bfloat16, float32"):
+    with pytest.raises(ValueError, match="wire_dtype='float16', allowed: auto, bfloat16, float32"):
         FusedCelo2([nn.Parameter(torch.zeros(2, 2))], wire_dtype="float16")
 
 

@@ -24,10 +24,10 @@ PROGRAM = Path(__file__).with_name("sharded_ranks.py")
 
 
 @pytest.fixture(scope="module")
-def reports(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Any]:
+def reports(tmp_path_factory: pytest.TempPathFactory) -> dict[Any, Any]:
     """What the program found on 4, 1, 2 and 3 ranks; the others resume from the checkpoint of the four."""
     folder = tmp_path_factory.mktemp("sharded")
-    found = {}
+    found: dict[Any, Any] = {"folder": folder}
     for ranks in (4, 1, 2, 3):
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
         result = subprocess.run([*command, str(PROGRAM), str(folder)], capture_output=True, text=True, timeout=600)
@@ -60,11 +60,14 @@ def test_a_bfloat16_wire_stays_within_a_thousandth(ranks, reports):
 
 
 @pytest.mark.dist
-@pytest.mark.xfail(strict=True, reason="Newton-Schulz amplifies the wire's rounding where singular values are small")
-def test_a_bfloat16_wire_stays_within_a_thousandth_for_gradients_of_low_rank(reports):
-    wire = reports[4]["low-rank wire"]
-    print(json.dumps(wire))
-    assert max(wire.values()) <= 1e-3
+@pytest.mark.parametrize("ranks", [2, 3, 4])
+def test_a_bfloat16_wire_does_not_depend_on_the_ranks_where_newton_schulz_amplifies(ranks, reports):
+    one, several = (torch.load(reports["folder"] / f"low-rank-{count}.pt") for count in (1, ranks))
+    differences = [float((a - b).norm() / a.norm()) for a, b in zip(one, several, strict=True)]
+    print(differences, "from no wire", json.dumps(reports[ranks]["low-rank wire"]))
+    assert 0 < max(differences) <= 1e-3
+    # against directions that no wire has rounded it is more: small singular values are raised with their rounding
+    assert 1e-3 < max(reports[ranks]["low-rank wire"].values()) <= 2e-2
 
 
 @pytest.mark.dist
