@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import importlib.util
 import math
 import os
 import warnings
-from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple, cast, overload
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any, overload
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from celo2 import reference
-from celo2.adamw import AdamWJob, round_on_host, step_adamw
+from celo2 import kernel_plan, reference, sharded_plan
+from celo2.adamw import AdamWJob, step_adamw
 from celo2.groups import (
     check_gradient,
     check_options,
@@ -26,12 +25,13 @@ from celo2.groups import (
     list_parameters,
     named_parameters,
 )
+from celo2.jobs import MatrixJob, VectorJob, matrices_of
+from celo2.kernel_plan import KernelPlan, triton_is_installed
 from celo2.matrices import MatrixView
 from celo2.norms import global_norm
 from celo2.phases import (
     FoldedTheta,
     GradientMoments,
-    Matrices,
     MatrixStep,
     Workspace,
     apply_update,
@@ -48,6 +48,7 @@ from celo2.state import (
     follow_parameter,
     is_dtensor,
     local,
+    placing_of,
     read_momenta,
     write_momenta,
 )
@@ -57,9 +58,7 @@ from celo2.theta import Theta, load_weights
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
-    from celo2.kernel_step import KernelStep
     from celo2.sharded_step import ShardedStep
-    from celo2.sharding import Placing
     from celo2.split_step import SplitStep
 
 # set by learning-rate schedulers and by torch.optim itself
@@ -68,24 +67,6 @@ _FOREIGN_KEYS = frozenset({"params", "param_names", "initial_lr", "max_lr", "min
 
 BACKENDS = ("auto", "triton", "torch")
 WIRE_DTYPES = ("auto", "bfloat16", "float32")
-
-
-class _MatrixJob(NamedTuple):
-    group: int
-    parameter: Tensor
-    matrices: Matrices
-    state: dict[str, Tensor]
-    theta: Theta
-    position: int
-
-
-class _VectorJob(NamedTuple):
-    group: int
-    parameter: Tensor
-    gradient: Tensor
-    state: dict[str, Tensor]
-    theta: Theta
-    position: int
 
 
 class FusedCelo2(Optimizer):
@@ -170,7 +151,7 @@ class FusedCelo2(Optimizer):
         if backend not in BACKENDS:
             raise ValueError(f"backend={backend!r}, allowed: {', '.join(BACKENDS)}")
         self.backend = backend
-        if backend == "triton" and not _triton_is_installed():
+        if backend == "triton" and not triton_is_installed():
             raise ValueError("backend='triton' needs Triton: pip install 'celo2[triton]', or use backend='auto'")
         if split_over is not None:
             from celo2.split_step import check_mesh
@@ -212,7 +193,7 @@ class FusedCelo2(Optimizer):
         self._workspaces: dict[tuple[torch.dtype, torch.device], Workspace] = {}
         self._positions: dict[Tensor, int] = {}
         self._loading: dict[str, Any] | None = None
-        self._kernels: _KernelPlan | None = None
+        self._kernels: KernelPlan | None = None
         self._sharded: ShardedStep | SplitStep | None = None
         self._shards_refused: str | None = None  # why the kernels do not take the sharded parameters
 
@@ -404,11 +385,11 @@ class FusedCelo2(Optimizer):
                 loss = closure()
         dtensors = [p for group in self.param_groups for p in group["params"] if is_dtensor(p)]
         together = self.split_over is not None or self._sharded is not None
-        if together or any(_placing_of(parameter) is not None for parameter in dtensors):
-            self._step_sharded()
+        if together or any(placing_of(parameter) is not None for parameter in dtensors):
+            sharded_plan.step_sharded(self)
             return loss
-        if not dtensors and self._take_kernels():
-            self._step_with_kernels()
+        if not dtensors and kernel_plan.take_kernels(self):
+            kernel_plan.step_with_kernels(self)
             return loss
         # all that can be refused is refused here, and every statistic is known, before anything is written
         learned, vectors, adam = self._collect()
@@ -441,10 +422,10 @@ class FusedCelo2(Optimizer):
             step_adamw(jobs, self.param_groups[index], scales[index])
         return loss
 
-    def _collect(self) -> tuple[list[_MatrixJob], list[_VectorJob], list[list[AdamWJob]]]:
+    def _collect(self) -> tuple[list[MatrixJob], list[VectorJob], list[list[AdamWJob]]]:
         """Return what to step: matrices and vectors by the learned rule, and each group's parameters by AdamW."""
-        learned: list[_MatrixJob] = []
-        vectors: list[_VectorJob] = []
+        learned: list[MatrixJob] = []
+        vectors: list[VectorJob] = []
         adam: list[list[AdamWJob]] = [[] for _ in self.param_groups]
         for index, group in enumerate(self.param_groups):
             view, theta = group_view(group), self._theta(group["weights"])
@@ -463,17 +444,17 @@ class FusedCelo2(Optimizer):
                     if is_dtensor(parameter):
                         if not _same_placing(parameter, gradient):
                             raise ValueError("its gradient is not placed on the mesh as the parameter is")
-                        if rule == "celo2" and _placing_of(parameter) is not None:
+                        if rule == "celo2" and placing_of(parameter) is not None:
                             continue
                         parameter, gradient = local(parameter), local(gradient)
                         state = {key: local(value) for key, value in state.items()}
                     if rule == "adamw":
                         adam[index].append(AdamWJob(parameter, gradient, state, position))
                     elif parameter.ndim < 2:
-                        vectors.append(_VectorJob(index, parameter, gradient, state, theta, position))
+                        vectors.append(VectorJob(index, parameter, gradient, state, theta, position))
                     else:
-                        matrices = _matrices(parameter, gradient, state, view)
-                        learned.append(_MatrixJob(index, parameter, matrices, state, theta, position))
+                        matrices = matrices_of(parameter, gradient, state, view)
+                        learned.append(MatrixJob(index, parameter, matrices, state, theta, position))
                 except ValueError as error:
                     raise ValueError(f"{name}: {error}") from error
         return learned, vectors, adam
@@ -484,7 +465,7 @@ class FusedCelo2(Optimizer):
             self._workspaces[key] = Workspace(*key)
         return self._workspaces[key]
 
-    def _step_matrices(self, job: _MatrixJob, moments: GradientMoments, scale: float) -> None:
+    def _step_matrices(self, job: MatrixJob, moments: GradientMoments, scale: float) -> None:
         group, workspace, p = self.param_groups[job.group], self._workspace(job.parameter), job.matrices.p
         key = (job.theta.sha256, workspace.dtype, workspace.device)
         if key not in self._folded:
@@ -517,7 +498,7 @@ class FusedCelo2(Optimizer):
             apply_update(wide, direction, rms_scale, **options)
             round_stochastically_(p, wide, _rounding_seed(p, job))
 
-    def _step_vector(self, job: _VectorJob, scale: float) -> None:
+    def _step_vector(self, job: VectorJob, scale: float) -> None:
         group, state, parameter, dtype = (
             self.param_groups[job.group],
             job.state,
@@ -549,308 +530,6 @@ class FusedCelo2(Optimizer):
         if not self._positions:
             self._positions = {parameter: position for position, parameter in enumerate(self._everything())}
         return self._positions[parameter]
-
-    # the step of sharded parameters
-
-    def _step_sharded(self) -> None:
-        from celo2.sharded_step import ShardedStep
-
-        if self._sharded is None:
-            self._collect()  # what can be refused is refused before any rank waits for another
-            self._sharded = self._plan_sharded()
-            if isinstance(self._sharded, ShardedStep):
-                self._shards_refused = self._refuse_shards(self._sharded)
-        self._sharded.check_flags()
-        if isinstance(self._sharded, ShardedStep) and self._take_kernels():
-            self._step_with_kernels()
-            return
-        step = self._sharded
-        learned, vectors, adam = self._collect()
-        whole = [job.matrices.g for job in learned] + [job.gradient for job in vectors]
-        sharded: list[Tensor] = []
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is not None and self.rule_of(parameter) == "adamw":
-                    is_sharded = is_dtensor(parameter) and _placing_of(parameter) is not None
-                    (sharded if is_sharded else whole).append(local(parameter.grad))
-        if self.split_over is not None:
-            sharded, whole = _shares(whole, self.split_over), []
-        grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
-        inverse_scale = 1.0 if grad_scale is None else 1.0 / float(local(grad_scale))
-
-        def meanwhile(scales: Sequence[float], norm: float) -> None:
-            for job in learned:
-                moments = gradient_moments(job.matrices.g, self._workspace(job.parameter))
-                self._step_matrices(job, moments, scales[job.group])
-            for vector in vectors:
-                self._step_vector(vector, scales[vector.group])
-            for index, jobs in enumerate(adam):
-                step_adamw(jobs, self.param_groups[index], scales[index])
-
-        norm, scales = step.run(
-            self.param_groups,
-            sharded,
-            global_norm([], whole) ** 2,
-            found_inf is not None and float(local(found_inf)) != 0,
-            inverse_scale,
-            meanwhile,
-        )
-        if any(parameter.grad is not None for parameter in self._everything()):
-            self._grad_norm = torch.tensor(norm, dtype=torch.float32)
-        if scales is None:
-            for group in self.param_groups:
-                group["skipped_steps"] += 1
-
-    def _plan_sharded(self) -> ShardedStep | SplitStep:
-        from celo2.sharded_step import ShardedJob, ShardedStep
-
-        jobs, process_groups = [], []
-        device = self.param_groups[0]["params"][0].device
-        for index, group in enumerate(self.param_groups):
-            for name, parameter in named_parameters(group):
-                placing = self._placing(parameter)
-                if placing is None:
-                    continue
-                device = parameter.device
-                if placing.group not in process_groups:
-                    process_groups.append(placing.group)
-                if self.rule_of(parameter) == "celo2":
-                    theta = self._theta(group["weights"])
-                    jobs.append(
-                        ShardedJob(
-                            name,
-                            index,
-                            parameter,
-                            self.state[parameter],
-                            group_view(group),
-                            placing,
-                            self._position(parameter),
-                            theta,
-                            group["orthogonalize"] and parameter.ndim > 1,
-                            group["ns_steps"],
-                        )
-                    )
-        wire_dtype = self.wire_dtype
-        if wire_dtype == "auto":
-            wire_dtype = "float32" if device.type == "cpu" else "bfloat16"
-        if self.split_over is not None:
-            from celo2.split_step import SplitStep
-
-            return SplitStep(jobs, self.split_over, wire_dtype, device)
-        if len(process_groups) != 1:
-            raise ValueError(
-                f"parameters are sharded over {len(process_groups)} process groups: one optimizer needs one mesh"
-            )
-        return ShardedStep(jobs, process_groups[0], wire_dtype, device)
-
-    def _placing(self, parameter: Tensor) -> Placing | None:
-        """Return how the step of a parameter is split over ranks, None when each takes it whole."""
-        if self.split_over is None:
-            return _placing_of(parameter) if is_dtensor(parameter) else None
-        if not self._is_split(parameter, self.rule_of(parameter)):
-            return None
-        from celo2.split_step import placing_on
-
-        return placing_on(self.split_over)
-
-    def _refuse_shards(self, sharded: ShardedStep) -> str | None:
-        """Return why the kernels of some rank do not take its shards, None when all do; collective."""
-        from celo2.sharding import gather
-
-        reason = None
-        if not self._kernels_run_on({sharded.device}):
-            reason = f"backend={self.backend!r} on {sharded.device}"
-        else:
-            from celo2.sharded_kernel_step import refused_shard
-
-            for member in sharded.members:
-                refusal = refused_shard(member.job, sharded.ranks, sharded.rank)
-                reason = reason or (refusal and f"{member.job.name}: {refusal}")
-        return next((other for other in gather(reason, sharded.group) if other is not None), None)
-
-    # the step through the kernels
-
-    def _take_kernels(self) -> bool:
-        """Whether this step goes through the kernels, and for which parameters: planned again when anything moved."""
-        if self.backend == "torch":
-            return False
-        signature = self._signature()
-        if self._kernels is None or self._kernels.signature != signature:
-            old, self._kernels = self._kernels, None
-            self._kernels = self._plan_kernels(signature, old)
-        return self._kernels.step is not None
-
-    def _signature(self) -> list[object]:
-        """What the plan of the kernels depends on; gradients may move, unless their alignment changes."""
-        parts: list[object] = []
-        for group in self.param_groups:
-            parts += [group[key] for key in ("weights", "orthogonalize", "ns_steps", "max_grad_norm", "state_dtype")]
-            parts += [group[key] for key in ("split", "heads", "axis", "flatten")]
-            for parameter in group["params"]:
-                gradient = parameter.grad
-                if gradient is None or gradient.layout != torch.strided:
-                    parts.append(gradient)
-                    continue
-                values: Iterable[Tensor] = self.state[parameter].values()
-                if is_dtensor(parameter):
-                    parts.append(getattr(gradient, "placements", None))
-                    parameter, gradient, values = local(parameter), local(gradient), map(local, values)
-                parts.append((parameter.data_ptr(), parameter.dtype, parameter.stride()))
-                parts.append((gradient.dtype, gradient.stride(), gradient.data_ptr() % 16))
-                parts.append([value.data_ptr() for value in values])
-        return parts
-
-    def _plan_kernels(self, signature: list[object], old: _KernelPlan | None) -> _KernelPlan:
-        plan = _KernelPlan(signature)
-        skipped = None
-        if old is not None:
-            skipped, plan.counted = old.skipped, old.counted
-            plan.skipped = skipped
-            # its memory is free for the new one
-            old.step = None
-        learned, vectors, adam = self._collect()
-        # the collection may have moved state to its parameters
-        plan.signature = self._signature()
-        jobs: list[_MatrixJob | _VectorJob] = [*learned, *vectors]
-        # a split step never comes here
-        sharded, everything = cast("ShardedStep | None", self._sharded), self._everything()
-        devices = {job.parameter.device for job in jobs}
-        devices |= {job.parameter.device for group in adam for job in group}
-        if sharded is not None:
-            devices.add(sharded.device)
-            if self._refuse_whole_step(plan, sharded):
-                return plan
-        if not (jobs or sharded) or not self._kernels_run_on(devices):
-            return plan
-        from celo2 import kernel_step
-
-        device = next(iter(devices))
-        taken = []
-        for job in jobs:
-            group, parameter = self.param_groups[job.group], everything[job.position]
-            kernel_job = kernel_step.LearnedJob(
-                job.group,
-                parameter,
-                job.state,
-                group_view(group),
-                job.position,
-                job.theta,
-                group["orthogonalize"],
-                group["ns_steps"],
-                group["max_grad_norm"],
-            )
-            reason = kernel_step.refusal(kernel_job)
-            if reason is None:
-                taken.append(kernel_job)
-            else:
-                plan.refused[parameter] = reason
-        plan.adam = [[everything[job.position] for job in group] for group in adam]
-        if sharded is not None:
-            parameters = [parameter for group in plan.adam for parameter in group if is_dtensor(parameter)]
-            plan.shards = {self._position(p) for p in parameters if _placing_of(p) is not None}
-        # an inference tensor could not be written in a later step outside of inference mode
-        with torch.inference_mode(False):
-            if sharded is not None:
-                from celo2.sharded_kernel_step import ShardedKernelStep
-
-                plan.step = ShardedKernelStep(sharded, taken, self.param_groups, skipped)
-            elif taken:
-                plan.step = kernel_step.KernelStep(taken, len(self.param_groups), device, skipped)
-        if plan.step is not None:
-            plan.skipped = plan.step.skipped
-            plan.rounding = kernel_step.round_on_device
-        return plan
-
-    def _refuse_whole_step(self, plan: _KernelPlan, sharded: ShardedStep) -> bool:
-        """Whether PyTorch must step all parameters: ranks exchange sums of all sharded ones, so they go one way."""
-        reason = self._shards_refused
-        if reason is None:
-            from celo2.kernel_step import refused_limit
-
-            limits = [self.param_groups[member.job.group]["max_grad_norm"] for member in sharded.members]
-            reason = next((refusal for limit in limits if (refusal := refused_limit(limit)) is not None), None)
-        if reason is not None and self._kernels_run_on({sharded.device}):
-            plan.refused = {member.job.parameter: reason for member in sharded.members}
-        return reason is not None
-
-    def _kernels_run_on(self, devices: set[torch.device]) -> bool:
-        """Whether the kernels step parameters on these devices; raises ValueError where they must and cannot."""
-        automatic = self.backend == "auto"
-        if self.backend == "torch" or (
-            automatic and (len(devices) != 1 or next(iter(devices)).type != "cuda" or not _triton_is_installed())
-        ):
-            return False
-        from celo2 import kernel_step
-
-        if len(devices) > 1:
-            raise ValueError(f"backend='triton': parameters on several devices ({devices}); use backend='auto'")
-        device = next(iter(devices))
-        if device.type == "cuda" and kernel_step.interpreted():
-            if automatic:
-                return False
-            raise ValueError(
-                f"backend='triton' with parameters on {device}: TRITON_INTERPRET is set, and the interpreter reads the "
-                "host's memory; unset it, or use backend='torch'"
-            )
-        if device.type != "cuda" and not kernel_step.interpreted():
-            raise ValueError(
-                f"backend='triton' with parameters on {device}: the kernels run on GPUs; set "
-                "TRITON_INTERPRET=1 before Python starts to interpret them, or use backend='auto'"
-            )
-        return True
-
-    def _step_with_kernels(self) -> None:
-        plan = self._kernels
-        assert plan is not None and plan.step is not None
-        step = plan.step
-        rest: list[_MatrixJob] = []
-        rest_vectors: list[_VectorJob] = []
-        if plan.refused:
-            learned, vectors, _ = self._collect()
-            refused = {self._position(parameter) for parameter in plan.refused}
-            rest = [job for job in learned if job.position in refused]
-            rest_vectors = [job for job in vectors if job.position in refused]
-        adam = [[self._adamw_job(p) for p in parameters if p.grad is not None] for parameters in plan.adam]
-        grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
-
-        def step_adam() -> None:
-            for index, jobs in enumerate(adam):
-                group = self.param_groups[index]
-                # a factor that is known to be 1 saves the scaled copies
-                scaled = grad_scale is not None or group["max_grad_norm"] is not None
-                scale = step.control[1 + index, 0] if scaled else 1.0
-                step_adamw(jobs, group, scale, found_inf=step.skip, rounding=plan.rounding)
-
-        others = [job.gradient for jobs in adam for job in jobs if job.position not in plan.shards]
-        others += [job.matrices.g for job in rest] + [job.gradient for job in rest_vectors]
-        if self._sharded is not None:
-            from celo2.sharded_kernel_step import ShardedKernelStep
-
-            assert isinstance(step, ShardedKernelStep)
-            shards = [job.gradient for jobs in adam for job in jobs if job.position in plan.shards]
-            grad_scale, found_inf = (None if x is None else local(x) for x in (grad_scale, found_inf))
-            step.run_sharded(self.param_groups, others, shards, grad_scale, found_inf, step_adam)
-        else:
-            step.run(self.param_groups, others, grad_scale, found_inf)
-            step_adam()
-        # the plan's own is overwritten by the next step
-        self._grad_norm = step.grad_norm.clone()
-        if (rest or rest_vectors) and not float(step.skip):
-            scales = step.control[1:, 0].tolist()
-            for job in rest:
-                moments = gradient_moments(job.matrices.g, self._workspace(job.parameter))
-                self._step_matrices(job, moments, scales[job.group])
-            for vector in rest_vectors:
-                self._step_vector(vector, scales[vector.group])
-
-    def _adamw_job(self, parameter: Tensor) -> AdamWJob:
-        """Return this rank's part of a parameter of the AdamW side."""
-        gradient, state, position = parameter.grad, self.state[parameter], self._position(parameter)
-        assert gradient is not None
-        if is_dtensor(parameter):
-            parameter, gradient = local(parameter), local(gradient)
-            state = {key: local(value) for key, value in state.items()}
-        return AdamWJob(parameter, gradient, state, position)
 
     def table(self, *, collapse: bool = False) -> str:
         """Return the routing as text: a line a parameter with name, shape, matrices, rule, learning rate and decay.
@@ -885,16 +564,9 @@ class FusedCelo2(Optimizer):
         return "adamw" if "exp_avg" in self.state[parameter] else "celo2"
 
 
-def _rounding_seed(target: Tensor, job: _MatrixJob | _VectorJob) -> int:
+def _rounding_seed(target: Tensor, job: MatrixJob | VectorJob) -> int:
     """Seed of a parameter's stochastic rounding: its position and its step, so that a resumed run replays it."""
     return rounding_seed(job.position, int(job.state["step"])) if target.dtype == torch.bfloat16 else 0
-
-
-# celo2.sharding loads torch.distributed, which costs half of `import celo2`: only for a tensor that has loaded it
-def _placing_of(parameter: Tensor) -> Placing | None:
-    from celo2 import sharding
-
-    return sharding.placing_of(parameter)
 
 
 def _same_placing(parameter: Tensor, gradient: Tensor) -> bool:
@@ -907,39 +579,3 @@ def _check_split(parameter: Tensor, state: dict[str, Tensor], view: MatrixView) 
     from celo2 import split_step
 
     split_step.check_split(parameter, state, view)
-
-
-def _shares(gradients: list[Tensor], mesh: DeviceMesh) -> list[Tensor]:
-    from celo2 import split_step
-
-    return split_step.shares(gradients, mesh)
-
-
-class _KernelPlan:
-    """What the kernels step and what is left, for as long as `signature` stays."""
-
-    def __init__(self, signature: list[object]) -> None:
-        self.signature = signature
-        self.step: KernelStep | None = None  # None: nothing goes through the kernels
-        self.refused: dict[Tensor, str] = {}  # learned parameters that PyTorch steps, and why
-        self.adam: list[list[Tensor]] = []
-        self.shards: set[int] = set()  # positions of the sharded ones among them
-        self.rounding = round_on_host
-        self.skipped: Tensor | None = None  # skipped steps counted on the device, int64 [1]
-        self.counted = 0  # how many of them the groups have already
-
-
-def _triton_is_installed() -> bool:
-    return importlib.util.find_spec("triton") is not None
-
-
-def _matrices(parameter: Tensor, gradient: Tensor, state: dict[str, Tensor], view: MatrixView) -> Matrices:
-    """View a parameter, its gradient and its state as batches of matrices; only the gradient may be copied."""
-    try:
-        g = view.matrices(gradient)
-    except ValueError:
-        g = view.matrices(gradient.contiguous())
-    fast, medium, slow = (view.matrices(state[name]) for name in MOMENTUM_KEYS)
-    factors = [view.factors(state[name], g.shape[0]) for name in ("row_factor", "column_factor")]
-    v = view.matrices(state["second_moment"])
-    return Matrices(view.matrices(parameter), g, (fast, medium, slow), v, *factors)

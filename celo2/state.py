@@ -9,7 +9,7 @@ axes; with momenta of 8 bits `momentum_scale` [matrices, rows, quanta, 3]. AdamW
 from __future__ import annotations
 
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -17,6 +17,9 @@ from torch import Tensor
 from celo2.matrices import MatrixView
 from celo2.quantisation import dequantise, quanta, quantise_
 from celo2.stochastic_rounding import mix64
+
+if TYPE_CHECKING:
+    from celo2.sharding import Placing
 
 MOMENTUM_KEYS = ("momentum_fast", "momentum_medium", "momentum_slow")
 
@@ -75,6 +78,13 @@ def is_dtensor(tensor: Tensor) -> bool:
 def local(tensor: Tensor) -> Tensor:
     """Return this rank's part of a tensor, on the same storage; a plain tensor is its own part."""
     return tensor.to_local() if is_dtensor(tensor) else tensor  # type: ignore[attr-defined]
+
+
+def placing_of(parameter: Tensor) -> Placing | None:
+    """As `celo2.sharding.placing_of`, imported here for tensors that have loaded `torch.distributed` already."""
+    from celo2 import sharding
+
+    return sharding.placing_of(parameter)
 
 
 def _sharded_factors(parameter: Tensor, view: MatrixView, dtype: str) -> dict[str, Tensor]:

@@ -30,6 +30,7 @@ from celo2.pretrain.parallel import PARALLEL, REDUCE, Parallel, shard
 from celo2.pretrain.recipes import Recipe, recipe_for, split_batch
 from celo2.pretrain.runlog import quantity
 from celo2.routing import format_table
+from celo2.sharded_plan import plan_sharded
 from celo2.split_step import SplitStep
 from celo2.state import local
 
@@ -190,7 +191,7 @@ def make_plan(
         loads, instead = Loads(1, machine), 0.0
         learned = optimizers.members[0]
         if isinstance(learned, FusedCelo2):
-            planned = learned._plan_sharded() if layout.sharded or split_step else None
+            planned = plan_sharded(learned) if layout.sharded or split_step else None
             step = planned.step if isinstance(planned, SplitStep) else planned
             loads = Loads.of(learned, step, machine)
             if step is not None:

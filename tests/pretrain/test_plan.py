@@ -23,6 +23,7 @@ from celo2.pretrain.optimizers import Optimizers
 from celo2.pretrain.parallel import Parallel, micro_step, shard
 from celo2.pretrain.plan import Plan, describe, fake_processes, make_plan, table
 from celo2.pretrain.recipes import recipe_for
+from celo2.sharded_plan import plan_sharded
 from celo2.sharding import chunk
 
 WIDTH, LAYERS, VOCAB, CONTEXT = 2048, 24, 50257, 2048  # of xl
@@ -250,7 +251,7 @@ def built(ranks: int) -> tuple[GPT, Optimizers]:
     model = GPT(model_config("nano"))
     model.init_weights(0)
     shard(model, Parallel.choose("fsdp", ranks, ranks, "cpu"), "bfloat16")
-    return model, Optimizers("celo2", recipe_for("nano", "celo2"), model)
+    return model, Optimizers("celo2", recipe_for("nano", "celo2"), model, wire_dtype="bfloat16")
 
 
 def storage(tensors: Iterable[Tensor | None]) -> int:
@@ -310,8 +311,8 @@ def test_messages_of_a_step(ranks: int, processes: None, monkeypatch: pytest.Mon
     for parameter in model.parameters():
         parameter.grad = torch.ones_like(parameter) * 1e-3
     learned = optimizers.members[0]
-    step = learned._plan_sharded()  # type: ignore[attr-defined]
-    loads = Loads.of(learned, step, MACHINES["h100"])  # type: ignore[arg-type]
+    step = plan_sharded(learned)
+    loads = Loads.of(learned, step, MACHINES["h100"])
     monkeypatch.setattr(dist, "all_reduce", all_reduce)
     monkeypatch.setattr(dist, "all_to_all_single", all_to_all)
     learned.step()
@@ -330,7 +331,7 @@ def test_messages_of_a_step(ranks: int, processes: None, monkeypatch: pytest.Mon
 
 def test_all_ranks_together_have_everything_once(ranks: int, processes: None) -> None:
     learned = built(ranks)[1].members[0]
-    loads = Loads.of(learned, learned._plan_sharded(), MACHINES["h100"])  # type: ignore[attr-defined,arg-type]
+    loads = Loads.of(learned, plan_sharded(learned), MACHINES["h100"])
     total = 4 * 12 * 128**2
     assert sum(loads.held) == sum(loads.owned) == total
     assert all(
