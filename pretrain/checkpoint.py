@@ -20,9 +20,10 @@ from typing import Any
 
 import torch
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystemWriter
+from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 from torch.distributed.checkpoint.state_dict_loader import load as load_distributed
-from torch.distributed.checkpoint.state_dict_saver import async_save
 from torch.distributed.checkpoint.state_dict_saver import save as save_distributed
 
 from celo2.files import write_atomic
@@ -75,51 +76,62 @@ class Checkpoints:
         self._writer: threading.Thread | None = None
         self._failure: OSError | None = None
 
-    def save(self, model: GPT, optimizers: Optimizers, state: RunState) -> Path:
+    def save(
+        self, model: GPT, optimizers: Optimizers, state: RunState, *, before: Callable[[], None] = lambda: None
+    ) -> Path:
         """Write a checkpoint and remove those that are no longer kept; returns its folder.
 
-        Raises OSError on every rank, naming the folder and the fix, when the disk is full or not writable; older
-        checkpoints are untouched then. In the background, the next `wait` or `save` raises it.
+        `before` is called first, on each rank, and its OSError is one of the save. Raises OSError on every rank, naming
+        the folder and the fix, when the disk is full or not writable; older checkpoints are untouched then. In the
+        background, the next `wait` or `save` raises it.
         """
         self.wait()
         path = self.folder / f"step-{state.step:08d}"
         temporary = self.world.shared(self._temporary(path))
-        problem = None
-        if self.world.main:
-            try:
-                temporary.mkdir(parents=True)
-            except OSError as error:
-                problem = _describe(error)
-        self._agree(path, temporary, problem)
-        tensors, group = _tensors(model, optimizers), self.world.control
-        if not self.background:
-            try:
-                _quietly(save_distributed, tensors, checkpoint_id=temporary, process_group=group, no_dist=group is None)
-            except (OSError, RuntimeError, CheckpointException) as error:
-                problem = _describe(error)
-            self._commit(path, temporary, state, problem)
-            return path
-        group = self.world.background
+        problem, tensors = None, {}
         try:
-            written = _quietly(async_save, tensors, checkpoint_id=temporary, process_group=group, no_dist=group is None)
-        except (OSError, RuntimeError, CheckpointException) as error:
-            written, problem = None, _describe(error)
-
-        def finish() -> None:
-            nonlocal problem
-            try:
-                if written is not None:
-                    written.result()
-            except (OSError, RuntimeError, CheckpointException) as error:
-                problem = _describe(error)
-            try:
-                self._commit(path, temporary, state, problem)
-            except OSError as error:
-                self._failure = error
-
-        self._writer = threading.Thread(target=finish, name="checkpoint")
-        self._writer.start()
+            before()
+            if self.world.main:
+                temporary.mkdir(parents=True)
+            tensors = _tensors(model, optimizers)
+            if self.background:
+                stager = DefaultStager(StagingOptions(False, False, False, False))
+                staged = stager.stage(tensors)
+                stager.close()
+                assert isinstance(staged, dict)
+                tensors = staged
+        except (OSError, RuntimeError) as error:
+            problem = _describe(error)
+        self._agree(path, temporary, problem)
+        if self.background:
+            self._writer = threading.Thread(target=self._write, args=(tensors, path, temporary, state), daemon=True)
+            self._writer.start()
+        else:
+            self._write_and_commit(tensors, path, temporary, state)
         return path
+
+    def _write(self, *arguments: Any) -> None:
+        """In the background: write, and keep what fails for `wait`."""
+        try:
+            if self.world.device.type == "cuda":
+                # a thread begins on the first GPU
+                torch.cuda.set_device(self.world.device)
+            self._write_and_commit(*arguments)
+        except OSError as error:
+            self._failure = error
+        except BaseException as error:
+            self._failure = OSError(f"cannot save in the background: {_describe(error)}")
+
+    def _write_and_commit(self, tensors: dict[str, Any], path: Path, temporary: Path, state: RunState) -> None:
+        group, problem = self.world.background if self.background else self.world.control, None
+        # staged tensors are on the host: no stream of a GPU need copy ahead
+        ahead = 0 if self.background else 10_000_000
+        writer = FileSystemWriter(temporary, per_thread_copy_ahead=ahead)
+        try:
+            _quietly(save_distributed, tensors, storage_writer=writer, process_group=group, no_dist=group is None)
+        except (OSError, RuntimeError, CheckpointException) as error:
+            problem = _describe(error)
+        self._commit(path, temporary, state, problem)
 
     def wait(self) -> None:
         """Wait for a save in the background; raises its OSError."""
@@ -156,7 +168,11 @@ class Checkpoints:
                 problem = _describe(error)
         self._agree(path, temporary, problem)
         if self.world.main:
-            self._remove_old()
+            try:
+                self._remove_old()
+            except OSError as error:
+                # the checkpoint counts; `remove_temporary` takes what is left
+                warnings.warn(f"cannot remove an old checkpoint: {_describe(error)}", stacklevel=2)
 
     def _agree(self, path: Path, temporary: Path, problem: str | None) -> None:
         """Raise on every rank when one has a problem, after removing what was written."""
@@ -290,7 +306,7 @@ def _fingerprint(path: Path) -> list[int]:
 
 
 def _read_done(path: Path, *, share: tuple[int, int] | None = None) -> RunState:
-    """Check a checkpoint's files against its `DONE`, and the contents of a share of them: (rank, ranks).
+    """Check a checkpoint's files against its `DONE`; with a share of them, (rank, ranks), those and their contents.
 
     Raises ValueError for one that is not whole.
     """
@@ -304,13 +320,14 @@ def _read_done(path: Path, *, share: tuple[int, int] | None = None) -> RunState:
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"its {DONE} file is damaged ({error})") from error
     for number, (name, (size, checksum)) in enumerate(sizes.items()):
+        if share is not None and number % share[1] != share[0]:
+            continue
         if not (path / name).is_file():
             raise ValueError(f"{name} is missing")
         found = (path / name).stat().st_size
         if found != size:
             raise ValueError(f"{name} has {found} bytes instead of {size}")
-        mine = share is not None and number % share[1] == share[0]
-        if mine and _fingerprint(path / name)[1] != checksum:
+        if share is not None and _fingerprint(path / name)[1] != checksum:
             raise ValueError(f"{name} is damaged: its checksum differs")
     return state
 

@@ -6,13 +6,13 @@ from celo2.pretrain.parallel import World
 
 
 class Interruption:
-    """SIGTERM, SIGUSR1 and SIGINT of any rank: save, then stop.
+    """SIGTERM, SIGUSR1, SIGINT and SIGHUP (where nohup does not ignore it) of any rank: save, then stop.
 
     A handler only takes note. `poll` is collective: afterwards `signal` is the same on every rank, so all of them
     leave the same loop. A second SIGINT of the same process raises KeyboardInterrupt.
     """
 
-    SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+    SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
 
     def __init__(self, world: World) -> None:
         self.signal = 0
@@ -20,7 +20,8 @@ class Interruption:
         self._world = world
         self._noted = 0
         for number in self.SIGNALS:
-            signal.signal(number, self._note)
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
+                signal.signal(number, self._note)
 
     def poll(self) -> bool:
         """Ask all ranks; return whether one has received a signal."""

@@ -7,6 +7,7 @@ and the few messages of the harness itself; they travel on the host (gloo), so n
 from __future__ import annotations
 
 import os
+import resource
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -47,10 +48,10 @@ class World:
     control: dist.ProcessGroup | None = None
     """For messages of the harness; None in a run of one process."""
     background: dist.ProcessGroup | None = None
-    """For checkpoints written in the background: messages must not mix with those of the training."""
+    """For checkpoints written in the background, whose messages must not mix with those of the training."""
 
     @classmethod
-    def start(cls, device: str = "auto") -> World:
+    def start(cls, device: str = "auto", *, background: bool = False) -> World:
         """Join the processes that the environment names (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT).
 
         `device` is a name for `select_device`; with several GPUs in a machine each process takes its own. Raises
@@ -66,11 +67,15 @@ class World:
             return cls(0, 1, 0, 1, chosen)
         if chosen.type == "mps":
             raise ValueError(f"WORLD_SIZE={ranks}: several processes train on GPUs or on the CPU, not on {chosen}")
+        # gloo connects every two ranks
+        limit = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+        resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit))
         if not dist.is_initialized():
-            backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
-            dist.init_process_group(backend, device_id=chosen if chosen.type == "cuda" else None)
-        groups = [dist.new_group(backend="gloo") for _ in range(2)]
-        return cls(rank, ranks, local_rank, local_ranks, chosen, *groups)
+            gpu = chosen.type == "cuda"
+            dist.init_process_group("nccl" if gpu else "gloo", device_id=chosen if gpu else None)
+        control = dist.new_group(backend="gloo")
+        writer = dist.new_group(backend="gloo") if background else None
+        return cls(rank, ranks, local_rank, local_ranks, chosen, control, writer)
 
     @property
     def main(self) -> bool:
@@ -94,7 +99,7 @@ class World:
         return tensor.tolist()
 
     def mean(self, value: Tensor) -> Tensor:
-        """Mean of a 0-d tensor over the ranks, on its device and without waiting for it."""
+        """Mean of a tensor over the ranks, on its device and without waiting for it."""
         if self.control is None:
             return value
         total = value.detach().clone()
@@ -169,12 +174,14 @@ class Parallel:
 def shard(model: GPT, parallel: Parallel, dtype: str) -> None:
     """Cut the parameters by `fully_shard` (FSDP2), a group for each block and one for the rest.
 
-    With `dtype="bfloat16"` blocks compute in bfloat16 from float32 parameters, and gradients are reduced in float32.
-    The model may still be on the meta device: it then never exists whole on a rank.
+    With `dtype="bfloat16"` it computes in bfloat16 from float32 parameters, and gradients are reduced in float32; the
+    residual stream and the norms are bfloat16 too, which autocast (one process, DDP) keeps in float32. The model may
+    still be on the meta device: it then never exists whole on a rank.
     """
     policy = MixedPrecisionPolicy()
     if dtype == "bfloat16":
-        policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+        # inputs as they are: RoPE's tables stay float32
+        policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for block in model.blocks:
         fully_shard(block, mesh=parallel.mesh, mp_policy=policy)
     fully_shard(model, mesh=parallel.mesh, mp_policy=policy)

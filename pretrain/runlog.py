@@ -1,5 +1,6 @@
 """What a run leaves to read: the line a step, `metrics.jsonl`, Weights & Biases, the picture and the report."""
 
+import functools
 import io
 import json
 import math
@@ -22,6 +23,7 @@ WINDOW = 128
 WandbMode = Literal["off", "online", "offline"]
 
 
+@functools.cache
 def versions() -> dict[str, str]:
     """Versions of Python and of the packages that decide a run's numbers, and the git revision of this code."""
     found = {"python": platform.python_version()}

@@ -1,6 +1,7 @@
 """What a run says about itself: everything that was resolved, before its first step, and its results after the last."""
 
 import argparse
+import math
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +57,33 @@ def describe(
     return "\n".join(f"{name + ':':<12}{text}" for name, text in lines.items()) + "\n\n" + optimizers.table() + "\n"
 
 
+def plan_of(arguments: argparse.Namespace, recipe: Recipe) -> str:
+    """What the run would be on `--world-size` GPUs of the kind `--gpu`."""
+    from celo2.pretrain import plan
+
+    return plan.describe(
+        plan.make_plan(
+            size=arguments.size,
+            arch=arguments.arch,
+            bias=arguments.bias,
+            opt=arguments.opt,
+            weights=arguments.weights,
+            recipe=recipe,
+            world_size=arguments.world_size,
+            parallel=arguments.parallel,
+            shards=arguments.shards,
+            gpu=arguments.gpu,
+            dtype=arguments.dtype or "bfloat16",
+            micro_batch=arguments.micro_batch,
+            reduce=arguments.reduce,
+            recompute=arguments.activation_checkpointing,
+            loss_chunks=arguments.loss_chunks,
+            wire_dtype=arguments.wire_dtype,
+            split_step=arguments.split_step,
+        )
+    )
+
+
 def finish(
     arguments: argparse.Namespace,
     recipe: Recipe,
@@ -75,7 +103,8 @@ def finish(
     if not world.main:
         return
     val = next(record for record in reversed(log.records) if record["kind"] == "val")
-    loss, bpb = val["loss"], val["bits_per_byte"]
+    # one that was not finite is null in the log
+    loss, bpb = (math.nan if val[key] is None else val[key] for key in ("loss", "bits_per_byte"))
     text = tokenizer.decode(tokens_BT[0].tolist())
     # a byte model may well write control characters
     sample = "".join(c if c.isprintable() or c == "\n" else "\ufffd" for c in text)

@@ -5,7 +5,8 @@
 
 What is not given comes from the recipe of the size and the optimizer (`recipes.py`). Everything that is resolved is
 printed before step 0; a run leaves checkpoints, `metrics.jsonl`, `loss.png` and `report.md` in `--out-dir`. The numbers
-of a run do not depend on how many processes share it, up to the order of sums; several machines start it by `launch/`.
+of a run do not depend on how many processes share it, up to the order of sums (in bfloat16 up to its rounding, which
+`--parallel fsdp` does in more places); several machines start it by `launch/`.
 """
 
 import argparse
@@ -17,6 +18,7 @@ import secrets
 import signal
 import sys
 import time
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -36,7 +38,7 @@ from celo2.pretrain.prepare_data import prepare_embedded
 from celo2.pretrain.recipes import OPTS, RECIPES, Recipe, learning_rate, recipe_for, split_batch
 from celo2.pretrain.runlog import METRICS, RunLog, ZScore, format_step, read_metrics, versions
 from celo2.pretrain.shards import Loader, find_shards, open_shard, shard_fingerprint, validation_batches
-from celo2.pretrain.summary import describe, finish
+from celo2.pretrain.summary import describe, finish, plan_of
 from celo2.pretrain.tokenizer import get_tokenizer
 
 
@@ -148,33 +150,6 @@ def resolve_recipe(arguments: argparse.Namespace) -> Recipe:
     return dataclasses.replace(recipe, **changes)
 
 
-def plan_of(arguments: argparse.Namespace, recipe: Recipe) -> str:
-    """What the run would be on `--world-size` GPUs of the kind `--gpu`."""
-    from celo2.pretrain import plan
-
-    return plan.describe(
-        plan.make_plan(
-            size=arguments.size,
-            arch=arguments.arch,
-            bias=arguments.bias,
-            opt=arguments.opt,
-            weights=arguments.weights,
-            recipe=recipe,
-            world_size=arguments.world_size,
-            parallel=arguments.parallel,
-            shards=arguments.shards,
-            gpu=arguments.gpu,
-            dtype=arguments.dtype or "bfloat16",
-            micro_batch=arguments.micro_batch,
-            reduce=arguments.reduce,
-            recompute=arguments.activation_checkpointing,
-            loss_chunks=arguments.loss_chunks,
-            wire_dtype=arguments.wire_dtype,
-            split_step=arguments.split_step,
-        )
-    )
-
-
 def build(
     arguments: argparse.Namespace, recipe: Recipe, world: World, parallel: Parallel, dtype: str
 ) -> tuple[GPT, nn.Module, Optimizers]:
@@ -213,7 +188,8 @@ def train(arguments: argparse.Namespace) -> int:
         print(plan_of(arguments, recipe))
         return 0
     config = model_config(arguments.size, arguments.arch, bias=arguments.bias)
-    world = World.start(arguments.device)
+    world = World.start(arguments.device, background=arguments.async_save)
+    interruption = Interruption(world)
     say = print if world.main else _silent
     micro_batch, micro_steps = split_batch(arguments.micro_batch, recipe.batch_tokens, config.context, world.ranks)
     device, where = world.device, device_name(world.device)
@@ -227,7 +203,8 @@ def train(arguments: argparse.Namespace) -> int:
 
     torch.manual_seed(arguments.seed)
     model, forward, optimizers = build(arguments, recipe, world, parallel, dtype)
-    say(describe(arguments, recipe, model, optimizers, (micro_batch, micro_steps), parallel, where))
+    if world.main:
+        print(describe(arguments, recipe, model, optimizers, (micro_batch, micro_steps), parallel, where))
     if arguments.dry_run:
         return 0
 
@@ -240,7 +217,8 @@ def train(arguments: argparse.Namespace) -> int:
         world.barrier()
     train_paths, val_paths = find_shards(arguments.data)
     loader = Loader(train_paths, config.context, arguments.seed, tokenizer.vocab_id)
-    shards = {path.name: shard_fingerprint(path) for path in (*train_paths, *val_paths)}
+    paths = (*train_paths, *val_paths) if world.main else ()
+    shards = world.shared({path.name: shard_fingerprint(path) for path in paths})
     token_bytes = tokenizer.token_bytes()
     if recipe.val_tokens < config.context:
         raise ValueError(
@@ -290,10 +268,11 @@ def train(arguments: argparse.Namespace) -> int:
         state, notes = checkpoints.load(model, optimizers, identity, may_differ=may_differ)
         for note in notes:
             say(f"resume:     {note}")
-    elif world.shared(bool(read_metrics(out_dir / METRICS)) or checkpoints.latest() is not None):
+    elif world.shared(world.main and (bool(read_metrics(out_dir / METRICS)) or checkpoints.latest() is not None)):
         raise ValueError(f"{out_dir} holds a run: go on with --resume auto, or give another --out-dir")
     out_dir.mkdir(parents=True, exist_ok=True)
     step, skipped = (state.step, state.skipped) if state else (0, 0)
+    started_at = step
     run_id = state.run_id if state else world.shared(secrets.token_hex(4))
     say(
         f"output:     {out_dir}, run {run_id}, " + (f"resumed at step {step} of {total}" if state else "from the start")
@@ -321,10 +300,17 @@ def train(arguments: argparse.Namespace) -> int:
     )
 
     def save() -> None:
-        log.sync()
-        checkpoints.save(model, optimizers, RunState(step, skipped, run_id, identity))
+        checkpoints.save(model, optimizers, RunState(step, skipped, run_id, identity), before=log.sync)
 
-    interruption = Interruption(world)
+    def settled() -> bool:
+        """Wait for what is written in the background; whether it is there."""
+        try:
+            checkpoints.wait()
+        except OSError as error:
+            tell(f"warning: {error}")
+            return False
+        return True
+
     loss_z, norm_z = ZScore(log.last("train", "loss")), ZScore(log.last("train", "grad_norm"))
     peak, flops = peak_flops(where), model.flops_per_token()
     timer = OptimizerTimer(device)
@@ -350,7 +336,7 @@ def train(arguments: argparse.Namespace) -> int:
     if step % arguments.eval_every == 0 and not validated():
         # at the start, and where a signal ended the validation of this step
         validate()
-    while step < total and not interruption.poll():
+    while step < total and not interruption.signal:
         # one optimizer step: the mean over the whole batch, accumulated from micro-batches
         start = time.perf_counter()
         factor = learning_rate(step, total, recipe) / recipe.lr
@@ -370,16 +356,16 @@ def train(arguments: argparse.Namespace) -> int:
                 break
         if len(losses) < micro_steps:
             break
-        mean_loss = world.mean(torch.stack(losses).sum())
+        bytes_read = torch.full((), float(text_bytes), device=device)
+        means = world.mean(torch.stack((torch.stack(losses).sum(), bytes_read)))
         timer.start()
-        mean_norm = optimizers.step(mean_loss)
+        grad_norm = optimizers.step(means[0])
         timer.stop()
         # the first wait for the device in this step
-        loss, norm = float(mean_loss), float(mean_norm)
+        loss, norm = float(means[0]), float(grad_norm)
         finite = math.isfinite(loss) and math.isfinite(norm)
         skipped, in_a_row = (skipped, 0) if finite else (skipped + 1, in_a_row + 1)
         optimizer_ms = timer.elapsed_ms()
-        all_bytes = world.sums(text_bytes)[0]
         seconds = time.perf_counter() - start
         step += 1
 
@@ -390,7 +376,7 @@ def train(arguments: argparse.Namespace) -> int:
             step=step,
             loss=loss,
             loss_z=loss_z(loss),
-            bits_per_byte=bits_per_byte(loss * recipe.batch_tokens, all_bytes),
+            bits_per_byte=bits_per_byte(loss * recipe.batch_tokens, float(means[1]) * world.ranks),
             grad_norm=norm,
             grad_norm_z=norm_z(norm),
             lr=recipe.lr * factor,
@@ -404,6 +390,7 @@ def train(arguments: argparse.Namespace) -> int:
         if step % arguments.log_every == 0 or step == total or not finite:
             tell(format_step(record, total, seconds_left))
         if in_a_row >= arguments.max_skips:
+            settled()
             save()
             checkpoints.wait()
             raise FloatingPointError(
@@ -413,6 +400,7 @@ def train(arguments: argparse.Namespace) -> int:
         if step % arguments.eval_every == 0 or step == total:
             validate()
         if step % arguments.save_every == 0 and step < total:
+            settled()
             try:
                 save()
                 saved_at = step
@@ -421,10 +409,7 @@ def train(arguments: argparse.Namespace) -> int:
                 tell(f"warning: {error}")
     bar.close()
 
-    try:
-        checkpoints.wait()
-    except OSError as error:
-        tell(f"warning: {error}")
+    if not settled():
         saved_at = -1
     if step != saved_at and step > 0:
         save()
@@ -436,6 +421,9 @@ def train(arguments: argparse.Namespace) -> int:
         saved = f"step {step} of {total} is saved in {out_dir}" if step else "before the first step, nothing to save"
         say(f"{interruption.name}: {saved}; go on with --resume auto")
         log.close()
+        if world.main and step > started_at and (requeue := os.environ.get("CELO2_REQUEUE")):
+            # for the launch script: there is more to do, and another job comes further
+            Path(requeue).touch()
         return 130 if interruption.signal == signal.SIGINT else 0
     finish(arguments, recipe, model, optimizers, tokenizer, log, out_dir, skipped, world)
     log.close()
@@ -452,7 +440,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parse_arguments(argv)
     if isinstance(sys.stdout, io.TextIOWrapper):
         # the sample may hold what the terminal's encoding does not
-        sys.stdout.reconfigure(errors="replace")
+        sys.stdout.reconfigure(errors="replace", line_buffering=True)
     handlers = {number: signal.getsignal(number) for number in Interruption.SIGNALS}
     try:
         return train(arguments)
@@ -476,10 +464,15 @@ def _who() -> str:
 
 
 if __name__ == "__main__":
-    status = main()
+    try:
+        status = main()
+    except BaseException:
+        # a lost peer or device: the launcher ends the others
+        traceback.print_exc()
+        status = 1
+    sys.stdout.flush()
+    sys.stderr.flush()
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         # an interpreter that tears down groups whose peers are gone may abort or hang; everything is written
-        sys.stdout.flush()
-        sys.stderr.flush()
         os._exit(status)
     sys.exit(status)

@@ -4,7 +4,8 @@
 #   sbatch --nodes 4 pretrain/launch/slurm.sh --size xl --opt celo2 --data /shared/fineweb-edu --out-dir /shared/xl
 #
 # Five minutes before the time limit Slurm sends SIGUSR1 to every task: they save together and exit 0, and the job is
-# requeued. A preempted job gets SIGTERM, which saves as well. --data and --out-dir must be on a shared file system.
+# requeued if it has made a step. A preempted job gets SIGTERM, which saves as well. --data and --out-dir must be on a shared
+# file system.
 # Submit from the repository, with the environment of `make setup` or PYTHON set.
 #SBATCH --job-name celo2
 #SBATCH --nodes 1
@@ -23,23 +24,19 @@ MASTER_ADDR="$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)"
 MASTER_PORT="$((20000 + SLURM_JOB_ID % 20000))"
 export PYTHON="${PYTHON:-.venv/bin/python}" OMP_NUM_THREADS="${SLURM_CPUS_PER_TASK:-4}"
 
+# the trainer makes this file when it was interrupted and has made progress
+export CELO2_REQUEUE="$PWD/.celo2-requeue-$SLURM_JOB_ID"
+rm -f "$CELO2_REQUEUE"
 # this shell outlives the signal; the tasks answer it
 trap '' USR1
 status=0
-srun --kill-on-bad-exit=1 bash -c '
+srun --kill-on-bad-exit=1 --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" bash -c '
     export RANK=$SLURM_PROCID WORLD_SIZE=$SLURM_NTASKS LOCAL_RANK=$SLURM_LOCALID
     export LOCAL_WORLD_SIZE=$((SLURM_NTASKS / SLURM_JOB_NUM_NODES))
     exec "$PYTHON" pretrain/train_gpt.py --resume auto "$@"' bash "$@" || status=$?
 
-out=""
-previous=""
-for argument in "$@"; do
-    [[ $previous == --out-dir ]] && out="$argument"
-    [[ $argument == --out-dir=* ]] && out="${argument#--out-dir=}"
-    previous="$argument"
-done
-# report.md is what a finished run leaves
-if [[ $status -eq 0 && -n $out && ! -e $out/report.md ]]; then
+if [[ -e $CELO2_REQUEUE ]]; then
+    rm "$CELO2_REQUEUE"
     scontrol requeue "$SLURM_JOB_ID"
 fi
 exit "$status"

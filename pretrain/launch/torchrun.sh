@@ -8,19 +8,24 @@
 # GPUS     processes a machine (default: gpu, one for each; give a number on machines without)
 # PORT     a free port of HEAD (default: 29500)
 # JOB      name of the meeting, the same everywhere (default: celo2)
-# RESTARTS how often all ranks start again, from their last checkpoint, after one has failed (default: 3)
+# RESTARTS how often all ranks start again, from their last checkpoint, after one has failed (default: 0: a run that ended
+#          itself, as after --max-skips, would go on as well)
 #
-# --data and --out-dir must be folders that every machine sees. SIGTERM to this process saves and stops the run.
+# --data and --out-dir must be folders that every machine sees. SIGTERM or SIGUSR1 to this process saves and stops the run;
+# torchrun itself then ends with a status that is not 0.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-4}"
+# ranks that start again must not read the addresses of those before them
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
+export TORCHELASTIC_SIGNALS_TO_HANDLE=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1
 TORCHRUN="${TORCHRUN:-torchrun}"
 patience=()
 if "$TORCHRUN" --help | grep -q -- --shutdown-timeout; then
     # a save of a large model may take longer than the 30 seconds that torchrun leaves it by default
     patience=(--shutdown-timeout 600)
 fi
-exec "$TORCHRUN" "${patience[@]}" \
-    --nnodes "${NODES:-1}" --nproc-per-node "${GPUS:-gpu}" --max-restarts "${RESTARTS:-3}" \
+exec "$TORCHRUN" ${patience[@]+"${patience[@]}"} \
+    --nnodes "${NODES:-1}" --nproc-per-node "${GPUS:-gpu}" --max-restarts "${RESTARTS:-0}" \
     --rdzv-backend c10d --rdzv-endpoint "${HEAD:-localhost}:${PORT:-29500}" --rdzv-id "${JOB:-celo2}" \
     pretrain/train_gpt.py --resume auto "$@"

@@ -486,7 +486,7 @@ def test_backends_are_checked(random_theta, monkeypatch):
         p.grad = torch.ones(4, 4)
         with pytest.raises(ValueError, match="the kernels run on GPUs; set TRITON_INTERPRET=1"):
             FusedCelo2([p], backend="triton").step()
-    monkeypatch.setattr("celo2.optimizer._triton_is_installed", lambda: False)
+    monkeypatch.setattr("celo2.optimizer.triton_is_installed", lambda: False)
     with pytest.raises(ValueError, match="pip install 'celo2\\[triton\\]'"):
         FusedCelo2([p], backend="triton")
 

@@ -125,6 +125,15 @@ def test_adamw_is_sharded_too(data, tmp_path) -> None:
     assert_same_losses(tmp_path / "2", tmp_path / "1")
 
 
+def test_bfloat16_has_nearly_the_losses_of_one_process(data, tmp_path) -> None:
+    options = ["--dtype", "bfloat16", "--arch", "modern", "--opt", "adamw", "--lr", "1e-3"]
+    for ranks in (1, 2):
+        assert run(command(ranks, data, tmp_path / str(ranks), *options)).returncode == 0
+    # fully_shard rounds the residual stream too, which autocast does not
+    assert_same_losses(tmp_path / "2", tmp_path / "1", tolerance=2e-2)
+    assert losses(tmp_path / "2") != losses(tmp_path / "1")
+
+
 # another world size
 
 
@@ -158,8 +167,9 @@ def wait_for(out: Path, process: subprocess.Popen[str], seen: Callable[[dict[str
     pytest.fail(f"the run ended too early, with {process.poll()}: {process.communicate()}")
 
 
-def start(command: list[str]) -> subprocess.Popen[str]:
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment())
+def start(command: list[str], **more: Any) -> subprocess.Popen[str]:
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(command, env=environment(**more), **pipes)
 
 
 def workers(agent: subprocess.Popen[str]) -> list[int]:
@@ -223,16 +233,17 @@ def test_a_signal_during_validation(data, tmp_path) -> None:
 
 
 def test_a_signal_during_compilation(data, tmp_path) -> None:
-    process = start(command(2, data, tmp_path, *LONG, "--compile"))
+    out = tmp_path / "out"
+    # nothing is compiled yet
+    process = start(command(2, data, out, *LONG, "--compile"), TORCHINDUCTOR_CACHE_DIR=tmp_path / "cache")
     # the first training step compiles what the validation before it did not need
-    wait_for(tmp_path, process, lambda record: record["kind"] == "val")
+    wait_for(out, process, lambda record: record["kind"] == "val")
     time.sleep(1)
     os.kill(workers(process)[0], signal.SIGTERM)
     text, errors = process.communicate(timeout=200)
     assert process.returncode == 0, errors
-    step = Checkpoints(tmp_path).latest().step
-    assert f"SIGTERM: step {step} of 400 is saved" in text and step <= 2
-    assert_saved_once(tmp_path, step)
+    assert "SIGTERM: step 1 of 400 is saved" in text
+    assert_saved_once(out, 1)
 
 
 # faults of one rank

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -57,9 +58,31 @@ def test_two_machines_meet(data, tmp_path, free_port) -> None:
     assert Checkpoints(tmp_path / "out").latest().step == 3
 
 
+def test_ranks_start_again_after_one_was_killed(data, tmp_path, free_port) -> None:
+    out = tmp_path / "out"
+    variables = {"GPUS": "2", "PORT": str(free_port), "TORCHRUN": torchrun(), "RESTARTS": "1", "OMP_NUM_THREADS": "1"}
+    command = [str(LAUNCH / "torchrun.sh"), *SMALL, "--data", str(data), "--out-dir", str(out)]
+    command += ["--steps", "40", "--save-every", "2"]
+    agent = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, **variables}
+    )
+    while agent.poll() is None and not (out / "step-00000002").exists():
+        time.sleep(0.01)
+    children = Path(f"/proc/{agent.pid}/task/{agent.pid}/children").read_text().split()
+    ranks = [pid for pid in children if b"\0RANK=1\0" in Path(f"/proc/{pid}/environ").read_bytes()]
+    os.kill(int(ranks[0]), signal.SIGKILL)
+    text, errors = agent.communicate(timeout=200)
+    assert agent.returncode == 0, errors
+    resumed = re.search(r"resumed at step (\d+) of 40", text)
+    assert resumed is not None and int(resumed[1]) >= 2
+    assert Checkpoints(out).latest().step == 40
+    steps = [record["step"] for record in read_metrics(out / METRICS) if record["kind"] == "train"]
+    assert steps == [*range(1, 41)]
+
+
 SRUN = """#!/usr/bin/env bash
 # two tasks on one machine, which is what the job asked for
-shift
+while [[ $1 == --* ]]; do shift; done
 for task in 0 1; do
     SLURM_PROCID=$task SLURM_LOCALID=$task "$@" &
     tasks+=($!)
