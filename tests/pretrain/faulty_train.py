@@ -9,6 +9,7 @@ import sys
 
 from celo2.pretrain import checkpoint, train_gpt
 from celo2.pretrain.model import GPT
+from celo2.pretrain.runlog import RunLog
 
 KIND, RANK, AT = os.environ["FAULT"], int(os.environ["FAULT_RANK"]), int(os.environ["FAULT_AT"])
 
@@ -27,6 +28,16 @@ def install() -> None:
             return real(path)
 
         checkpoint._fingerprint = fingerprint
+    elif KIND in ("sync", "remove"):
+        owner, name = (RunLog, "sync") if KIND == "sync" else (checkpoint.Checkpoints, "_remove_old")
+        method = getattr(owner, name)
+
+        def fail_once(self):
+            if next(calls) == AT:
+                raise OSError(39, "Directory not empty")
+            method(self)
+
+        setattr(owner, name, fail_once)
     elif KIND == "loss":
         real_forward = GPT.forward
 

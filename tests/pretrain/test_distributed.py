@@ -272,6 +272,16 @@ def test_a_rank_that_cannot_write_costs_a_checkpoint_and_not_the_run(data, tmp_p
     assert_saved_once(tmp_path, 8)
 
 
+@pytest.mark.parametrize(("kind", "mode"), [("sync", []), ("remove", []), ("remove", ["--async-save"])])
+def test_trouble_of_rank_0_alone_does_not_part_the_ranks(data, tmp_path, kind: str, mode: list[str]) -> None:
+    fault = {"FAULT": kind, "FAULT_RANK": 0, "FAULT_AT": 0}
+    done = run(command(2, data, tmp_path, *mode, "--keep", "1", script=FAULTY), **fault)
+    assert done.returncode == 0
+    assert "Directory not empty" in done.stdout + done.stderr
+    assert Checkpoints(tmp_path).latest().step == 8
+    assert len(list(tmp_path.glob("step-*"))) == 1
+
+
 def test_a_loss_that_is_not_finite_on_one_rank_is_skipped_by_all(data, tmp_path) -> None:
     fault = {"FAULT": "loss", "FAULT_RANK": 1, "FAULT_AT": 2}
     done = run(command(2, data, tmp_path, script=FAULTY), **fault)
