@@ -352,17 +352,19 @@ def train(arguments: argparse.Namespace) -> int:
                     micro_loss = forward(send(inputs_BT, device), send(targets_BT, device)) / micro_steps
                 micro_loss.backward()
             losses.append(micro_loss.detach())
-            if interruption.poll():
+            if len(losses) < micro_steps and interruption.poll():
                 break
         if len(losses) < micro_steps:
             break
-        bytes_read = torch.full((), float(text_bytes), device=device)
-        means = world.mean(torch.stack((torch.stack(losses).sum(), bytes_read)))
+        # what ranks tell each other in a step, in one message: losses, bytes of text, signals
+        numbers = send(torch.tensor([text_bytes, *interruption.flags()], dtype=torch.float32), device)
+        means = world.mean(torch.cat((torch.stack(losses).sum()[None], numbers)))
         timer.start()
         grad_norm = optimizers.step(means[0])
         timer.stop()
         # the first wait for the device in this step
-        loss, norm = float(means[0]), float(grad_norm)
+        (loss, mean_bytes, *flags), norm = means.tolist(), float(grad_norm)
+        interruption.agree(flags)
         finite = math.isfinite(loss) and math.isfinite(norm)
         skipped, in_a_row = (skipped, 0) if finite else (skipped + 1, in_a_row + 1)
         optimizer_ms = timer.elapsed_ms()
@@ -376,7 +378,7 @@ def train(arguments: argparse.Namespace) -> int:
             step=step,
             loss=loss,
             loss_z=loss_z(loss),
-            bits_per_byte=bits_per_byte(loss * recipe.batch_tokens, float(means[1]) * world.ranks),
+            bits_per_byte=bits_per_byte(loss * recipe.batch_tokens, mean_bytes * world.ranks),
             grad_norm=norm,
             grad_norm_z=norm_z(norm),
             lr=recipe.lr * factor,
