@@ -17,6 +17,7 @@ from celo2 import FusedCelo2, Theta, load_weights, param_groups
 from celo2.pretrain.model import GPT
 from celo2.pretrain.recipes import OPTS, Recipe
 from celo2.routing import format_table
+from celo2.state import local
 from celo2.theta import VARIANTS
 
 
@@ -148,8 +149,7 @@ class Optimizers:
 
 def local_bytes(tensor: Tensor) -> int:
     """Bytes of a tensor on this rank."""
-    part = tensor.to_local() if isinstance(tensor, DTensor) else tensor
-    return part.numel() * part.element_size()
+    return local(tensor).nbytes
 
 
 def _create_state(member: Optimizer) -> None:

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from celo2.files import PathLike, write_atomic
+from celo2.pretrain.model import IGNORED
 from celo2.pretrain.tokenizer import vocabulary
 from celo2.stochastic_rounding import mix64
 
@@ -264,6 +265,6 @@ def validation_batches(
                 yield windows.read(np.arange(starts[number], min(starts[number] + batch, count)))
             else:
                 inputs, targets = windows.read(np.arange(1))
-                yield inputs, torch.full_like(targets, -100)
+                yield inputs, torch.full_like(targets, IGNORED)
 
     return share()

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 # tiny tensors: a second thread only waits. Set before torch is imported, and inherited by the processes of the tests
 os.environ["OMP_NUM_THREADS"] = "1"
@@ -29,6 +33,22 @@ def golden() -> Callable[[str], dict[str, np.ndarray]]:
             return dict(file)
 
     return load
+
+
+@pytest.fixture(scope="session")
+def run_ranks() -> Callable[..., Any]:
+    """Run a program on some processes that meet through torchrun; what rank 0 prints last, as JSON."""
+
+    def run(program: Path, ranks: int, *arguments: object, **environment: str) -> Any:
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+        command += [str(program), *map(str, arguments)]
+        variables = {**os.environ, **environment}
+        result = subprocess.run(command, capture_output=True, text=True, timeout=600, env=variables, check=False)
+        if result.returncode:
+            pytest.fail(f"{ranks} ranks: {result.stderr[-4000:]}", pytrace=False)
+        return json.loads(result.stdout.strip().splitlines()[-1])
+
+    return run
 
 
 @pytest.fixture

@@ -149,11 +149,19 @@ def relative_differences(runs: list[list[torch.Tensor]]) -> dict[str, float]:
     return differences
 
 
-def count_collectives(variant, mesh, backend="auto"):
-    params, optimizer = build(variant, [Shard(0)], mesh, backend=backend)
-    set_gradients(params, 0)
-    optimizer.step()
-    names = ("all_reduce", "all_to_all_single", "all_gather_into_tensor", "all_gather_object", "broadcast")
+def collectives_of(step) -> dict[str, int]:
+    """How often a step calls each collective of `torch.distributed`; all-gathers under one name."""
+    names = [
+        "all_reduce",
+        "all_to_all_single",
+        "all_gather_into_tensor",
+        "all_gather",
+        "all_gather_object",
+        "broadcast",
+    ]
+    if hasattr(dist, "all_gather_single"):
+        # the name of all_gather_into_tensor since PyTorch 2.13
+        names.append("all_gather_single")
     counts = dict.fromkeys(names, 0)
     originals = {name: getattr(dist, name) for name in names}
 
@@ -166,11 +174,19 @@ def count_collectives(variant, mesh, backend="auto"):
 
     for name in names:
         setattr(dist, name, counted(name))
-    set_gradients(params, 1)
-    optimizer.step()
+    step()
     for name, original in originals.items():
         setattr(dist, name, original)
-    return {name: count for name, count in counts.items() if count} | optimizer._sharded.bytes_sent()
+    counts["gather"] = counts.pop("all_gather_into_tensor") + counts.pop("all_gather_single", 0)
+    return {name: count for name, count in counts.items() if count}
+
+
+def count_collectives(variant, mesh, backend="auto"):
+    params, optimizer = build(variant, [Shard(0)], mesh, backend=backend)
+    set_gradients(params, 0)
+    optimizer.step()
+    set_gradients(params, 1)
+    return collectives_of(optimizer.step) | optimizer._sharded.bytes_sent()
 
 
 def skipped_steps(mesh, places=(0, 8, 9), backend="auto"):

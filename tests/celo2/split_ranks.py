@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from sharded_ranks import SPECS, Tied, relative_differences, set_gradients, theta, wire_runs
+from sharded_ranks import SPECS, Tied, collectives_of, relative_differences, set_gradients, theta, wire_runs
 from torch import nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -199,26 +199,8 @@ def count_collectives(variant, mesh):
     params, optimizer = build(variant, mesh)
     set_gradients(params, 0)
     optimizer.step()
-    gather = "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gather_into_tensor"
-    names = ("all_reduce", "all_to_all_single", gather, "all_gather_object", "all_gather", "broadcast")
-    counts = dict.fromkeys(names, 0)
-    originals = {name: getattr(dist, name) for name in names}
-
-    def counted(name):
-        def call(*args, **kwargs):
-            counts[name] += 1
-            return originals[name](*args, **kwargs)
-
-        return call
-
-    for name in names:
-        setattr(dist, name, counted(name))
     set_gradients(params, 1)
-    optimizer.step()
-    for name, original in originals.items():
-        setattr(dist, name, original)
-    counts["gather"] = counts.pop(gather)
-    return {name: count for name, count in counts.items() if count}
+    return collectives_of(optimizer.step)
 
 
 def skipped_steps(mesh):

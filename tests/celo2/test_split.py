@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,16 +19,12 @@ RANKS = (1, 2, 3, 4)
 
 
 @pytest.fixture(scope="module")
-def reports(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Any]:
+def reports(tmp_path_factory: pytest.TempPathFactory, run_ranks: Callable[..., Any]) -> dict[int, Any]:
     """What the program found on 4, 1, 2 and 3 ranks; all resume from the checkpoints of the four."""
     folder = tmp_path_factory.mktemp("split")
     found = {}
     for ranks in (4, 1, 2, 3):
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-        result = subprocess.run([*command, str(PROGRAM), str(folder)], capture_output=True, text=True, timeout=600)
-        if result.returncode:
-            pytest.fail(f"{ranks} ranks: {result.stderr[-4000:]}", pytrace=False)
-        found[ranks] = json.loads(result.stdout.strip().splitlines()[-1])
+        found[ranks] = run_ranks(PROGRAM, ranks, folder)
     return found
 
 

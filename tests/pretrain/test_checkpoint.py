@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -252,3 +253,32 @@ def test_done_is_readable_json(tmp_path) -> None:
     path = Checkpoints(tmp_path).save(*build(), state_at(5))
     done = json.loads((path / DONE).read_text())
     assert done["step"] == 5 and done["run_id"] == "run" and set(done["files"]) == {".metadata", "__0_0.distcp"}
+
+
+def test_the_background_writes_what_was_there_when_it_was_asked(tmp_path, monkeypatch) -> None:
+    model, optimizers = build()
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+    go_on, real = threading.Event(), checkpoint_module.save_distributed
+
+    def late(*arguments, **options):
+        assert go_on.wait(60)
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(checkpoint_module, "save_distributed", late)
+    checkpoints = Checkpoints(tmp_path, background=True)
+    checkpoints.save(model, optimizers, state_at(1))
+    # the training goes on while nothing is written yet
+    assert checkpoints.latest() is None
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(1.0)
+        for member in optimizers.members:
+            for state in member.state.values():
+                for value in state.values():
+                    value.add_(1.0)
+    go_on.set()
+    checkpoints.wait()
+    other, others = build()
+    assert Checkpoints(tmp_path).load(other, others, IDENTITY) == (state_at(1), [])
+    assert all(torch.equal(a, b) for a, b in zip(other.parameters(), before, strict=True))
+    assert all(not value.any() for m in others.members for state in m.state.values() for value in state.values())
