@@ -78,3 +78,16 @@ def test_gradients_wait_for_the_last_micro_batch(eight_ranks) -> None:
             groups = [state._fsdp_param_group for state in states]
             assert [group.reduce_grads for group in groups] == [expected] * len(groups)
             assert states[0]._state_ctx.is_last_backward == last
+
+
+def test_rope_stays_float32_in_a_sharded_bfloat16_model(eight_ranks) -> None:
+    model = GPT(model_config("nano", "modern"))
+    model.init_weights(0)
+    shard(model, Parallel.choose("fsdp", 8, 8, "cpu"), "bfloat16")
+    seen = []
+    model.blocks[1].attention.register_forward_pre_hook(
+        lambda _, inputs: seen.append((inputs[0].dtype, inputs[1][0].dtype))
+    )
+    tokens = torch.zeros(1, 8, dtype=torch.int64)
+    model(tokens, tokens)
+    assert seen == [(torch.bfloat16, torch.float32)]
