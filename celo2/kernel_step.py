@@ -56,6 +56,7 @@ class Blocks:
     parts: int = 16
     vector: int = 256
     control: int = 1024
+    warps: int = 4  # of the kernels that go over elements
 
     @classmethod
     def choose(cls, columns: int, device: torch.device) -> Blocks:
@@ -552,7 +553,7 @@ class MatrixBatch:
         self._addresses = self.gradients.refresh()
         launch(gradient_moments_kernel, (self.tiles,),
             self.table, self._addresses, self.tile_list, unscale, self.sums, self.totals, self.clipped_totals,
-            self.g_like, CLIP=self.clips, BLOCK_ROWS=self.blocks.rows, **self.shape,
+            self.g_like, CLIP=self.clips, BLOCK_ROWS=self.blocks.rows, **self.shape, num_warps=self.blocks.warps,
         )  # fmt: skip
 
     def feature_moments(self, control: Tensor) -> None:
@@ -565,7 +566,7 @@ class MatrixBatch:
         launch(feature_moments_kernel, (self.tiles,),
             self.table, self._addresses, self.tile_list, control, self.vectors, self.moments,
             self.p_like, self.g_like, self.m_like, self.v_like, UNITS=self.units, CLIP=self.clips,
-            BLOCK_ROWS=blocks.rows, STEP_ROWS=blocks.step_rows, **self.shape,
+            BLOCK_ROWS=blocks.rows, STEP_ROWS=blocks.step_rows, **self.shape, num_warps=blocks.warps,
         )  # fmt: skip
 
     def learned_update(self, control: Tensor) -> None:
@@ -580,7 +581,7 @@ class MatrixBatch:
             self.p_like, self.g_like, self.m_like, self.v_like, self.d_like,
             ELEMENT=constants.element, HIDDEN=constants.hidden, BIAS=constants.bias, OUTPUT=constants.output,
             OUTPUT_BIAS=constants.output_bias, UNITS=self.units, CLIP=self.clips, BLOCK_ROWS=blocks.rows,
-            STEP_ROWS=blocks.step_rows, **self.shape, maxnreg=128,
+            STEP_ROWS=blocks.step_rows, **self.shape, num_warps=blocks.warps, maxnreg=128,
         )  # fmt: skip
 
     def apply(self, control: Tensor, rates: Tensor) -> None:
@@ -588,7 +589,7 @@ class MatrixBatch:
         blocks = self.blocks
         launch(apply_update_kernel, (self.tiles,),
             self.table, self.tile_list, control, rates, self.p_like, self.d_like, ORTHOGONAL=self.orthogonalize,
-            BLOCK_ROWS=blocks.rows, STEP_ROWS=blocks.apply_rows, **self.shape,
+            BLOCK_ROWS=blocks.rows, STEP_ROWS=blocks.apply_rows, **self.shape, num_warps=blocks.warps,
         )  # fmt: skip
 
     def update(self, control: Tensor, rates: Tensor) -> None:
