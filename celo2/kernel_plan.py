@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from celo2.optimizer import FusedCelo2
     from celo2.sharded_step import ShardedStep
 
+NS_DTYPES = {"auto": None, "bfloat16": torch.bfloat16, "float32": torch.float32}
+
 
 class KernelPlan:
     """What the kernels step and what is left, for as long as `signature` stays."""
@@ -98,6 +100,7 @@ def plan_kernels(optimizer: FusedCelo2, signature: list[object], old: KernelPlan
     from celo2 import kernel_step
 
     device = next(iter(devices))
+    ns_dtype = NS_DTYPES[optimizer.ns_dtype] or (torch.bfloat16 if device.type == "cuda" else torch.float32)
     taken = []
     for job in jobs:
         group, parameter = optimizer.param_groups[job.group], everything[job.position]
@@ -126,9 +129,9 @@ def plan_kernels(optimizer: FusedCelo2, signature: list[object], old: KernelPlan
         if sharded is not None:
             from celo2.sharded_kernel_step import ShardedKernelStep
 
-            plan.step = ShardedKernelStep(sharded, taken, optimizer.param_groups, skipped)
+            plan.step = ShardedKernelStep(sharded, taken, optimizer.param_groups, ns_dtype, skipped)
         elif taken:
-            plan.step = kernel_step.KernelStep(taken, len(optimizer.param_groups), device, skipped)
+            plan.step = kernel_step.KernelStep(taken, len(optimizer.param_groups), device, ns_dtype, skipped)
     if plan.step is not None:
         plan.skipped = plan.step.skipped
         plan.rounding = kernel_step.round_on_device
@@ -172,6 +175,8 @@ def kernels_run_on(optimizer: FusedCelo2, devices: set[torch.device]) -> bool:
             f"backend='triton' with parameters on {device}: the kernels run on GPUs; set "
             "TRITON_INTERPRET=1 before Python starts to interpret them, or use backend='auto'"
         )
+    if device.type != "cuda" and (fault := kernel_step.interpreter_fault()) is not None:
+        raise ValueError(f"backend='triton' with parameters on {device}: {fault}; or use backend='auto'")
     return True
 
 

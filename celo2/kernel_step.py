@@ -1,11 +1,12 @@
 """The step through the Triton kernels: what they need in memory, made once, and the order of their launches.
 
-Parameters that share dtypes, theta and options form a batch, and a batch is stepped by seven launches whatever its
-number of matrices: gradient moments, (once for all batches) control, factors, feature moments, normalisers, learned
-update, and after Newton-Schulz the new parameters. Nothing waits for the device: the global norm, clipping and the
-decision to skip a step stay there. Addresses of gradients are refreshed when they move; all else is rebuilt when a
-parameter, its state or its layout changes. `celo2.sharded_kernel_step` makes the same launches on shards of matrices,
-and lets the ranks add up their sums in between.
+Parameters that share dtypes, theta, options and the width of their tiles form a batch, and a batch is stepped by ten
+launches whatever its number of matrices. Four go over the elements: gradient moments, feature moments, learned update,
+and after Newton-Schulz the new parameters. Between them small ones add up what the tiles have left, decide on clipping
+and skipping (once for all batches), and make the factors and normalisers. Nothing waits for the device: the global norm
+and the decision to skip a step stay there. Addresses of gradients are refreshed when they move; all else is rebuilt
+when a parameter, its state or its layout changes. `celo2.sharded_kernel_step` makes the same launches on shards of
+matrices, and lets the ranks add up their sums in between.
 """
 
 from __future__ import annotations
@@ -13,7 +14,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -23,12 +23,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from celo2.adamw import AdamWJob, round_on_host
+from celo2.blocks import CONTROL_BLOCK, NARROWEST, VECTOR_BLOCK, WIDEST, Blocks
 from celo2.kernels import layout
-from celo2.kernels.apply_update import apply_update_kernel
+from celo2.kernels.apply_update import apply_registers, apply_update_kernel
 from celo2.kernels.feature_moments import feature_moments_kernel, normalisers_kernel
 from celo2.kernels.gradient_moments import control_kernel, factors_kernel, gradient_moments_kernel
 from celo2.kernels.learned_update import learned_update_kernel
-from celo2.kernels.newton_schulz import start_kernel, symmetric_product_kernel
+from celo2.kernels.newton_schulz import inner_block, symmetric_product_kernel
+from celo2.kernels.reductions import MOMENT_PROGRAMS, sum_directions_kernel, sum_gradients_kernel, sum_moments_kernel
 from celo2.kernels.rounding import round_kernel
 from celo2.kernels.vector_update import vector_update_kernel
 from celo2.matrices import MatrixView
@@ -42,37 +44,22 @@ from celo2.theta import Theta
 PARAMETER_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-@dataclass(frozen=True)
-class Blocks:
-    """Sizes of a program's work: a tile of `rows` x `columns`, of which a kernel takes `step_rows` at a time.
-
-    Vectors are cut in chunks of `columns`, so `rows` divides it.
-    """
-
-    rows: int = 64
-    columns: int = 128
-    step_rows: int = 4
-    apply_rows: int = 16
-    parts: int = 16
-    vector: int = 256
-    control: int = 1024
-    warps: int = 4  # of the kernels that go over elements
-
-    @classmethod
-    def choose(cls, columns: int, device: torch.device) -> Blocks:
-        """Blocks for a batch whose narrowest matrix has that many columns."""
-        if device.type == "cpu":
-            # the interpreter's time is in calls, not in elements
-            width = min(512, max(64, 1 << (columns.bit_length() - 1)))
-            return cls(rows=width, columns=width, step_rows=width, apply_rows=width)
-        # 512 elements a step: four a thread
-        width = 128 if columns >= 128 else 64
-        return cls(columns=width, step_rows=512 // width)
-
-
 def interpreted() -> bool:
     """Whether kernels run in Triton's interpreter: `TRITON_INTERPRET=1` when they were imported."""
     return not isinstance(learned_update_kernel, triton.JITFunction)
+
+
+def interpreter_fault() -> str | None:
+    """Return why the interpreter cannot run with the versions that are here, or None when it can."""
+    triton_version, numpy_version = (
+        tuple(map(int, version.split(".")[:2])) for version in (triton.__version__, np.__version__)
+    )
+    if triton_version >= (3, 7) or numpy_version < (2, 4):
+        return None
+    return (
+        f"the interpreter of Triton {triton.__version__} does not run with NumPy {np.__version__}: it takes Triton 3.7 "
+        "or newer, or NumPy below 2.4 (compiled kernels run with either)"
+    )
 
 
 class LearnedJob(NamedTuple):
@@ -157,16 +144,16 @@ class Sums(NamedTuple):
         """Enter them in `count` rows of the table; `length` is that of the axis that is not cut."""
         shared: dict[str, int | NDArray[np.int64]] = {"CUT": self.cut}
         shared |= {"SQUARES": self.totals, "SQUARE_PARTS": length}
-        shared |= {"ELEMENT_MOMENTS": self.moments, "ELEMENT_PARTS": 1}
+        shared |= {"ELEMENT_MOMENTS": self.moments}
         if self.squares is not None:
-            shared |= {"DIRECTION_SQUARES": self.squares, "DIRECTION_PARTS": 1}
-        vectors = self.moments + 4 * layout.VECTOR_MOMENTS.value
+            shared |= {"DIRECTION_SQUARES": self.squares}
+        vectors = self.moments + 4 * layout.ELEMENT_COLUMNS.value
         if self.cut == layout.CUT_ROWS.value:
             shared |= {"COLUMN_TOTALS": self.totals, "COLUMN_PARTS": 1, "ROWS_GIVE_MEAN": 0}
-            shared |= {"ROW_MOMENTS": vectors, "ROW_MOMENT_PARTS": 1}
+            shared |= {"ROW_MOMENTS": vectors}
         else:
             shared |= {"ROW_TOTALS": self.totals, "ROW_PARTS": 1, "ROWS_GIVE_MEAN": 1}
-            shared |= {"COLUMN_MOMENTS": vectors, "COLUMN_MOMENT_PARTS": 1}
+            shared |= {"COLUMN_MOMENTS": vectors}
         _fill(table, first, count, **shared)
 
 
@@ -397,7 +384,7 @@ def launch(
 class MatrixBatch:
     """Tables and scratch memory of the matrices that one set of launches steps.
 
-    Directions go to `directions`, and sums of squares of the gradients to `totals`, float32 [tiles].
+    Directions go to `directions`, and sums of squares of the gradients to `totals`, float32 [matrices].
     """
 
     def __init__(
@@ -490,15 +477,16 @@ class MatrixBatch:
         def scratch(*shape: int) -> Tensor:
             return torch.empty(shape, dtype=torch.float32, device=device)
 
-        self.sums = scratch(sums)
-        self.clipped_totals = scratch(tile)
+        # of tiles and chunks
+        self.sums, self.tile_totals, self.clipped_tile_totals = scratch(sums), scratch(tile), scratch(tile)
         self.vectors = scratch(chunk, layout.UNIT.value + self.units, blocks.columns)
-        self.chunk_sums = scratch(chunk, layout.CHUNK_SUMS.value)
+        self.chunk_sums = scratch(chunk, layout.CHUNK_STRIDE.value)
         self.moments = scratch(tile, layout.ELEMENT_STRIDE.value)
-        self.normalisers = scratch(matrix, layout.ELEMENT_STRIDE.value)
         self.squares = scratch(tile)
-        self.matrix_squares = scratch(matrix)
-        self.starts = scratch(matrix)
+        # of matrices
+        self.clipped_totals, self.means = scratch(matrix), scratch(matrix, 4)
+        self.matrix_moments, self.normalisers = (scratch(matrix, layout.ELEMENT_STRIDE.value) for _ in range(2))
+        self.matrix_squares, self.starts = scratch(matrix), scratch(matrix)
 
         self._place_sums(table, parts)
         self.table = upload(table, device)
@@ -515,27 +503,22 @@ class MatrixBatch:
         def address(tensor: Tensor, index: NDArray[np.int64], size: int = 1) -> NDArray[np.int64]:
             return tensor.data_ptr() + 4 * size * index
 
-        tile, tiles = column("FIRST_TILE"), column("TILES")
-        by_matrix = self.orthogonalize
+        index, stride = np.arange(self.matrices), layout.ELEMENT_STRIDE.value
+        columns, sums = layout.ELEMENT_COLUMNS.value, layout.CHUNK_SUMS.value
+        assert columns + 2 * sums <= stride
         _fill(
             table,
             0,
             self.matrices,
             ROW_TOTALS=address(self.sums, column("ROW_SUMS")),
             COLUMN_TOTALS=address(self.sums, column("COLUMN_SUMS")),
-            SQUARES=address(self.clipped_totals if self.clips else self.totals, tile),
-            SQUARE_PARTS=tiles,
+            SQUARES=address(self.clipped_totals if self.clips else self.totals, index),
+            SQUARE_PARTS=1,
             ROWS_GIVE_MEAN=column("ROWS_ARE_SHORT"),
-            ROW_MOMENTS=address(self.chunk_sums, column("ROW_CHUNK"), layout.CHUNK_SUMS.value),
-            ROW_MOMENT_PARTS=column("ROW_CHUNKS"),
-            COLUMN_MOMENTS=address(self.chunk_sums, column("COLUMN_CHUNK"), layout.CHUNK_SUMS.value),
-            COLUMN_MOMENT_PARTS=column("COLUMN_CHUNKS"),
-            ELEMENT_MOMENTS=address(self.moments, tile, layout.ELEMENT_STRIDE.value),
-            ELEMENT_PARTS=tiles,
-            DIRECTION_SQUARES=address(self.matrix_squares, np.arange(self.matrices))
-            if by_matrix
-            else address(self.squares, tile),
-            DIRECTION_PARTS=1 if by_matrix else tiles,
+            ELEMENT_MOMENTS=address(self.matrix_moments, index, stride),
+            ROW_MOMENTS=address(self.matrix_moments, index, stride) + 4 * columns,
+            COLUMN_MOMENTS=address(self.matrix_moments, index, stride) + 4 * (columns + sums),
+            DIRECTION_SQUARES=address(self.matrix_squares, index),
         )
         first = 0
         for part in parts:
@@ -552,21 +535,28 @@ class MatrixBatch:
         """Phase 1."""
         self._addresses = self.gradients.refresh()
         launch(gradient_moments_kernel, (self.tiles,),
-            self.table, self._addresses, self.tile_list, unscale, self.sums, self.totals, self.clipped_totals,
+            self.table, self._addresses, self.tile_list, unscale, self.sums, self.tile_totals, self.clipped_tile_totals,
             self.g_like, CLIP=self.clips, BLOCK_ROWS=self.blocks.rows, **self.shape, num_warps=self.blocks.warps,
+        )  # fmt: skip
+        launch(sum_gradients_kernel, (self.matrices,),
+            self.table, self.tile_totals, self.clipped_tile_totals, self.totals, self.clipped_totals, self.means,
+            CLIP=self.clips, BLOCK=self.blocks.sums,
         )  # fmt: skip
 
     def feature_moments(self, control: Tensor) -> None:
         """New factors, and phase 2, once `control` [1 + groups, 2] has the gradients' factors."""
         blocks = self.blocks
         launch(factors_kernel, (self.chunks,),
-            self.table, self.chunk_list, control, self.vectors, self.chunk_sums, UNITS=self.units, PARTS=blocks.parts,
-            **self.shape,
+            self.table, self.chunk_list, control, self.means, self.vectors, self.chunk_sums,
+            UNITS=self.units, PARTS=blocks.parts, **self.shape,
         )  # fmt: skip
         launch(feature_moments_kernel, (self.tiles,),
             self.table, self._addresses, self.tile_list, control, self.vectors, self.moments,
             self.p_like, self.g_like, self.m_like, self.v_like, UNITS=self.units, CLIP=self.clips,
             BLOCK_ROWS=blocks.rows, STEP_ROWS=blocks.step_rows, **self.shape, num_warps=blocks.warps,
+        )  # fmt: skip
+        launch(sum_moments_kernel, (self.matrices, MOMENT_PROGRAMS.value),
+            self.table, control, self.moments, self.chunk_sums, BLOCK=blocks.sums // 8,
         )  # fmt: skip
 
     def learned_update(self, control: Tensor) -> None:
@@ -574,7 +564,7 @@ class MatrixBatch:
         blocks, constants = self.blocks, self.constants
         launch(normalisers_kernel, (self.chunks,),
             self.table, self.chunk_list, control, self.first_layer, self.vectors, self.normalisers,
-            UNITS=self.units, PARTS=blocks.parts, **self.shape,
+            UNITS=self.units, **self.shape,
         )  # fmt: skip
         launch(learned_update_kernel, (self.tiles,),
             self.table, self._addresses, self.tile_list, control, self.vectors, self.normalisers, self.squares,
@@ -584,25 +574,32 @@ class MatrixBatch:
             STEP_ROWS=blocks.step_rows, **self.shape, num_warps=blocks.warps, maxnreg=128,
         )  # fmt: skip
 
+    def sum_directions(self, control: Tensor) -> None:
+        """Each matrix's sum of squares of the direction, and what Newton-Schulz starts from."""
+        launch(sum_directions_kernel, (self.matrices,),
+            self.table, control, self.squares, self.starts, EPS=EPS, BLOCK=self.blocks.sums,
+        )  # fmt: skip
+
     def apply(self, control: Tensor, rates: Tensor) -> None:
         """Phase 4."""
         blocks = self.blocks
         launch(apply_update_kernel, (self.tiles,),
-            self.table, self.tile_list, control, rates, self.p_like, self.d_like, ORTHOGONAL=self.orthogonalize,
-            BLOCK_ROWS=blocks.rows, STEP_ROWS=blocks.apply_rows, **self.shape, num_warps=blocks.warps,
+            self.table, self.tile_list, control, rates, self.p_like, self.d_like, BLOCK_ROWS=blocks.rows,
+            STEP_ROWS=blocks.apply_rows, **self.shape, num_warps=blocks.warps,
+            maxnreg=apply_registers(self.p_like.element_size()),
         )  # fmt: skip
 
     def update(self, control: Tensor, rates: Tensor) -> None:
         """Phases 2 to 4 of whole matrices, whose directions lie one after another."""
         self.feature_moments(control)
         self.learned_update(control)
+        self.sum_directions(control)
         if self.orthogonalize:
             self._orthogonalize()
         self.apply(control, rates)
 
     def _orthogonalize(self) -> None:
         """Replace the directions by their orthogonalised form, and note each matrix's sum of squares."""
-        launch(start_kernel, (self.matrices,), self.table, self.squares, self.starts, EPS=EPS)
         matrix = element = 0
         for batch, m, n in self.shapes:
             d = self.directions[element : element + batch * m * n].view(batch, m, n)
@@ -611,28 +608,29 @@ class MatrixBatch:
             matrix, element = matrix + batch, element + batch * m * n
 
 
-def batches_of(parts: Sequence[Part], blocks: Blocks) -> list[tuple[bool, list[Part]]]:
-    """Group parts that one set of launches can step; with each, whether its accesses may be 16 bytes wide."""
+def batches_of(parts: Sequence[Part], device: torch.device) -> list[tuple[Blocks, bool, list[Part]]]:
+    """Group parts that one set of launches can step; with each its blocks, and whether accesses may be 16 bytes wide.
+
+    Narrow matrices (heads of 64 columns) have batches of their own, so that the others keep wide tiles.
+    """
     batches: dict[tuple[Any, ...], list[Part]] = {}
     for part in parts:
-        job, aligned = part.job, part.aligned(blocks.columns)
-        key = (*part.dtypes, job.theta, job.orthogonalize, job.ns_steps, job.clips, aligned)
+        job = part.job
+        blocks = Blocks.choose(part.p.shape[-1] if part.aligned(NARROWEST) else WIDEST, device)
+        options = job.theta, job.orthogonalize, job.ns_steps, job.clips
+        key = (*part.dtypes, *options, blocks, part.aligned(blocks.columns))
         batches.setdefault(key, []).append(part)
     # equal shapes side by side, so that Newton-Schulz takes them as one batch
-    return [(key[-1], sorted(batch, key=lambda part: part.p.shape[1:])) for key, batch in batches.items()]
+    return [(*key[-2:], sorted(batch, key=lambda part: part.p.shape[1:])) for key, batch in batches.items()]
 
 
-def blocks_for(parts: Sequence[Part], device: torch.device) -> Blocks:
-    """Blocks for all parts: narrow heads take narrow tiles, and all matrices then share them, for fewer launches."""
-    return Blocks.choose(min((part.p.shape[-1] for part in parts if part.aligned(64)), default=128), device)
-
-
-def tiles_of(parts: Sequence[Part], blocks: Blocks) -> int:
-    """Return the number of tiles of some parts."""
-    return sum(
-        batch * -(-rows // blocks.rows) * -(-columns // blocks.columns)
-        for batch, rows, columns in (part.p.shape for part in parts)
-    )
+def totals_of(batches: Sequence[tuple[Blocks, bool, list[Part]]], device: torch.device) -> list[Tensor]:
+    """Return memory for the matrices' sums of g^2, one after another: a float32 [matrices] for each batch, then all."""
+    counts = [sum(part.p.shape[0] for part in parts) for _, _, parts in batches]
+    # at multiples of 16 bytes, or kernels would be compiled for another alignment; what lies between stays zero
+    starts = np.cumsum([0, *(-(-count // 4) * 4 for count in counts)]).tolist()
+    totals = torch.zeros(starts[-1], dtype=torch.float32, device=device)
+    return [*(totals[start : start + count] for start, count in zip(starts, counts, strict=False)), totals]
 
 
 def orthogonalize_(d: Tensor, starts: Tensor, ns_steps: int, squares: Tensor) -> None:
@@ -672,7 +670,7 @@ def symmetric_product(
     tiles = -(-size // block)
     launch(symmetric_product_kernel, (tiles * (tiles + 1) // 2, batch),
         x, x if add is None else add, out, size, inner, *x.stride(), ALPHA=alpha, BETA=beta, PRECISION="ieee",
-        BLOCK=block, BLOCK_INNER=32 if x.element_size() == 4 else 64, num_warps=8,
+        BLOCK=block, BLOCK_INNER=inner_block(x.element_size()), num_warps=8,
     )  # fmt: skip
     return out
 
@@ -686,13 +684,12 @@ class VectorBatch:
     def __init__(
         self,
         jobs: Sequence[LearnedJob],
-        blocks: Blocks,
         seeds: NDArray[np.int64] | None = None,
         moments: NDArray[np.int64] | int = 0,
         squares: NDArray[np.int64] | int = 0,
     ) -> None:
         device = jobs[0].parameter.device
-        self.blocks, self.vectors = blocks, len(jobs)
+        self.vectors = len(jobs)
         self.constants = _Constants.of(jobs[0].theta)
         self.p_like, self.g_like, self.state_like, _ = (
             torch.empty(16, dtype=dtype, device=device) for dtype in _dtypes(jobs[0])
@@ -737,8 +734,8 @@ class VectorBatch:
         launch(vector_update_kernel, (self.vectors,),
             self.table, self._addresses, control, rates, self.p_like, self.g_like, self.state_like,
             ELEMENT=constants.vector, FIRST_BIAS=constants.first_bias, HIDDEN=constants.hidden, BIAS=constants.bias,
-            OUTPUT=constants.output, OUTPUT_BIAS=constants.output_bias, BLOCK=self.blocks.vector,
-            FIRST=first, STOP=stop,
+            OUTPUT=constants.output, OUTPUT_BIAS=constants.output_bias, BLOCK=VECTOR_BLOCK, FIRST=first,
+            STOP=stop,
         )  # fmt: skip
 
 
@@ -747,28 +744,27 @@ class KernelStep:
 
     `run` updates them and leaves on the device `grad_norm` (float32, before clipping), `skip` (float32, 1 when the
     step was skipped), `skipped` (int64 [1], how often that was) and `control`, whose row 1 + i has what the gradients
-    of group i are multiplied by.
+    of group i are multiplied by. Directions that Newton-Schulz takes are kept in `ns_dtype`.
     """
 
     def __init__(
-        self, jobs: Sequence[LearnedJob], groups: int, device: torch.device, skipped: Tensor | None = None
+        self,
+        jobs: Sequence[LearnedJob],
+        groups: int,
+        device: torch.device,
+        ns_dtype: torch.dtype,
+        skipped: Tensor | None = None,
     ) -> None:
         self.device = device
         self.parameters = [job.parameter for job in jobs]
-        parts = [Part.of(job) for job in jobs if job.parameter.ndim > 1]
-        self.blocks = blocks_for(parts, device)
-        self.totals = torch.zeros(tiles_of(parts, self.blocks), dtype=torch.float32, device=device)
-        low = torch.bfloat16 if device.type == "cuda" else torch.float32
-        self.batches, first = [], 0
-        for aligned, batch in batches_of(parts, self.blocks):
-            size, tiles = sum(part.p.numel() for part in batch), tiles_of(batch, self.blocks)
-            dtype = low if batch[0].job.orthogonalize else torch.float32
-            directions = torch.empty(size, dtype=dtype, device=device)
-            self.batches.append(
-                MatrixBatch(batch, self.blocks, aligned, directions, self.totals[first : first + tiles])
-            )
-            first += tiles
-        self.vectors = [VectorBatch(batch, self.blocks) for batch in vector_batches(jobs)]
+        batches = batches_of([Part.of(job) for job in jobs if job.parameter.ndim > 1], device)
+        *totals, self.totals = totals_of(batches, device)
+        self.batches = []
+        for (blocks, aligned, parts), total in zip(batches, totals, strict=True):
+            dtype = ns_dtype if parts[0].job.orthogonalize else torch.float32
+            directions = torch.empty(sum(part.p.numel() for part in parts), dtype=dtype, device=device)
+            self.batches.append(MatrixBatch(parts, blocks, aligned, directions, total))
+        self.vectors = [VectorBatch(batch) for batch in vector_batches(jobs)]
         self.vector_jobs = [job for batch in vector_batches(jobs) for job in batch]
 
         def scratch(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -851,7 +847,7 @@ class KernelStep:
         launch(control_kernel, (1,),
             self.totals, self.totals.numel(), norms, norms.numel(), unscale, found, self.limits, self.groups,
             self.control, self.grad_norm, self.skip, self.skipped, self.zero if message is None else message, members,
-            ranks, SHARDED=message is not None, BLOCK=self.blocks.control,
+            ranks, SHARDED=message is not None, BLOCK=CONTROL_BLOCK,
         )  # fmt: skip
 
     def _update(self) -> None:
@@ -884,7 +880,8 @@ def round_on_device(job: AdamWJob, wide: Tensor) -> None:
         round_on_host(job, wide)
     else:
         size = wide.numel()
-        seed = int(seeds_of(job.position, 1)[0])
+        # the same 32 bits, but always an int32 to the compiler
+        seed = int(seeds_of(job.position, 1).astype(np.uint32).view(np.int32)[0])
         with on(wide.device):
             launch(round_kernel, (-(-size // 1024),), job.parameter, wide, job.state["step"], seed, size, BLOCK=1024)
         torch.autograd.graph.increment_version(job.parameter)

@@ -26,7 +26,7 @@ from celo2.groups import (
     named_parameters,
 )
 from celo2.jobs import MatrixJob, VectorJob, matrices_of
-from celo2.kernel_plan import KernelPlan, triton_is_installed
+from celo2.kernel_plan import NS_DTYPES, KernelPlan, triton_is_installed
 from celo2.matrices import MatrixView
 from celo2.norms import global_norm
 from celo2.phases import (
@@ -86,6 +86,8 @@ class FusedCelo2(Optimizer):
         adam_weight_decay: decay of the AdamW side, None for `weight_decay`.
         max_grad_norm: scale a group's gradients when the norm over all parameters of the optimizer exceeds this.
         ns_steps: Newton-Schulz iterations.
+        ns_dtype: what the kernels keep directions and iterate in: `"bfloat16"`, `"float32"`, or `"auto"`: bfloat16 on a
+            GPU, float32 on a CPU. Through PyTorch it is the rule's own precision.
         state_dtype: of the learned rule's momenta and second moment: `"float32"`, 16 bytes a parameter; `"bfloat16"`, 8
             bytes; `"int8"`, momenta of 8 bits with a scale for 64 columns and a bfloat16 second moment, 5.2 bytes. All
             but the first are rounded stochastically.
@@ -140,6 +142,7 @@ class FusedCelo2(Optimizer):
         adam_weight_decay: float | None = None,
         max_grad_norm: float | None = None,
         ns_steps: int = 5,
+        ns_dtype: str = "auto",
         state_dtype: str = "float32",
         backend: str = "auto",
         wire_dtype: str = "auto",
@@ -148,6 +151,11 @@ class FusedCelo2(Optimizer):
         if wire_dtype not in WIRE_DTYPES:
             raise ValueError(f"wire_dtype={wire_dtype!r}, allowed: {', '.join(WIRE_DTYPES)}")
         self.wire_dtype = wire_dtype
+        if ns_dtype not in NS_DTYPES:
+            raise ValueError(f"ns_dtype={ns_dtype!r}, allowed: {', '.join(NS_DTYPES)}")
+        if ns_dtype == "bfloat16" and backend == "torch":
+            raise ValueError("ns_dtype='bfloat16' with backend='torch': the kernels alone iterate in it; use 'auto'")
+        self.ns_dtype = ns_dtype
         if backend not in BACKENDS:
             raise ValueError(f"backend={backend!r}, allowed: {', '.join(BACKENDS)}")
         self.backend = backend
@@ -353,6 +361,7 @@ class FusedCelo2(Optimizer):
             "_thetas": self._thetas,
             "backend": self.backend,
             "wire_dtype": self.wire_dtype,
+            "ns_dtype": self.ns_dtype,
             "split_over": self.split_over,
         }
 

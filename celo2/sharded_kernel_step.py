@@ -19,6 +19,7 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor
 
+from celo2.blocks import CONTROL_BLOCK, Blocks
 from celo2.kernel_step import (
     PARAMETER_DTYPES,
     KernelStep,
@@ -28,13 +29,12 @@ from celo2.kernel_step import (
     Sums,
     VectorBatch,
     batches_of,
-    blocks_for,
     launch,
     norms_of,
     on,
     orthogonalize_,
     refused_layout,
-    tiles_of,
+    totals_of,
     upload,
     vector_batches,
 )
@@ -71,22 +71,14 @@ class _ShardBatch(MatrixBatch):
             self.table, self.chunk_list, self.sums, BLOCK_ROWS=self.blocks.rows, PARTS=self.blocks.parts, **self.shape,
         )  # fmt: skip
 
-    def share_moments(self, control: Tensor) -> None:
-        launch(sharing.share_moments_kernel, (self.matrices,),
-            self.table, control, self.moments, self.chunk_sums, PARTS=self.blocks.parts,
-        )  # fmt: skip
-
-    def share_squares(self, control: Tensor) -> None:
-        launch(sharing.share_squares_kernel, (self.matrices,), self.table, control, self.squares)
-
 
 class _Owner:
     """Newton-Schulz on the matrices that this rank owns: from the message that brings them into one that returns them.
 
-    Directions are orthogonalised in bfloat16 on a GPU, as without sharding, and in float32 on a CPU.
+    Directions are orthogonalised in `ns_dtype`, as without sharding.
     """
 
-    def __init__(self, plan: ShardedStep) -> None:
+    def __init__(self, plan: ShardedStep, ns_dtype: torch.dtype) -> None:
         device = plan.device
         self.blocks = (512, 512) if device.type == "cpu" else (16, 128)
         places: dict[tuple[int, int], tuple[int, int, int, int]] = {}  # number, first element, rows, columns
@@ -98,8 +90,7 @@ class _Owner:
                 places[key] = number, element, m, n
                 number, element = number + 1, element + m * n
             element = padded(element)
-        low = torch.bfloat16 if device.type == "cuda" else torch.float32
-        self.matrices = torch.empty(element, dtype=low, device=device)
+        self.matrices = torch.empty(element, dtype=ns_dtype, device=device)
         self.squares = torch.empty(number, dtype=torch.float32, device=device)
         self.groups = [
             (
@@ -156,10 +147,11 @@ class ShardedKernelStep(KernelStep):
         plan: ShardedStep,
         jobs: Sequence[LearnedJob],
         groups: Sequence[dict[str, Any]],
+        ns_dtype: torch.dtype,
         skipped: Tensor | None = None,
     ) -> None:
         device = self.device = plan.device
-        super().__init__(jobs, len(groups), device, skipped)
+        super().__init__(jobs, len(groups), device, ns_dtype, skipped)
         self.plan = plan
         # one memory, so that one launch clears all messages
         starts = np.cumsum([0, *(-(-length // 64) * 64 for length in plan.lengths)]).tolist()
@@ -197,12 +189,12 @@ class ShardedKernelStep(KernelStep):
             there, behind = (self.sent[start : start + rows * columns] for start in (move.offset, offset))
             self.transposed.append((there.view(rows, columns), behind.view(columns, rows).mT))
 
-        self.shard_blocks = blocks_for(parts, device)
-        self.shard_totals = torch.zeros(tiles_of(parts, self.shard_blocks), dtype=torch.float32, device=device)
-        self.shards = list(self._shard_batches(parts))
+        batches = batches_of(parts, device)
+        *totals, self.shard_totals = totals_of(batches, device)
+        self.shards = [self._shard_batch(*batch, total) for batch, total in zip(batches, totals, strict=True)]
         self.shard_vectors = list(self._vector_batches(active))
         self.shard_vector_jobs = [job for job in active.values() if job.parameter.ndim < 2]
-        self.owner = _Owner(plan)
+        self.owner = _Owner(plan, ns_dtype)
         # the same on every rank, with gradients or without
         self.shares_squares = bool(self.third.numel()) and not all(member.job.orthogonalize for member in plan.members)
 
@@ -260,19 +252,15 @@ class ShardedKernelStep(KernelStep):
             None if member.job.orthogonalize else self.third.data_ptr() + 4 * (member.squares + matrices),
         )
 
-    def _shard_batches(self, parts: Sequence[Part]) -> Iterator[_ShardBatch]:
-        blocks, first = self.shard_blocks, 0
-        for aligned, batch in batches_of(parts, blocks):
-            orthogonal, tiles = batch[0].job.orthogonalize, tiles_of(batch, blocks)
-            size = sum(part.p.numel() for part in batch)
-            directions = self.sent if orthogonal else torch.empty(size, dtype=torch.float32, device=self.device)
-            made = _ShardBatch(batch, blocks, aligned, directions, self.shard_totals[first : first + tiles])
-            first += tiles
-            if orthogonal:
-                # what comes back from the owners has an RMS of 1
-                sizes = [np.full(part.p.shape[0], part.whole[0] * part.whole[1], np.float32) for part in batch]
-                made.matrix_squares.copy_(upload(np.concatenate(sizes), self.device))
-            yield made
+    def _shard_batch(self, blocks: Blocks, aligned: bool, parts: Sequence[Part], totals: Tensor) -> _ShardBatch:
+        orthogonal, size = parts[0].job.orthogonalize, sum(part.p.numel() for part in parts)
+        directions = self.sent if orthogonal else torch.empty(size, dtype=torch.float32, device=self.device)
+        batch = _ShardBatch(parts, blocks, aligned, directions, totals)
+        if orthogonal:
+            # what comes back from the owners has an RMS of 1
+            sizes = [np.full(part.p.shape[0], part.whole[0] * part.whole[1], np.float32) for part in parts]
+            batch.matrix_squares.copy_(upload(np.concatenate(sizes), self.device))
+        return batch
 
     def _vector_batches(self, active: dict[int, LearnedJob]) -> Iterator[VectorBatch]:
         members = {job.position: self.plan.members[index] for index, job in active.items()}
@@ -282,7 +270,7 @@ class ShardedKernelStep(KernelStep):
                 for message, name in ((self.second, "moments"), (self.third, "squares"))
             )
             seeds = [_seeds(job.position, self.plan.rank, np.zeros(1, dtype=np.int64)) for job in batch]
-            yield VectorBatch(batch, self.shard_blocks, np.concatenate(seeds), moments, squares)
+            yield VectorBatch(batch, np.concatenate(seeds), moments, squares)
 
     # the step
 
@@ -332,7 +320,7 @@ class ShardedKernelStep(KernelStep):
         launch(sharing.share_norm_kernel, (1,),
             self.shard_totals, self.shard_totals.numel(), shard_norms, shard_norms.numel(),
             self.totals, self.totals.numel(), norms, norms.numel(), unscale, found, self.flags, members, self.first,
-            BLOCK=self.blocks.control,
+            BLOCK=CONTROL_BLOCK,
         )  # fmt: skip
         dist.all_reduce(self.first, group=plan.group)
         plan.note_flags(self.first[HEADER : HEADER + members])
@@ -340,7 +328,6 @@ class ShardedKernelStep(KernelStep):
 
         for batch in self.shards:
             batch.feature_moments(control)
-            batch.share_moments(control)
         for vectors in self.shard_vectors:
             vectors.update(control, self.rates, 0, 1)
         if self.second.numel():
@@ -349,7 +336,7 @@ class ShardedKernelStep(KernelStep):
         for batch in self.shards:
             batch.learned_update(control)
             if not batch.orthogonalize:
-                batch.share_squares(control)
+                batch.sum_directions(control)
         for vectors in self.shard_vectors:
             vectors.update(control, self.rates, 1, 2)
         if self.shares_squares:

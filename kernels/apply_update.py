@@ -10,7 +10,11 @@ import triton
 import triton.language as tl
 
 from celo2.kernels import layout, rounding
-from celo2.kernels.gradient_moments import sum_of
+
+
+def apply_registers(parameter_size: int) -> int | None:
+    """Return the limit on registers for parameters of that many bytes; rounding into bfloat16 would spill under it."""
+    return 40 if parameter_size == 4 else None
 
 
 @triton.jit
@@ -21,7 +25,6 @@ def apply_update_kernel(
     rates_ptr,  # float32 [groups, 2]: learning rate, weight decay
     p_like,
     d_like,
-    ORTHOGONAL: tl.constexpr,
     ALIGNED: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     STEP_ROWS: tl.constexpr,
@@ -39,12 +42,7 @@ def apply_update_kernel(
     group = layout.entry(table_ptr, matrix, layout.GROUP)
     lr = tl.load(rates_ptr + group * layout.RATES)
     decay = tl.load(rates_ptr + group * layout.RATES + 1)
-    squares_ptr = layout.sums_at(table_ptr, matrix, layout.DIRECTION_SQUARES)
-    if ORTHOGONAL:
-        # one sum a matrix
-        square = tl.load(squares_ptr)
-    else:
-        square = sum_of(squares_ptr, layout.entry(table_ptr, matrix, layout.DIRECTION_PARTS), 256)
+    square = tl.load(layout.sums_at(table_ptr, matrix, layout.DIRECTION_SQUARES))
     whole_rows = layout.entry(table_ptr, matrix, layout.WHOLE_ROWS)
     whole_columns = layout.entry(table_ptr, matrix, layout.WHOLE_COLS)
     scale = tl.rsqrt(square / (whole_rows.to(tl.float32) * whole_columns.to(tl.float32)) + layout.NORM_EPS)

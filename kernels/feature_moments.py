@@ -1,8 +1,8 @@
 """Phase 2: the normalisers rsqrt(mean(x^2) + 1e-9) of the columns, and the first layer's row and column contributions.
 
 `feature_moments_kernel` reads g p m_k v, 24 bytes an element in float32, and leaves 18 sums of squares a tile. Squares
-alone are formed, so nothing takes a root: q^2 = 1 / (v + 1e-8), clip(g)^2 = min(g^2, 0.01). `normalisers_kernel` adds
-them up in order, adds the 12 columns that depend on a row or a column to the bias, and commits the factored second
+alone are formed, so nothing takes a root: q^2 = 1 / (v + 1e-8), clip(g)^2 = min(g^2, 0.01). Once they are added up,
+`normalisers_kernel` adds the 12 columns that depend on a row or a column to the bias, and commits the factored second
 moments and the step counters; a program has a chunk of a matrix's rows or columns.
 Source: Celo2 (arXiv 2602.19142), sections 2 and 5.1 of the rule.
 """
@@ -29,7 +29,7 @@ def feature_moments_kernel(
     tiles_ptr,
     control_ptr,
     vectors_ptr,
-    moments_ptr,  # float32 [tiles, 32], written
+    moments_ptr,  # float32 [tiles, ELEMENT_STRIDE], written
     p_like,
     g_like,
     m_like,
@@ -139,40 +139,31 @@ def normalisers_kernel(
     control_ptr,
     first_layer_ptr,  # float32 [13, units]: the columns of R and rsqrt(R), of C and rsqrt(C), and the bias
     vectors_ptr,  # planes UNIT on are written
-    normalisers_ptr,  # float32 [matrices, 32], written
+    normalisers_ptr,  # float32 [matrices, ELEMENT_STRIDE], written
     UNITS: tl.constexpr,
     ALIGNED: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
-    PARTS: tl.constexpr,
 ):
     if not layout.accepted(control_ptr):
         return
     chunk = tl.program_id(0)
     matrix, of_columns, _, offset, inside, own = chunk_of(table_ptr, chunks_ptr, chunk, ALIGNED, BLOCK_COLUMNS)
     rows_are_short = layout.entry(table_ptr, matrix, layout.ROWS_ARE_SHORT) != 0
-    parts_ptr = layout.sums_at(table_ptr, matrix, layout.ROW_MOMENTS)
-    count = layout.entry(table_ptr, matrix, layout.ROW_MOMENT_PARTS)
+    sums_ptr = layout.sums_at(table_ptr, matrix, layout.ROW_MOMENTS)
     whole_length = layout.entry(table_ptr, matrix, layout.WHOLE_ROWS)
     factor_ptr = layout.sums_at(table_ptr, matrix, layout.ROW_FACTOR)
     is_first = chunk == layout.entry(table_ptr, matrix, layout.ROW_CHUNK)
     is_short = rows_are_short
     if of_columns:
-        parts_ptr = layout.sums_at(table_ptr, matrix, layout.COLUMN_MOMENTS)
-        count = layout.entry(table_ptr, matrix, layout.COLUMN_MOMENT_PARTS)
+        sums_ptr = layout.sums_at(table_ptr, matrix, layout.COLUMN_MOMENTS)
         whole_length = layout.entry(table_ptr, matrix, layout.WHOLE_COLS)
         factor_ptr = layout.sums_at(table_ptr, matrix, layout.COLUMN_FACTOR)
         is_short = not rows_are_short
 
-    o_sum = tl.arange(0, layout.CHUNK_SUMS)
-    total = tl.zeros([PARTS, layout.CHUNK_SUMS], tl.float32)
-    for part in range(0, count, PARTS):
-        o_part = part + tl.arange(0, PARTS).to(tl.int64)
-        address = o_part[:, None] * layout.CHUNK_SUMS + o_sum[None, :]
-        # the last two sums are padding
-        mask = (o_part < count)[:, None] & (o_sum < 6)[None, :]
-        total += tl.load(parts_ptr + address, mask=mask, other=0.0)
-    normaliser = tl.rsqrt(tl.sum(total, axis=0) / whole_length.to(tl.float32) + layout.NORM_EPS)
-
+    normaliser = ()
+    for c in tl.static_range(layout.CHUNK_SUMS):
+        mean = tl.load(sums_ptr + c) / whole_length.to(tl.float32)
+        normaliser = normaliser + (tl.rsqrt(mean + layout.NORM_EPS),)
     weights_ptr = first_layer_ptr + 6 * UNITS
     if is_short:
         weights_ptr = first_layer_ptr
@@ -182,10 +173,10 @@ def normalisers_kernel(
     for k in tl.static_range(3):
         factor = tl.load(planes_ptr + (layout.FACTOR + k) * BLOCK_COLUMNS)
         tl.store(factor_ptr + offset * 3 + k, factor, mask=inside & own)
-        values = values + (factor * tl.sum(tl.where(o_sum == k, normaliser, 0.0)),)
+        values = values + (factor * normaliser[k],)
     for k in tl.static_range(3):
         root = tl.rsqrt(tl.load(planes_ptr + (layout.FACTOR + k) * BLOCK_COLUMNS) + layout.RMS_EPS)
-        values = values + (root * tl.sum(tl.where(o_sum == 3 + k, normaliser, 0.0)),)
+        values = values + (root * normaliser[3 + k],)
     for unit in tl.static_range(UNITS):
         # the bias goes with the columns
         contribution = tl.zeros([BLOCK_COLUMNS], tl.float32)
@@ -196,18 +187,12 @@ def normalisers_kernel(
         tl.store(planes_ptr + (layout.UNIT + unit) * BLOCK_COLUMNS, contribution)
 
     if is_first:
-        moments_ptr = layout.sums_at(table_ptr, matrix, layout.ELEMENT_MOMENTS)
-        parts = layout.entry(table_ptr, matrix, layout.ELEMENT_PARTS)
         o_moment = tl.arange(0, layout.ELEMENT_STRIDE)
-        moments = tl.zeros([PARTS, layout.ELEMENT_STRIDE], tl.float32)
-        for part in range(0, parts, PARTS):
-            o_part = part + tl.arange(0, PARTS).to(tl.int64)
-            address = o_part[:, None] * layout.ELEMENT_STRIDE + o_moment[None, :]
-            mask = (o_part < parts)[:, None] & (o_moment < layout.ELEMENT_COLUMNS)[None, :]
-            moments += tl.load(moments_ptr + address, mask=mask, other=0.0)
+        is_moment = o_moment < layout.ELEMENT_COLUMNS
+        moments_ptr = layout.sums_at(table_ptr, matrix, layout.ELEMENT_MOMENTS)
         rows = layout.entry(table_ptr, matrix, layout.WHOLE_ROWS).to(tl.float32)
         size = rows * layout.entry(table_ptr, matrix, layout.WHOLE_COLS).to(tl.float32)
-        normalisers = tl.rsqrt(tl.sum(moments, axis=0) / size + layout.NORM_EPS)
+        normalisers = tl.rsqrt(tl.load(moments_ptr + o_moment, mask=is_moment, other=0.0) / size + layout.NORM_EPS)
         tl.store(normalisers_ptr + matrix * layout.ELEMENT_STRIDE + o_moment, normalisers)
         if layout.entry(table_ptr, matrix, layout.COUNTS) != 0:
             counter_ptr = layout.entry(table_ptr, matrix, layout.COUNTER).to(tl.pointer_type(tl.float32))

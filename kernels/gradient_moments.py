@@ -4,8 +4,9 @@
     rf_k = rsqrt(max(R_k / (mean(R_k) + 1e-9), 1e-9))        cf_k = rsqrt(max(C_k, 1e-9))
 
 Three kernels: `gradient_moments_kernel` reads g once (4 bytes an element in float32) and leaves partial sums for each
-tile; `control_kernel`, one program, adds up the norm and decides on clipping and on the step; `factors_kernel` adds up
-the partial sums in order, a chunk of a matrix's rows or columns a program. No atomics, so two runs agree to the bit.
+tile; `control_kernel`, one program, adds up the norm of all matrices and decides on clipping and on the step;
+`factors_kernel` adds up the partial sums of rows or columns in order, a chunk of them a program. No atomics, so two
+runs agree to the bit.
 Source: Celo2 (arXiv 2602.19142), sections 1 and 5.4 of the rule.
 """
 
@@ -15,6 +16,7 @@ import triton
 import triton.language as tl
 
 from celo2.kernels import layout
+from celo2.kernels.reductions import sum_of
 
 
 @triton.jit
@@ -63,23 +65,23 @@ def gradient_moments_kernel(
 
 
 @triton.jit
-def square_of(totals_ptr, tiles, norms_ptr, others, unscale, BLOCK: tl.constexpr):
-    """Return a sum of squares in float64: `tiles` that are unscaled already, and of `others` norms that are not."""
+def square_of(totals_ptr, matrices, norms_ptr, others, unscale, BLOCK: tl.constexpr):
+    """Return a sum of squares in float64: of `matrices`, unscaled already, and of `others` norms that are not."""
     # float64, so that the order of the matrices does not show in a float32
     offset = tl.arange(0, BLOCK)
     square = tl.zeros([BLOCK], tl.float64)
-    for first in range(0, tiles, BLOCK):
-        square += tl.load(totals_ptr + first + offset, mask=first + offset < tiles, other=0.0).to(tl.float64)
+    for first in range(0, matrices, BLOCK):
+        square += tl.load(totals_ptr + first + offset, mask=first + offset < matrices, other=0.0).to(tl.float64)
     for first in range(0, others, BLOCK):
         norm = tl.load(norms_ptr + first + offset, mask=first + offset < others, other=0.0) * unscale
         square += norm.to(tl.float64) * norm.to(tl.float64)
     return tl.sum(square)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["matrices", "others", "groups", "members", "ranks"])
 def control_kernel(
-    totals_ptr,  # float32 [tiles]: sums of squares of the matrices, unscaled
-    tiles,
+    totals_ptr,  # float32 [matrices]: sums of squares, unscaled
+    matrices,
     norms_ptr,  # float32 [others]: norms of all other gradients, as they came
     others,
     unscale_ptr,  # float32
@@ -97,7 +99,7 @@ def control_kernel(
     BLOCK: tl.constexpr,
 ):
     unscale = tl.load(unscale_ptr)
-    square = square_of(totals_ptr, tiles, norms_ptr, others, unscale, BLOCK)
+    square = square_of(totals_ptr, matrices, norms_ptr, others, unscale, BLOCK)
     wrong = tl.load(found_inf_ptr) != 0
     if SHARDED:
         square += tl.load(message_ptr).to(tl.float64)
@@ -121,26 +123,6 @@ def control_kernel(
         clip = tl.minimum(tl.load(limits_ptr + group) / (norm + 1e-6), 1.0)
         tl.store(control_ptr + (1 + group) * layout.CONTROL, unscale * clip)
         tl.store(control_ptr + (1 + group) * layout.CONTROL + 1, clip * clip)
-
-
-@triton.jit
-def sum_of(pointer, count, BLOCK: tl.constexpr):
-    """Return the sum of `count` float32 in order of blocks."""
-    total = tl.zeros([BLOCK], tl.float32)
-    offset = tl.arange(0, BLOCK)
-    for first in range(0, count, BLOCK):
-        total += tl.load(pointer + first + offset, mask=first + offset < count, other=0.0)
-    return tl.sum(total)
-
-
-@triton.jit
-def mean_of_factor(factor_ptr, length, k, BLOCK: tl.constexpr):
-    """Return the mean over a factor's column k, [length, 3]."""
-    total = tl.zeros([BLOCK], tl.float32)
-    offset = tl.arange(0, BLOCK)
-    for first in range(0, length, BLOCK):
-        total += tl.load(factor_ptr + (first + offset) * 3 + k, mask=first + offset < length, other=0.0)
-    return tl.sum(total) / length.to(tl.float32)
 
 
 @triton.jit
@@ -168,8 +150,9 @@ def factors_kernel(
     table_ptr,
     chunks_ptr,  # int32 [chunks, 3]: matrix, 0 for rows and 1 for columns, first entry
     control_ptr,
+    means_ptr,  # float32 [matrices, 4]: means of the factor that is here as a whole
     vectors_ptr,  # float32 [chunks, UNIT + units, BLOCK_COLUMNS], planes FACTOR and SCALE written
-    chunk_sums_ptr,  # float32 [chunks, CHUNK_SUMS], written
+    chunk_sums_ptr,  # float32 [chunks, CHUNK_STRIDE], written
     UNITS: tl.constexpr,
     ALIGNED: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
@@ -184,12 +167,6 @@ def factors_kernel(
     factor_ptr = layout.sums_at(table_ptr, matrix, layout.ROW_FACTOR)
     column_factor_ptr = layout.sums_at(table_ptr, matrix, layout.COLUMN_FACTOR)
     rows_are_short = layout.entry(table_ptr, matrix, layout.ROWS_ARE_SHORT) != 0
-    # of the two, one that is here as a whole
-    mean_ptr = column_factor_ptr
-    mean_length = columns
-    if layout.entry(table_ptr, matrix, layout.ROWS_GIVE_MEAN) != 0:
-        mean_ptr = factor_ptr
-        mean_length = rows
     parts_ptr = layout.sums_at(table_ptr, matrix, layout.ROW_TOTALS)
     parts = layout.entry(table_ptr, matrix, layout.ROW_PARTS)
     other_length = columns
@@ -222,13 +199,12 @@ def factors_kernel(
         factor = layout.DECAYS[k] * old + (1 - layout.DECAYS[k]) * mean
         scale = factor
         if is_short:
-            old_mean = mean_of_factor(mean_ptr, mean_length, k, 256)
-            factor_mean = layout.DECAYS[k] * old_mean + (1 - layout.DECAYS[k]) * matrix_mean
+            factor_mean = layout.DECAYS[k] * tl.load(means_ptr + 4 * matrix + k) + (1 - layout.DECAYS[k]) * matrix_mean
             scale = factor / (factor_mean + layout.FACTOR_EPS)
         scale = tl.rsqrt(tl.maximum(scale, layout.FACTOR_EPS))
         tl.store(planes_ptr + (layout.FACTOR + k) * BLOCK_COLUMNS, factor)
         tl.store(planes_ptr + (layout.SCALE + k) * BLOCK_COLUMNS, scale)
         mine = inside & own
-        tl.store(chunk_sums_ptr + chunk * layout.CHUNK_SUMS + k, tl.sum(tl.where(mine, factor * factor, 0.0)))
+        tl.store(chunk_sums_ptr + chunk * layout.CHUNK_STRIDE + k, tl.sum(tl.where(mine, factor * factor, 0.0)))
         inverse = tl.where(mine, 1.0 / (factor + layout.RMS_EPS), 0.0)
-        tl.store(chunk_sums_ptr + chunk * layout.CHUNK_SUMS + 3 + k, tl.sum(inverse))
+        tl.store(chunk_sums_ptr + chunk * layout.CHUNK_STRIDE + 3 + k, tl.sum(inverse))

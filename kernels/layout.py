@@ -49,18 +49,14 @@ ROW_TOTALS = tl.constexpr(30)  # address of the sums of g^2 of whole rows, float
 ROW_PARTS = tl.constexpr(31)
 COLUMN_TOTALS = tl.constexpr(32)
 COLUMN_PARTS = tl.constexpr(33)
-SQUARES = tl.constexpr(34)  # address of what adds up to the sum of g^2, float32 [parts]
+SQUARES = tl.constexpr(34)  # address of what adds up to the sum of g^2, float32 [parts]: one part, or many in a message
 SQUARE_PARTS = tl.constexpr(35)
 ROWS_GIVE_MEAN = tl.constexpr(36)  # whether the mean of the factors is taken over the rows' one, or the columns'
-ROW_MOMENTS = tl.constexpr(37)  # address of the sums of chunks of rows, float32 [parts, CHUNK_SUMS]
-ROW_MOMENT_PARTS = tl.constexpr(38)
-COLUMN_MOMENTS = tl.constexpr(39)
-COLUMN_MOMENT_PARTS = tl.constexpr(40)
-ELEMENT_MOMENTS = tl.constexpr(41)  # address of the sums of the 18 per-element columns, float32 [parts, ELEMENT_STRIDE]
-ELEMENT_PARTS = tl.constexpr(42)
-DIRECTION_SQUARES = tl.constexpr(43)  # address of what adds up to the sum of d^2, float32 [parts]
-DIRECTION_PARTS = tl.constexpr(44)
-COLUMNS = tl.constexpr(45)
+ROW_MOMENTS = tl.constexpr(37)  # address of the sums over the rows' factors, float32 [CHUNK_SUMS]
+COLUMN_MOMENTS = tl.constexpr(38)
+ELEMENT_MOMENTS = tl.constexpr(39)  # address of the sums of the 18 per-element columns, float32 [ELEMENT_COLUMNS]
+DIRECTION_SQUARES = tl.constexpr(40)  # address of the sum of d^2, float32
+COLUMNS = tl.constexpr(41)
 
 CUT_ROWS = tl.constexpr(1)
 CUT_COLS = tl.constexpr(2)
@@ -71,15 +67,15 @@ SCALE = tl.constexpr(3)
 UNIT = tl.constexpr(6)
 
 # sums of a chunk of vectors: 3 of F^2, 3 of 1 / (F + eps), padded
-CHUNK_SUMS = tl.constexpr(8)
-# the 18 per-element columns, padded
+CHUNK_SUMS = tl.constexpr(6)
+CHUNK_STRIDE = tl.constexpr(8)
+# the 18 per-element columns, padded; a matrix has the sums of its rows and columns in the padding
 ELEMENT_COLUMNS = tl.constexpr(18)
 ELEMENT_STRIDE = tl.constexpr(32)
 
 # what ranks add up. The first message: the sum of g^2, whether one of them must skip the step, a flag for each sharded
 # parameter that has a gradient, and sums of g^2 along cut axes. The second: 18 and 6 sums of squares a matrix
 FLAGS = tl.constexpr(2)
-VECTOR_MOMENTS = tl.constexpr(18)
 
 # `control`, float32 [1 + groups, 2]: 1 when the step is accepted, and the gradient norm; then for each group what its
 # gradients are multiplied by, and what their squares of phase 1 still lack

@@ -36,7 +36,7 @@ def learned_update_kernel(
     tiles_ptr,  # int32 [tiles, 3]: matrix, first row, first column
     control_ptr,  # float32 [1 + groups, 2]
     vectors_ptr,  # float32 [chunks, UNIT + units, BLOCK_COLUMNS]
-    normalisers_ptr,  # float32 [matrices, 32]
+    normalisers_ptr,  # float32 [matrices, ELEMENT_STRIDE]
     squares_ptr,  # float32 [tiles]: sums of d^2, written here
     p_like,  # pointers that only name a dtype
     g_like,

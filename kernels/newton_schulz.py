@@ -1,4 +1,4 @@
-"""Newton-Schulz on the tensor cores: symmetric products by their lower half, and the norm it starts from.
+"""Newton-Schulz on the tensor cores: symmetric products by their lower half.
 
     A = X X^T        B = b A + c A A        X <- a X + B X
 
@@ -12,17 +12,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from celo2.kernels import layout
-from celo2.kernels.gradient_moments import sum_of
 
-
-@triton.jit
-def start_kernel(table_ptr, squares_ptr, scales_ptr, EPS: tl.constexpr):
-    """Write 1 / (||d|| + EPS) of each matrix, from phase 3's sums of squares a tile."""
-    matrix = tl.program_id(0)
-    first = layout.entry(table_ptr, matrix, layout.FIRST_TILE)
-    square = sum_of(squares_ptr + first, layout.entry(table_ptr, matrix, layout.TILES), 256)
-    tl.store(scales_ptr + matrix, 1.0 / (tl.sqrt(square) + EPS))
+def inner_block(element_size: int) -> int:
+    """Return how much of the inner axis a program takes at a time, for elements of that many bytes."""
+    return 32 if element_size == 4 else 64
 
 
 @triton.jit

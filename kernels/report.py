@@ -26,19 +26,18 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from celo2.kernels import layout
-from celo2.kernels.apply_update import apply_update_kernel
+from celo2.kernels.apply_update import apply_registers, apply_update_kernel
 from celo2.kernels.feature_moments import feature_moments_kernel, normalisers_kernel
 from celo2.kernels.gradient_moments import control_kernel, factors_kernel, gradient_moments_kernel
 from celo2.kernels.learned_update import learned_update_kernel
-from celo2.kernels.newton_schulz import start_kernel, symmetric_product_kernel
-from celo2.kernels.roofline import ADAMW_BYTES, DTYPES, GPUS, Dtypes, phase_bytes, roofline
+from celo2.kernels.newton_schulz import inner_block, symmetric_product_kernel
+from celo2.kernels.reductions import sum_directions_kernel, sum_gradients_kernel, sum_moments_kernel
+from celo2.kernels.roofline import ADAMW_BYTES, BYTES, DTYPES, GPUS, Dtypes, phase_bytes, roofline
 from celo2.kernels.rounding import round_kernel
 from celo2.kernels.sharing import (
     move_parts_kernel,
     share_gradient_sums_kernel,
-    share_moments_kernel,
     share_norm_kernel,
-    share_squares_kernel,
 )
 from celo2.kernels.vector_update import VECTOR_COLUMNS, vector_update_kernel
 
@@ -51,14 +50,17 @@ TARGETS = {
 # four elements a thread
 THREADS = 128
 UNITS = 8
-# the launches of a step before Newton-Schulz; with several batches all but control are repeated
+# the launches of a step beside Newton-Schulz; with several batches all but control are repeated
 STEP = (
     "gradient_moments_kernel",
+    "sum_gradients_kernel",
     "control_kernel",
     "factors_kernel",
     "feature_moments_kernel",
+    "sum_moments_kernel",
     "normalisers_kernel",
     "learned_update_kernel",
+    "sum_directions_kernel",
     "apply_update_kernel",
 )
 PHASES = {
@@ -98,18 +100,23 @@ def specialisations(
     vector = {"ALIGNED": aligned, "BLOCK_COLUMNS": columns}
     step = {"STEP_ROWS": 512 // columns}
     mlp = {"HIDDEN": weights(UNITS * UNITS), "BIAS": weights(UNITS), "OUTPUT": weights(UNITS), "OUTPUT_BIAS": 0.1}
+    limit = apply_registers(BYTES[dtypes.p])
+    registers = {} if limit is None else {"maxnreg": limit}
     constants: list[tuple[Any, dict[str, Any], dict[str, int]]] = [
         (gradient_moments_kernel, {**tile, "CLIP": clip}, {}),
+        (sum_gradients_kernel, {"CLIP": clip, "BLOCK": 1024}, {}),
         (control_kernel, {"SHARDED": False, "BLOCK": 1024}, {}),
         (factors_kernel, {**vector, "UNITS": UNITS, "PARTS": 16}, {}),
         (feature_moments_kernel, {**tile, **step, "UNITS": UNITS, "CLIP": clip}, {}),
-        (normalisers_kernel, {**vector, "UNITS": UNITS, "PARTS": 16}, {}),
+        (sum_moments_kernel, {"BLOCK": 128}, {}),
+        (normalisers_kernel, {**vector, "UNITS": UNITS}, {}),
         (
             learned_update_kernel,
             {**tile, **step, **mlp, "ELEMENT": weights(18 * UNITS), "UNITS": UNITS, "CLIP": clip},
             {"maxnreg": 128},
         ),
-        (apply_update_kernel, {**tile, "STEP_ROWS": 16, "ORTHOGONAL": False}, {}),
+        (sum_directions_kernel, {"EPS": 1e-8, "BLOCK": 1024}, {}),
+        (apply_update_kernel, {**tile, "STEP_ROWS": 16}, registers),
         *(
             (
                 vector_update_kernel,
@@ -125,19 +132,17 @@ def specialisations(
             )
             for first, stop in ((0, 3), (0, 1), (1, 2), (2, 3))
         ),
-        (start_kernel, {"EPS": 1e-8}, {}),
         (round_kernel, {"BLOCK": 1024}, {}),
         (control_kernel, {"SHARDED": True, "BLOCK": 1024}, {}),
         (share_gradient_sums_kernel, {**tile, "PARTS": 16}, {}),
         (share_norm_kernel, {"BLOCK": 1024}, {}),
-        (share_moments_kernel, {"PARTS": 16}, {}),
-        (share_squares_kernel, {}, {}),
         *((move_parts_kernel, {**tile, "BLOCK_ROWS": 16, "BACK": back}, {}) for back in (True, False)),
     ]
     for kernel, values, options in constants:
         yield Specialisation(kernel, dtypes, values, options)
     for beta in (0.0, -4.775):
-        product = {"ALPHA": 1.0, "BETA": beta, "PRECISION": "ieee", "BLOCK": 128, "BLOCK_INNER": 32}
+        inner = inner_block(BYTES[dtypes.d])
+        product = {"ALPHA": 1.0, "BETA": beta, "PRECISION": "ieee", "BLOCK": 128, "BLOCK_INNER": inner}
         yield Specialisation(symmetric_product_kernel, dtypes, product, {"num_warps": 8})
 
 
@@ -348,7 +353,7 @@ def print_kernels(target: str, dtypes: Dtypes, codes: dict[str, Code]) -> dict[i
 
 def print_step(target: str, dtypes: Dtypes, instructions: dict[int, float]) -> None:
     total = sum(phase_bytes(phase, dtypes) for phase in range(1, 5))
-    print(f"  a step: {len(STEP)} launches for a batch of any number of matrices, before Newton-Schulz")
+    print(f"  a step: {len(STEP)} launches for a batch of any number of matrices, beside Newton-Schulz")
     print(
         f"    {total:g} B a parameter ({' + '.join(f'{phase_bytes(phase, dtypes):g}' for phase in range(1, 5))}) and "
         f"{scratch_bytes():.2f} B of scratch; state {dtypes.state_bytes:g} B a parameter"
@@ -373,7 +378,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit status."""
     parser = argparse.ArgumentParser(description="What the kernels cost, from their compiled code.")
     parser.add_argument("--target", nargs="+", choices=TARGETS, default=list(TARGETS), help="default: all")
-    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=["float32", "bfloat16-state"])
+    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=["float32", "float32-ns", "bfloat16-state"])
     parser.add_argument("--workers", type=int, default=2, metavar="N", help="compilers at once")
     arguments = parser.parse_args(argv)
     if not isinstance(learned_update_kernel, triton.JITFunction):

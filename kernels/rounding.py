@@ -84,9 +84,9 @@ def store_8_bits(pointer, value, mask, noise, HALF: tl.constexpr, scale_ptr, sca
     tl.store(pointer, level.to(tl.int8), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["seed", "size"])
 def round_kernel(target_ptr, value_ptr, counter_ptr, seed, size, BLOCK: tl.constexpr):
-    """Round float32 values into a tensor of the same strides, by the bits of `seed` at the step of the counter."""
+    """Round float32 values into a tensor of the same strides, by the bits of `seed`, int32, at the counter's step."""
     start = tl.program_id(0).to(tl.int64) * BLOCK
     offset = tl.arange(0, BLOCK)
     mask = start + offset < size

@@ -1,10 +1,11 @@
 """What the ranks of a sharded step tell each other: their parts of sums into messages, and directions out of them.
 
 A matrix may be cut along its rows or its columns (`CUT` in the table); each rank has a part of it. Sums along the cut
-axis are a rank's own part of a sum over the whole matrix, those along the other axis are whole. Three kernels write
-the parts to where the table looks for the sums of whole matrices, a message of float32 that an all-reduce then adds up;
-what no rank has stays zero. `move_parts_kernel` puts the directions that arrive at a matrix's owner together, and takes
-them apart again. All read and write what is small beside the matrices, but for the last: two times the direction.
+axis are a rank's own part of a sum over the whole matrix, those along the other axis are whole. The parts go to where
+the table looks for the sums of whole matrices, a message of float32 that an all-reduce then adds up: the sums of g^2 by
+the two kernels here, all others by those of `reductions`. What no rank has stays zero. `move_parts_kernel` puts the
+directions that arrive at a matrix's owner together, and takes them apart again. All read and write what is small beside
+the matrices, but for the last: two times the direction.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import triton
 import triton.language as tl
 
 from celo2.kernels import layout
-from celo2.kernels.gradient_moments import chunk_of, square_of, sum_of
+from celo2.kernels.gradient_moments import chunk_of, square_of
 
 
 @triton.jit
@@ -48,14 +49,14 @@ def share_gradient_sums_kernel(
         tl.store(total_ptr + offset, tl.sum(total, axis=0), mask=inside & own)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["matrices", "others", "whole_matrices", "whole_others", "members"])
 def share_norm_kernel(
-    totals_ptr,  # float32 [tiles]: sums of squares of the sharded matrices, unscaled
-    tiles,
+    totals_ptr,  # float32 [matrices]: sums of squares of this rank's parts of sharded matrices, unscaled
+    matrices,
     norms_ptr,  # float32 [others]: norms of all other sharded gradients, as they came
     others,
     whole_totals_ptr,  # the same of what every rank has whole
-    whole_tiles,
+    whole_matrices,
     whole_norms_ptr,
     whole_others,
     unscale_ptr,
@@ -67,9 +68,9 @@ def share_norm_kernel(
 ):
     """Write the head of the first message."""
     unscale = tl.load(unscale_ptr)
-    tl.store(message_ptr, square_of(totals_ptr, tiles, norms_ptr, others, unscale, BLOCK).to(tl.float32))
+    tl.store(message_ptr, square_of(totals_ptr, matrices, norms_ptr, others, unscale, BLOCK).to(tl.float32))
     # what is not sharded may differ between ranks: all must skip when one has to
-    whole = square_of(whole_totals_ptr, whole_tiles, whole_norms_ptr, whole_others, unscale, BLOCK)
+    whole = square_of(whole_totals_ptr, whole_matrices, whole_norms_ptr, whole_others, unscale, BLOCK)
     is_finite = tl.sqrt(whole).to(tl.float32) < float("inf")
     skips = (tl.load(found_inf_ptr) != 0) | (is_finite == 0)
     tl.store(message_ptr + 1, tl.where(skips, 1.0, 0.0))
@@ -77,66 +78,6 @@ def share_norm_kernel(
         offset = first + tl.arange(0, BLOCK)
         flag = tl.load(flags_ptr + offset, mask=offset < members, other=0.0)
         tl.store(message_ptr + layout.FLAGS + offset, flag, mask=offset < members)
-
-
-@triton.jit
-def share_moments_kernel(
-    table_ptr,
-    control_ptr,
-    moments_ptr,  # float32 [tiles, ELEMENT_STRIDE]
-    chunk_sums_ptr,  # float32 [chunks, CHUNK_SUMS]
-    PARTS: tl.constexpr,
-):
-    """Add up this rank's 18 sums of squares of a matrix, and the 6 of the vectors along its cut axis."""
-    if not layout.accepted(control_ptr):
-        return
-    matrix = tl.program_id(0)
-    cut = layout.entry(table_ptr, matrix, layout.CUT)
-    tiles = layout.entry(table_ptr, matrix, layout.TILES)
-    # where the matrix lies on other ranks alone, the message keeps its zeros
-    if (cut != 0) & (tiles != 0):
-        message_ptr = layout.sums_at(table_ptr, matrix, layout.ELEMENT_MOMENTS)
-        moments_ptr += layout.entry(table_ptr, matrix, layout.FIRST_TILE) * layout.ELEMENT_STRIDE
-        o_moment = tl.arange(0, layout.ELEMENT_STRIDE)
-        is_moment = o_moment < layout.ELEMENT_COLUMNS
-        moments = tl.zeros([PARTS, layout.ELEMENT_STRIDE], tl.float32)
-        for part in range(0, tiles, PARTS):
-            o_part = part + tl.arange(0, PARTS).to(tl.int64)
-            mask = (o_part < tiles)[:, None] & is_moment[None, :]
-            address = o_part[:, None] * layout.ELEMENT_STRIDE + o_moment[None, :]
-            moments += tl.load(moments_ptr + address, mask=mask, other=0.0)
-        tl.store(message_ptr + o_moment, tl.sum(moments, axis=0), mask=is_moment)
-
-        first = layout.entry(table_ptr, matrix, layout.ROW_CHUNK)
-        count = layout.entry(table_ptr, matrix, layout.ROW_CHUNKS)
-        if cut == layout.CUT_COLS:
-            first = layout.entry(table_ptr, matrix, layout.COLUMN_CHUNK)
-            count = layout.entry(table_ptr, matrix, layout.COLUMN_CHUNKS)
-        chunk_sums_ptr += first * layout.CHUNK_SUMS
-        o_sum = tl.arange(0, layout.CHUNK_SUMS)
-        sums = tl.zeros([PARTS, layout.CHUNK_SUMS], tl.float32)
-        for part in range(0, count, PARTS):
-            o_part = part + tl.arange(0, PARTS).to(tl.int64)
-            # the last two sums are padding
-            mask = (o_part < count)[:, None] & (o_sum < 6)[None, :]
-            sums += tl.load(chunk_sums_ptr + o_part[:, None] * layout.CHUNK_SUMS + o_sum[None, :], mask=mask, other=0.0)
-        tl.store(message_ptr + layout.VECTOR_MOMENTS + o_sum, tl.sum(sums, axis=0), mask=o_sum < 6)
-
-
-@triton.jit
-def share_squares_kernel(
-    table_ptr,
-    control_ptr,
-    squares_ptr,  # float32 [tiles]: sums of d^2
-):
-    """Add up this rank's sum of d^2 of a matrix."""
-    if not layout.accepted(control_ptr):
-        return
-    matrix = tl.program_id(0)
-    tiles = layout.entry(table_ptr, matrix, layout.TILES)
-    if (layout.entry(table_ptr, matrix, layout.CUT) != 0) & (tiles != 0):
-        first = layout.entry(table_ptr, matrix, layout.FIRST_TILE)
-        tl.store(layout.sums_at(table_ptr, matrix, layout.DIRECTION_SQUARES), sum_of(squares_ptr + first, tiles, 256))
 
 
 # columns of `parts`, int64: what a rank has of a matrix, and where it lies in the message and at the matrix's owner

@@ -19,6 +19,13 @@ def _theta(data: dict[str, np.ndarray]) -> Theta:
     )
 
 
+def device_of(backend: str) -> torch.device:
+    """The kernels are tested where they run: on a GPU where there is one."""
+    if backend == "triton":
+        pytest.importorskip("triton")
+    return torch.device("cuda" if backend == "triton" and torch.cuda.is_available() else "cpu")
+
+
 def _names(data: dict[str, np.ndarray], variant: str) -> list[str]:
     prefix = f"{variant}/update/"
     return [key.removeprefix(prefix) for key in data if key.startswith(prefix)]
@@ -28,12 +35,11 @@ def _names(data: dict[str, np.ndarray], variant: str) -> list[str]:
 @pytest.mark.parametrize("variant", TOLERANCE)
 @pytest.mark.parametrize("file", FILES)
 def test_optimizer_reproduces_golden_updates_and_state(file, variant, backend, golden):
-    if backend == "triton":
-        pytest.importorskip("triton")
     data = golden(file)
     names = _names(data, variant)
     assert len(names) >= 3
-    params = [(name, torch.nn.Parameter(torch.tensor(data[f"param/{name}"]))) for name in names]
+    device = device_of(backend)
+    params = [(name, torch.nn.Parameter(torch.tensor(data[f"param/{name}"], device=device))) for name in names]
     # at lr 1 the step writes p - u, so the update can be read off without loss of digits
     optimizer = FusedCelo2(
         [{"params": params, "rule": "celo2"}],
@@ -41,21 +47,22 @@ def test_optimizer_reproduces_golden_updates_and_state(file, variant, backend, g
         weights=_theta(data),
         orthogonalize=variant == "celo2",
         backend=backend,
+        ns_dtype="float32",
     )
     worst = 0.0
     for step in range(len(data[f"grad/{names[0]}"])):
         for name, parameter in params:
-            parameter.grad = torch.tensor(data[f"grad/{name}"][step])
+            parameter.grad = torch.tensor(data[f"grad/{name}"][step], device=device)
         before = {name: parameter.detach().clone() for name, parameter in params}
         optimizer.step()
         for name, parameter in params:
-            update = before[name] - parameter.detach()
+            update = (before[name] - parameter.detach()).cpu()
             worst = max(worst, float((update - torch.tensor(data[f"{variant}/update/{name}"][step])).abs().max()))
             parameter.data.copy_(torch.tensor(data[f"{variant}/param/{name}"][step]))
     print(f"largest difference of an update: {worst:.1e}")
     assert worst <= TOLERANCE[variant]
     for name, parameter in params:
-        state = optimizer.state[parameter]
+        state = {key: value.cpu() for key, value in optimizer.state[parameter].items()}
         prefix = f"{variant}/state"
         momentum = np.stack([state[f"momentum_{k}"].numpy() for k in ("fast", "medium", "slow")], axis=-1)
         pairs = [(momentum, "momentum"), (state["second_moment"].numpy()[..., None], "rms")]
@@ -92,11 +99,10 @@ def test_float64_oracle_agrees_with_golden(file, variant, golden):
 
 @pytest.mark.parametrize("backend", ["torch", pytest.param("triton", marks=pytest.mark.kernels)])
 def test_deployed_optimizer_reproduces_golden_parameters(backend, golden):
-    if backend == "triton":
-        pytest.importorskip("triton")
     data = golden("deployed_with_adamw_and_schedule")
     names = [key.removeprefix("param/") for key in data if key.startswith("param/")]
-    params = [(name, torch.nn.Parameter(torch.tensor(data[f"param/{name}"]))) for name in names]
+    device = device_of(backend)
+    params = [(name, torch.nn.Parameter(torch.tensor(data[f"param/{name}"], device=device))) for name in names]
     matrices = [(name, p) for name, p in params if p.ndim == 2 and "embed" not in name]
     rest = [(name, p) for name, p in params if p.ndim < 2 or "embed" in name]
     optimizer = FusedCelo2(
@@ -107,15 +113,16 @@ def test_deployed_optimizer_reproduces_golden_parameters(backend, golden):
         adam_lr_mult=float(data["adam_lr_mult"]),
         adam_betas=tuple(float(beta) for beta in data["adam_betas"]),
         backend=backend,
+        ns_dtype="float32",
     )
     for step, lr in enumerate(data["lr"]):
         for group in optimizer.param_groups:
             group["lr"] = float(lr)
         for name, parameter in params:
-            parameter.grad = torch.tensor(data[f"grad/{name}"][step])
+            parameter.grad = torch.tensor(data[f"grad/{name}"][step], device=device)
         optimizer.step()
     differences = {
-        name: float(np.abs(parameter.detach().numpy() - data[f"deployed/param/{name}"][-1]).max())
+        name: float(np.abs(parameter.detach().cpu().numpy() - data[f"deployed/param/{name}"][-1]).max())
         for name, parameter in params
     }
     print(f"largest difference of a parameter at step {len(data['lr'])}: {max(differences.values()):.1e}")

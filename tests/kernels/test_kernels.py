@@ -9,9 +9,10 @@ import sys
 
 import pytest
 import torch
+import triton
 
 from celo2 import FusedCelo2, reference
-from celo2.kernels.roofline import INSTRUCTIONS
+from celo2.kernels.roofline import DTYPES, INSTRUCTIONS, INSTRUCTIONS_BY, phase_bytes
 from celo2.newton_schulz import newton_schulz
 from celo2.phases import ELEMENT_COLUMNS
 
@@ -59,6 +60,13 @@ def run_report(*arguments: str) -> str:
     return result.stdout
 
 
+# compilers that take minutes, and need no GPU
+ahead_of_time = pytest.mark.skipif(
+    torch.cuda.is_available(), reason="compiles for GPUs that are not there, for minutes"
+)
+
+
+@ahead_of_time
 def test_compiled_code_for_sm_90_meets_its_limits():
     text = run_report("--target", "sm_90", "--dtypes", "float32")
     lines = {
@@ -79,12 +87,31 @@ def test_compiled_code_for_sm_90_meets_its_limits():
     # six tensors and eleven vectors are read, and five tensors written, 16 bytes at a time
     assert "17 LDG.128" in accesses["learned_update_kernel"] and "5 STG.128" in accesses["learned_update_kernel"]
     assert "LDG.128" in accesses["feature_moments_kernel"] and "LDG.128" in accesses["gradient_moments_kernel"]
-    assert "84 B a parameter" in text and "7 launches" in text and "predicted for H100 SXM" in text
-    # what a plan reckons with, where nothing is compiled
+    assert "84 B a parameter" in text and "10 launches" in text and "predicted for H100 SXM" in text
+    # what a plan reckons with, where nothing is compiled; another compiler counts otherwise
+    tolerance = 0.05 if triton.__version__ == INSTRUCTIONS_BY else 0.25
     for phase, instructions in INSTRUCTIONS["sm_90"].items():
-        assert float(re.findall(rf"phase {phase}: +([\d.]+)", text)[0]) == pytest.approx(instructions, rel=0.05)
+        assert float(re.findall(rf"phase {phase}: +([\d.]+)", text)[0]) == pytest.approx(instructions, rel=tolerance)
 
 
+def test_bytes_a_parameter():
+    """All four phases, without Newton-Schulz where directions are float32."""
+    found = {name: sum(phase_bytes(phase, dtypes) for phase in range(1, 5)) for name, dtypes in DTYPES.items()}
+    assert found["float32"] == 84 and found["float32-ns"] == 80
+    assert found["bfloat16-state"] == 50 and found["bfloat16-state-wide"] == 60
+
+
+def test_the_report_has_what_a_gpu_runs_by_default():
+    """float32 with directions in bfloat16, and the products of Newton-Schulz in the blocks that are launched."""
+    from celo2.kernels.report import specialisations
+
+    products = [s for s in specialisations(DTYPES["float32-ns"]) if s.name == "symmetric_product_kernel"]
+    assert {s.constants["BLOCK_INNER"] for s in products} == {64} and {s.dtypes.d for s in products} == {"bf16"}
+    products = [s for s in specialisations(DTYPES["float32"]) if s.name == "symmetric_product_kernel"]
+    assert {s.constants["BLOCK_INNER"] for s in products} == {32}
+
+
+@ahead_of_time
 @pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100", "gfx942"])
 def test_every_specialisation_compiles(target):
     """Dtypes, alignments and widths that the optimizer may launch, for a GPU that is not there."""
@@ -113,7 +140,7 @@ def test_nano_gpt_trains_through_the_kernels(device):
     for backend in ("torch", "triton"):
         model = GPT(model_config("nano")).to(device)
         model.init_weights(0)
-        optimizer = FusedCelo2(model, lr=1e-3, max_grad_norm=1.0, backend=backend)
+        optimizer = FusedCelo2(model, lr=1e-3, max_grad_norm=1.0, backend=backend, ns_dtype="float32")
         run = []
         tokens = torch.randint(256, (4, 65), generator=torch.Generator().manual_seed(0)).to(device)
         for _ in range(4):
