@@ -132,6 +132,8 @@ def plan_kernels(optimizer: FusedCelo2, signature: list[object], old: KernelPlan
             plan.step = ShardedKernelStep(sharded, taken, optimizer.param_groups, ns_dtype, skipped)
         elif taken:
             plan.step = kernel_step.KernelStep(taken, len(optimizer.param_groups), device, ns_dtype, skipped)
+        if plan.step is not None:
+            plan.step.compile()
     if plan.step is not None:
         plan.skipped = plan.step.skipped
         plan.rounding = kernel_step.round_on_device

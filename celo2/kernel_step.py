@@ -24,6 +24,7 @@ from torch import Tensor
 
 from celo2.adamw import AdamWJob, round_on_host
 from celo2.blocks import CONTROL_BLOCK, NARROWEST, VECTOR_BLOCK, WIDEST, Blocks
+from celo2.compilation import can_rehearse, launch_or_compile, rehearsal
 from celo2.kernels import layout
 from celo2.kernels.apply_update import apply_registers, apply_update_kernel
 from celo2.kernels.feature_moments import feature_moments_kernel, normalisers_kernel
@@ -372,13 +373,11 @@ def launch(
     """Launch a kernel whose first argument is a tensor, with the options of its device's compiler."""
     if not grid[0]:
         return
-    options = {}
-    if table.device.type != "cpu":
-        # AMD's waves are twice as wide, and the limit on registers is NVIDIA's
-        options["num_warps"] = num_warps // 2 if torch.version.hip else num_warps
-        if maxnreg is not None and not torch.version.hip:
-            options["maxnreg"] = maxnreg
-    kernel[grid](table, *arguments, **constants, **options)
+    # AMD's waves are twice as wide, and the limit on registers is NVIDIA's; the interpreter reads neither
+    options = {"num_warps": num_warps // 2 if torch.version.hip else num_warps}
+    if maxnreg is not None and not torch.version.hip:
+        options["maxnreg"] = maxnreg
+    launch_or_compile(kernel, grid, table, *arguments, **constants, **options)
 
 
 class MatrixBatch:
@@ -598,6 +597,19 @@ class MatrixBatch:
             self._orthogonalize()
         self.apply(control, rates)
 
+    def rehearse(self, control: Tensor, rates: Tensor) -> None:
+        """Launch every kernel of a step of whole matrices once, in no order that would make sense."""
+        self.gradient_moments(control)
+        self.feature_moments(control)
+        self.learned_update(control)
+        self.sum_directions(control)
+        self.apply(control, rates)
+        if self.orthogonalize:
+            element = 0
+            for batch, m, n in self.shapes:
+                rehearse_products(self.directions[element : element + batch * m * n].view(batch, m, n))
+                element += batch * m * n
+
     def _orthogonalize(self) -> None:
         """Replace the directions by their orthogonalised form, and note each matrix's sum of squares."""
         matrix = element = 0
@@ -652,13 +664,29 @@ def orthogonalize(x: Tensor, steps: int, symmetric_from: int = SYMMETRIC_FROM, b
     """Newton-Schulz on `x` [B, m, n], of a norm of at most 1 each, in its dtype; small ones and CPUs by PyTorch."""
     if x.shape[-2] > x.shape[-1]:
         return orthogonalize(x.mT, steps, symmetric_from, block).mT
-    if x.shape[-2] < symmetric_from or (x.device.type == "cpu" and symmetric_from == SYMMETRIC_FROM):
+    if not takes_symmetric_products(x, symmetric_from):
         return iterate(x, steps)
     a, b, c = COEFFICIENTS
     for _ in range(steps):
         gram = symmetric_product(x, block=block)
         x = torch.baddbmm(x, symmetric_product(gram, alpha=c, add=gram, beta=b, block=block), x, beta=a)
     return x
+
+
+def takes_symmetric_products(x: Tensor, symmetric_from: int = SYMMETRIC_FROM) -> bool:
+    """Whether the products of `x` [B, m, n] go through the kernel of symmetric ones."""
+    return min(x.shape[-2:]) >= symmetric_from and (x.device.type != "cpu" or symmetric_from != SYMMETRIC_FROM)
+
+
+def rehearse_products(d: Tensor) -> None:
+    """Launch the symmetric products of `orthogonalize(d, ...)` once each, in every layout that they see."""
+    if not takes_symmetric_products(d):
+        return
+    _, b, c = COEFFICIENTS
+    # a tall matrix is transposed storage in the first iteration alone
+    for x in (d.mT, d.mT.contiguous()) if d.shape[-2] > d.shape[-1] else (d,):
+        gram = symmetric_product(x)
+        symmetric_product(gram, alpha=c, add=gram, beta=b)
 
 
 def symmetric_product(
@@ -849,6 +877,20 @@ class KernelStep:
             self.control, self.grad_norm, self.skip, self.skipped, self.zero if message is None else message, members,
             ranks, SHARDED=message is not None, BLOCK=CONTROL_BLOCK,
         )  # fmt: skip
+
+    def compile(self) -> None:
+        """Compile the kernels of a step, several at once; what this leaves out is compiled when it is launched."""
+        if can_rehearse(learned_update_kernel):
+            with on(self.device), rehearsal():
+                self._rehearse()
+
+    def _rehearse(self) -> None:
+        """Launch every kernel of a step."""
+        for batch in self.batches:
+            batch.rehearse(self.control, self.rates)
+        self._decide(self.zero, self.one, self.zero)
+        for vectors in self.vectors:
+            vectors.update(self.control, self.rates)
 
     def _update(self) -> None:
         """All that follows the decision."""

@@ -34,6 +34,7 @@ from celo2.kernel_step import (
     on,
     orthogonalize_,
     refused_layout,
+    rehearse_products,
     totals_of,
     upload,
     vector_batches,
@@ -65,6 +66,15 @@ def refused_shard(job: ShardedJob, ranks: int, rank: int) -> str | None:
 
 class _ShardBatch(MatrixBatch):
     """A batch of parts of matrices, with what their ranks tell each other."""
+
+    def rehearse(self, control: Tensor, rates: Tensor) -> None:
+        self.gradient_moments(control)
+        self.share_gradient_sums()
+        self.feature_moments(control)
+        self.learned_update(control)
+        if not self.orthogonalize:
+            self.sum_directions(control)
+        self.apply(control, rates)
 
     def share_gradient_sums(self) -> None:
         launch(sharing.share_gradient_sums_kernel, (self.chunks,),
@@ -122,6 +132,12 @@ class _Owner:
             self.parts, self.tile_list, message, self.matrices, self.squares, BACK=back, ALIGNED=self.aligned,
             BLOCK_ROWS=self.blocks[0], BLOCK_COLUMNS=self.blocks[1],
         )  # fmt: skip
+
+    def rehearse(self, message: Tensor) -> None:
+        for back in (False, True):
+            self._move(message, back)
+        for x, _, _ in self.groups:
+            rehearse_products(x)
 
     def orthogonalize(self, message: Tensor) -> None:
         """Replace the parts of directions in a message by those of updates, of an RMS of 1 over each matrix."""
@@ -295,6 +311,28 @@ class ShardedKernelStep(KernelStep):
         if self.device.type == "cpu":
             self.plan.check_flags()
 
+    def _share_norm(self, norms: Tensor, shard_norms: Tensor, unscale: Tensor, found: Tensor) -> None:
+        """Write the head of the first message."""
+        launch(sharing.share_norm_kernel, (1,),
+            self.shard_totals, self.shard_totals.numel(), shard_norms, shard_norms.numel(), self.totals,
+            self.totals.numel(), norms, norms.numel(), unscale, found, self.flags, len(self.plan.members), self.first,
+            BLOCK=CONTROL_BLOCK,
+        )  # fmt: skip
+
+    def _rehearse(self) -> None:
+        for batch in self.batches:
+            batch.rehearse(self.control, self.rates)
+        for vectors in self.vectors:
+            vectors.update(self.control, self.rates)
+        for shards in self.shards:
+            shards.rehearse(self.control, self.rates)
+        for vectors in self.shard_vectors:
+            for first in range(3):
+                vectors.update(self.control, self.rates, first, first + 1)
+        self._share_norm(self.zero, self.zero, self.one, self.zero)
+        self._decide(self.zero, self.one, self.zero, self.first, len(self.plan.members), self.plan.ranks)
+        self.owner.rehearse(self.received)
+
     def _run_sharded(
         self,
         groups: Sequence[dict[str, Any]],
@@ -317,11 +355,7 @@ class ShardedKernelStep(KernelStep):
             batch.gradient_moments(unscale)
             batch.share_gradient_sums()
         members = len(plan.members)
-        launch(sharing.share_norm_kernel, (1,),
-            self.shard_totals, self.shard_totals.numel(), shard_norms, shard_norms.numel(),
-            self.totals, self.totals.numel(), norms, norms.numel(), unscale, found, self.flags, members, self.first,
-            BLOCK=CONTROL_BLOCK,
-        )  # fmt: skip
+        self._share_norm(norms, shard_norms, unscale, found)
         dist.all_reduce(self.first, group=plan.group)
         plan.note_flags(self.first[HEADER : HEADER + members])
         self._decide(norms, unscale, self.zero, self.first, members, plan.ranks)

@@ -47,6 +47,10 @@ def sum_gradients_kernel(
     if CLIP:
         tl.store(clipped_matrix_totals_ptr + matrix, sum_of(clipped_totals_ptr + first, tiles, BLOCK))
 
+    chunks = layout.entry(table_ptr, matrix, layout.ROW_CHUNKS) + layout.entry(table_ptr, matrix, layout.COLUMN_CHUNKS)
+    if chunks == 0:
+        # the matrix is on other ranks, its factors as well
+        return
     factor_ptr = layout.sums_at(table_ptr, matrix, layout.COLUMN_FACTOR)
     length = layout.entry(table_ptr, matrix, layout.WHOLE_COLS)
     if layout.entry(table_ptr, matrix, layout.ROWS_GIVE_MEAN) != 0:

@@ -75,8 +75,8 @@ GPUS = (
 ADAMW_BYTES = 28
 
 
-# instructions an element of the four phases, as `celo2.kernels.report --dtypes float32` reads them from what this version
-# of Triton compiles
+# instructions an element of the four phases, as `celo2.kernels.report --dtypes float32` reads them from what this
+# version of Triton compiles
 INSTRUCTIONS_BY = "3.7.1"
 INSTRUCTIONS: dict[str, dict[int, float]] = {
     "sm_80": {1: 16.2, 2: 73.7, 3: 322.2, 4: 8.8},

@@ -1,0 +1,51 @@
+"""Compile the kernels of a step before its first launch, several at once.
+
+A first step needs twenty to forty kernels, and Triton compiles each where it is first launched, one after another. Most
+of a compilation is outside of Python's lock, so threads share the work.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+import triton
+
+logger = logging.getLogger(__name__)
+MOST_THREADS = 16
+_rehearsing: ContextVar[bool] = ContextVar("celo2_rehearsing", default=False)
+
+
+@contextmanager
+def rehearsal() -> Iterator[None]:
+    """Within it kernels are compiled instead of launched; leaving it waits for all of them.
+
+    What the compiler cannot do is raised where it is launched.
+    """
+    threads = max(1, min(MOST_THREADS, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+    begun, token = time.monotonic(), _rehearsing.set(True)
+    try:
+        with ThreadPoolExecutor(threads) as pool, triton.AsyncCompileMode(pool, ignore_errors=True):
+            yield
+    finally:
+        _rehearsing.reset(token)
+    logger.info("kernels are ready after %.1f s, with %d threads", time.monotonic() - begun, threads)
+
+
+def can_rehearse(kernel: Any) -> bool:
+    """Whether a kernel can be compiled ahead: not in the interpreter, nor by a Triton that has no threads for it."""
+    return isinstance(kernel, triton.JITFunction) and hasattr(triton, "AsyncCompileMode")
+
+
+def launch_or_compile(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) -> None:
+    """Launch a kernel, or within a rehearsal compile it for these arguments."""
+    if _rehearsing.get():
+        kernel.warmup(*arguments, grid=grid, **options)
+    else:
+        kernel[grid](*arguments, **options)
