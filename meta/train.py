@@ -24,12 +24,12 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
-from tqdm import tqdm
 
 from celo2.files import write_atomic
 from celo2.meta.images import load_image_sets
 from celo2.meta.outer_trainer import CURVE, OuterTrainer
 from celo2.meta.recipes import RECIPES, get_recipe
+from celo2.pretrain import require
 from celo2.pretrain.device import device_name, select_device
 from celo2.pretrain.runlog import duration, versions
 from celo2.theta import Theta
@@ -138,6 +138,9 @@ class Interruption:
 
 
 def train(arguments: argparse.Namespace) -> int:
+    require("matplotlib", "tqdm", extra="meta")
+    from tqdm import tqdm
+
     recipe = get_recipe(arguments.recipe)
     if arguments.outer_steps is not None:
         recipe = recipe.with_outer_steps(arguments.outer_steps)

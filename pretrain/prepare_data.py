@@ -14,17 +14,18 @@ stands; the same command goes on from there and the shards are bitwise those of 
 import argparse
 import gzip
 import hashlib
+import importlib.util
 import json
 import lzma
 import sys
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol, TextIO
 
 import numpy as np
-from tqdm import tqdm
 
 from celo2.files import PathLike, write_atomic
 from celo2.pretrain.shards import MAX_SHARD_TOKENS, open_shard, write_shard
@@ -346,12 +347,12 @@ def prepare(
     stream: Iterable[tuple[int, int, np.ndarray]] = ()
     if limit is None or limit > 0:
         stream = _token_stream(source, tokenizer, documents, offset, limit)
-    # disable=None: no bar unless standard error is a terminal
-    with tqdm(total=max_tokens, initial=written, unit="tok", unit_scale=True, disable=None) as bar:
+    with _progress_bar(max_tokens, written) as bar:
         for documents, first, tokens in stream:
             pending.append(tokens)
             size += len(tokens)
-            bar.update(len(tokens))
+            if bar is not None:
+                bar.update(len(tokens))
             if size < (shard_tokens if progress.shards else 2 * shard_tokens):
                 continue
             flat = np.concatenate(pending)
@@ -415,6 +416,17 @@ def _parser() -> argparse.ArgumentParser:
         help="tokens a shard (default: %(default)s)",
     )
     return parser
+
+
+def _progress_bar(total: int | None, initial: int) -> AbstractContextManager[Any]:
+    """Return a bar on a terminal; without tqdm, which is no reason to fail, something that gives None."""
+    if importlib.util.find_spec("tqdm") is None:
+        return nullcontext()
+    from tqdm import tqdm
+
+    # disable=None: no bar unless standard error is a terminal
+    bar: AbstractContextManager[Any] = tqdm(total=total, initial=initial, unit="tok", unit_scale=True, disable=None)
+    return bar
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -24,9 +24,9 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from tqdm import tqdm
 
 from celo2.optimizer import WIRE_DTYPES
+from celo2.pretrain import require
 from celo2.pretrain.checkpoint import Checkpoints, RunState
 from celo2.pretrain.device import DTYPES, OptimizerTimer, device_name, peak_flops, precision, send
 from celo2.pretrain.evaluation import bits_per_byte, evaluate
@@ -207,6 +207,8 @@ def train(arguments: argparse.Namespace) -> int:
         print(describe(arguments, recipe, model, optimizers, (micro_batch, micro_steps), parallel, where))
     if arguments.dry_run:
         return 0
+    require("matplotlib", "tqdm")
+    from tqdm import tqdm
 
     # data: windows addressed by the sample index, a validation set that never changes
     tokenizer = get_tokenizer(SIZES[arguments.size].tokenizer)

@@ -1,7 +1,7 @@
 """The path of compiled kernels over a driver that launches nothing: what a first step compiles, and when.
 
-Prints JSON: kernels compiled before the first launch, in the first step, and after another learning rate, clipping limit
-and number of parameters; and whether a seed makes a difference.
+Prints JSON: kernels compiled before the first launch, in the first step, and for another learning rate, clipping limit
+and number of parameters; and kernels that round, for several seeds and sizes.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ def main() -> None:
     triton.runtime.driver.set_active(driver)
     triton.knobs.cache.dir = tempfile.mkdtemp()
     compiled: Counter[str] = Counter()
-    triton.knobs.runtime.jit_post_compile_hook = lambda *, repr, **_: compiled.update([repr.split("(")[0]])
+    triton.knobs.runtime.jit_post_compile_hook = lambda **figures: compiled.update([figures["fn"].name])
     # tiles of a GPU, and its products
     choose = Blocks.choose.__func__
     Blocks.choose = classmethod(lambda cls, columns, _: choose(cls, columns, torch.device("cuda")))
