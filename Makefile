@@ -49,8 +49,8 @@ bench: $(INSTALLED) ## time the optimizer step and the inner steps of meta-train
 report: $(INSTALLED) ## compile the kernels for four GPUs and print what they cost (ARGS="--target sm_90")
 	$(BIN)/python -m celo2.kernels.report $(ARGS)
 
-gpu-check: $(INSTALLED) ## on a machine with a GPU: kernel tests and benchmarks, one report in docs/gpu/
-	$(BIN)/python bench/gpu_check.py $(ARGS)
+gpu-check: $(if $(SYSTEM),,$(INSTALLED)) ## on a GPU: check and measure, a page in docs/gpu/ (SYSTEM=1: install nothing)
+	$(if $(SYSTEM),$(PYTHON),$(BIN)/python) bench/gpu_check.py $(ARGS)
 
 data: $(INSTALLED) ## token shards of the embedded text, for nano (bytes) and the other sizes (GPT-2 BPE)
 	$(BIN)/python pretrain/prepare_data.py --embedded --tokenizer bytes --out data/wikipedia-bytes

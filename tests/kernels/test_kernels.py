@@ -179,5 +179,5 @@ def test_import_needs_no_triton(tmp_path):
         "celo2.FusedCelo2([torch.nn.Parameter(torch.ones(4, 4))])\n"
         "assert 'triton' not in sys.modules"
     )
-    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])}
     subprocess.run([sys.executable, "-c", program], env=environment, check=True)

@@ -1,0 +1,283 @@
+"""Sections of `gpu_check.py` that measure, each figure with the model's prediction where there is a model."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from gpu_lab import (
+    CUDA,
+    DEVICE,
+    Lab,
+    Work,
+    dtypes_of,
+    gpu,
+    graph_milliseconds,
+    kernel_microseconds,
+    milliseconds,
+    model_of,
+    optimizer_of,
+    sync,
+    whole,
+)
+
+from celo2.kernels.roofline import INSTRUCTIONS, phase_bytes, roofline
+from celo2.pretrain.device import peak_flops
+
+BASELINE = "adamw"
+STEPPED = (
+    "adamw",
+    "celo2",
+    "celo2-base",
+    "muon",
+    "celo2-base, bfloat16 state",
+    "celo2, bfloat16 state",
+    "celo2-base, int8 state",
+    "celo2, int8 state",
+    "celo2-base, PyTorch",
+)
+
+
+def free() -> None:
+    if CUDA:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+
+
+def tried(lab: Lab, name: str, work: Callable[[], None]) -> None:
+    """Do a piece of a section; a failure is a record, and the next piece goes on."""
+    try:
+        work()
+    except Exception as error:
+        lab.say(name, error=repr(error)[:400])
+
+
+def step_times(lab: Lab) -> None:
+    """A step of every optimizer on the harness's own parameters: as a loop makes it, the host's part, and the ratio."""
+    for size in lab.sizes:
+        base = None
+        for name in STEPPED:
+            if lab.left < 8:
+                lab.say("stopped", reason="no time", next=f"{size}, {name}")
+                return
+
+            def one(name: str = name, size: str = size) -> None:
+                nonlocal base
+                model = model_of(size)
+                work = Work.of(name, model)
+                optimizer = optimizer_of(name, size, model)
+                start = time.perf_counter()
+                optimizer.step()
+                sync()
+                first = time.perf_counter() - start
+                figures = milliseconds(optimizer.step)
+                if name == BASELINE:
+                    base = figures["ms"]
+                parameters, moved = work.learned + work.adamw, work.moved(name)
+                record: dict[str, Any] = {key: whole(value) for key, value in figures.items()}
+                record |= {"first_s": whole(first), "ps": whole(1e9 * figures["ms"] / parameters)}
+                record |= {"times_adamw": base and whole(figures["ms"] / base), "parameters": parameters}
+                if moved is not None and not work.flops:
+                    record["tb_s"] = whole(moved / figures["ms"] / 1e9)
+                    record["bytes"] = whole(moved / parameters)
+                if CUDA:
+                    record["peak_gib"] = whole(torch.cuda.max_memory_allocated() / 2**30)
+                lab.say(f"{size}, {name}", unit="ms", value=record["ms"], predicted=work.predicted_ms(name), **record)
+
+            tried(lab, f"{size}, {name}", one)
+            free()
+
+
+def graphs(lab: Lab) -> None:
+    """A step replayed from a CUDA graph: the device alone. A capture that fails may spoil what follows."""
+    if not CUDA:
+        lab.say("skipped", reason="CUDA graphs need a GPU")
+        return
+    for size in lab.sizes:
+        for name in ("celo2-base", "celo2", BASELINE):
+            if lab.left < 6:
+                lab.say("stopped", reason="no time")
+                return
+
+            def one(name: str = name, size: str = size) -> None:
+                model = model_of(size)
+                work = Work.of(name, model)
+                if name == BASELINE:
+                    optimizer: Any = torch.optim.AdamW(model.parameters(), 1e-4, fused=True, capturable=True)
+                else:
+                    optimizer = optimizer_of(name, size, model).members[0]
+                value = graph_milliseconds(optimizer.step)
+                lab.say(f"{size}, {name}", value=whole(value), unit="ms", predicted=work.predicted_ms(name))
+
+            tried(lab, f"{size}, {name}", one)
+            free()
+
+
+def phases(lab: Lab) -> None:
+    """Every kernel of a step: time on the device, and for the four over elements bandwidth and prediction."""
+    from celo2.kernels.report import PHASES
+
+    here = gpu()
+    for size in lab.sizes:
+        for name in ("celo2-base", "celo2-base, bfloat16 state", "celo2"):
+            if lab.left < 6:
+                lab.say("stopped", reason="no time")
+                return
+
+            def one(name: str = name, size: str = size) -> None:
+                model = model_of(size)
+                work, dtypes = Work.of(name, model), dtypes_of(name)
+                predicted = roofline(here, INSTRUCTIONS[here.target], dtypes) if here else {}
+                for kernel, (microseconds, count) in list(
+                    kernel_microseconds(optimizer_of(name, size, model).step).items()
+                )[:24]:
+                    record: dict[str, Any] = {"value": whole(microseconds), "unit": "us", "launches": count}
+                    phase = PHASES.get(kernel)
+                    if phase is not None:
+                        moved = phase_bytes(phase, dtypes)
+                        record |= {"phase": phase, "bytes": moved}
+                        record["tb_s"] = whole(moved * work.learned / microseconds / 1e6)
+                        if here:
+                            record["of_sheet"] = whole(record["tb_s"] * 1e12 / here.bandwidth)
+                            record["predicted"] = whole(1e6 * predicted[phase] * work.learned)
+                    lab.say(f"{size}, {name}: {kernel[:70]}", **record)
+
+            tried(lab, f"{size}, {name}", one)
+            free()
+
+
+def newton_schulz(lab: Lab) -> None:
+    """Five iterations by shape: ours, and products of whole matrices by torch.bmm."""
+    from celo2.kernel_step import orthogonalize, symmetric_product, takes_symmetric_products
+    from celo2.newton_schulz import COEFFICIENTS
+    from celo2.sharding import newton_schulz_flops
+
+    a, b, c = COEFFICIENTS
+    shapes = [(12, 768, 3072), (12, 3072, 768), (432, 64, 768), (144, 768, 64)]
+    shapes += [(24, 2048, 8192), (24, 8192, 2048), (1152, 128, 2048), (384, 2048, 128), (48, 768, 768), (8, 4096, 4096)]
+    peak = peak_flops(torch.cuda.get_device_name()) if CUDA else None
+    for batch, m, n in [(2, 64, 128), (2, 128, 64)] if lab.dry else shapes:
+        if lab.left < 4:
+            lab.say("stopped", reason="no time")
+            return
+        x = torch.randn(batch, m, n, device=DEVICE, dtype=torch.bfloat16) / (m * n) ** 0.5
+
+        def plain(x: torch.Tensor = x) -> torch.Tensor:
+            y = x.mT if x.shape[-2] > x.shape[-1] else x
+            for _ in range(5):
+                gram = torch.bmm(y, y.mT)
+                y = torch.baddbmm(y, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), y, beta=a)
+            return y
+
+        ours = milliseconds(lambda x=x: orthogonalize(x, 5), seconds=0.1)
+        theirs = milliseconds(plain, seconds=0.1)
+        flops = batch * newton_schulz_flops(m, n, 5)
+        record = {"torch_ms": whole(theirs["ms"]), "ratio": whole(ours["ms"] / theirs["ms"])}
+        record["tflops"] = whole(flops / ours["ms"] / 1e9)
+        if takes_symmetric_products(x):
+            y = x.mT if m > n else x
+            product = milliseconds(lambda y=y: symmetric_product(y), seconds=0.05)["ms"]
+            record["product_ms"] = whole(product)
+            record["bmm_ms"] = whole(milliseconds(lambda y=y: torch.bmm(y, y.mT), seconds=0.05)["ms"])
+        predicted = 1e3 * flops / peak if peak else None
+        lab.say(f"{batch} x [{m}, {n}]", value=whole(ours["ms"]), unit="ms", predicted=predicted, **record)
+        del x
+        free()
+
+
+def first_step(lab: Lab) -> None:
+    """Seconds until a first step is done, with an empty cache of compiled kernels and then with it full."""
+    from celo2.compilation import MOST_THREADS
+
+    for opt in ("celo2", "celo2-base"):
+        with tempfile.TemporaryDirectory() as cache:
+            for state in ("empty", "full"):
+                if lab.left < 10:
+                    lab.say("stopped", reason="no time")
+                    return
+                program = str(Path(__file__).with_name("gpu_sections.py"))
+                command = [sys.executable, program, "one_step", "--out", str(lab.out), "--seconds", str(lab.left)]
+                environment = {
+                    **os.environ,
+                    "TRITON_CACHE_DIR": cache,
+                    "CELO2_CHECK_OPT": opt,
+                    "CELO2_CHECK_CACHE": state,
+                }
+                command += ["--dry"] if lab.dry else []
+                subprocess.run(command, env=environment, timeout=lab.left, check=True)
+    lab.say("threads that compile", value=min(MOST_THREADS, len(os.sched_getaffinity(0))))
+
+
+def one_step(lab: Lab) -> None:
+    """The child of `first_step`."""
+    opt, state, size = os.environ["CELO2_CHECK_OPT"], os.environ["CELO2_CHECK_CACHE"], lab.sizes[0]
+    model = model_of(size)
+    optimizer = optimizer_of(opt, size, model)
+    sync()
+    start = time.perf_counter()
+    optimizer.step()
+    sync()
+    lab.section = "first_step"
+    lab.say(f"{size}, {opt}, {state} cache", value=whole(time.perf_counter() - start), unit="s")
+
+
+def sweep(lab: Lab) -> None:
+    """Tiles and warps of the kernels that go over elements: the time of each, for a table of this architecture."""
+    from celo2 import kernel_step
+    from celo2.blocks import Blocks
+    from celo2.kernels.report import PHASES
+
+    size, names = lab.sizes[0], {field.name for field in dataclasses.fields(Blocks)}
+    choose = Blocks.choose
+    variants: list[dict[str, int]] = [
+        {},
+        {"warps": 8, "step_rows": 8},
+        {"warps": 8},
+        {"step_rows": 2},
+        {"step_rows": 8},
+        {"rows": 32},
+        {"rows": 128},
+        {"rows": 128, "warps": 8, "step_rows": 8},
+        {"apply_rows": 8},
+        {"apply_rows": 32},
+    ]
+    for variant in variants[: 2 if lab.dry else None]:
+        if lab.left < 10:
+            lab.say("stopped", reason="no time", next=str(variant))
+            break
+        assert set(variant) <= names
+
+        def one(variant: dict[str, int] = variant) -> None:
+            def chosen(cls: type[Blocks], columns: int, device: torch.device) -> Blocks:
+                blocks = choose(columns, device)
+                # narrow tiles have as many elements a step
+                scale = {"step_rows": 128 // blocks.columns} if blocks.columns < 128 else {}
+                return dataclasses.replace(blocks, **{k: v * scale.get(k, 1) for k, v in variant.items()})
+
+            kernel_step.Blocks.choose = classmethod(chosen)  # type: ignore[assignment, method-assign]
+            model = model_of(size)
+            times = kernel_microseconds(optimizer_of("celo2-base", size, model).step)
+            kernels = {name: whole(times[name][0]) for name in PHASES if name in times}
+            lab.say(f"{variant or 'as it is'}", blocks=variant, kernels=kernels)
+
+        try:
+            tried(lab, str(variant), one)
+        finally:
+            kernel_step.Blocks.choose = choose  # type: ignore[method-assign]
+        free()
+
+
+def step_for_counters(lab: Lab) -> None:
+    """Steps of GPT-2 124M's matrices after a warm-up, for ncu."""
+    optimizer = optimizer_of("celo2-base", lab.sizes[0], model_of(lab.sizes[0]))
+    for _ in range(3):
+        optimizer.step()
+    sync()

@@ -1,0 +1,152 @@
+"""Sections of `gpu_check.py` that train: a model's step, meta-training, a small language model."""
+
+from __future__ import annotations
+
+import statistics
+import tempfile
+import time
+
+import torch
+from gpu_lab import CUDA, DEVICE, Lab, milliseconds, sync, whole
+from gpu_speed import free, tried
+
+from celo2.pretrain.device import peak_flops
+from celo2.pretrain.model import GPT, GPTConfig, model_config
+from celo2.pretrain.optimizers import Optimizers
+from celo2.pretrain.recipes import Recipe, learning_rate, recipe_for
+
+
+def training(lab: Lab) -> None:
+    """A training step of GPT-2 124M, 16 sequences of 1024 tokens in bfloat16 autocast, by optimizer."""
+    size = lab.sizes[0]
+    batch, context = (2, 64) if lab.dry else (16, 1024)
+    peak = peak_flops(torch.cuda.get_device_name()) if CUDA else None
+    for opt in ("celo2", "adamw", "muon", "celo2-base"):
+        if lab.left < 8:
+            lab.say("stopped", reason="no time", next=opt)
+            return
+
+        def one(opt: str = opt) -> None:
+            with DEVICE:
+                model = GPT(model_config(size))
+            model.init_weights(0)
+            optimizers = Optimizers(opt, recipe_for(size, opt), model)
+            optimizers.set_lr(0.1)
+            tokens = torch.randint(256, (batch, context + 1), generator=torch.Generator().manual_seed(0)).to(DEVICE)
+
+            def passes() -> torch.Tensor:
+                with torch.autocast(DEVICE.type, torch.bfloat16):
+                    loss: torch.Tensor = model(tokens[:, :-1], tokens[:, 1:])
+                loss.backward()
+                return loss.detach()
+
+            def step() -> torch.Tensor:
+                optimizers.zero_grad()
+                loss = passes()
+                optimizers.step(loss)
+                return loss
+
+            losses = [float(step()) for _ in range(5)]
+            both = milliseconds(step, seconds=1.0)
+            optimizer = milliseconds(optimizers.step, seconds=0.3)
+            optimizers.zero_grad()
+            alone = milliseconds(passes, seconds=1.0)
+            rate = 1e3 * batch * context / both["ms"]
+            record = {"ms": whole(both["ms"]), "passes_ms": whole(alone["ms"]), "optimizer_ms": whole(optimizer["ms"])}
+            record |= {"host_ms": whole(both["host_ms"]), "share": whole(1 - alone["ms"] / both["ms"])}
+            record |= {"mfu": peak and whole(rate * model.flops_per_token() / peak)}
+            if CUDA:
+                record["peak_gib"] = whole(torch.cuda.max_memory_allocated() / 2**30)
+            passed = losses[-1] < losses[0]
+            lab.say(f"{size}, {opt}", value=whole(rate), unit="tokens/s", losses=losses, passed=passed, **record)
+
+        tried(lab, opt, one)
+        free()
+
+
+def meta(lab: Lab) -> None:
+    """Outer steps of meta-training: windows of 50 slots of 64 trajectories, eager and compiled."""
+    from celo2.meta.images import EMBEDDED, load_npz
+    from celo2.meta.outer_trainer import OuterTrainer
+    from celo2.meta.recipes import get_recipe
+
+    torch.set_flush_denormal(True)
+    for compiled in (False, True) if not lab.dry else (False,):
+        if lab.left < 15 and not lab.dry:
+            lab.say("stopped", reason="no time")
+            return
+
+        def one(compiled: bool = compiled) -> None:
+            sets = list(load_npz(EMBEDDED).values())
+            trainer = OuterTrainer(get_recipe("celo2"), sets, device=DEVICE, compiled=compiled)
+            trainer.step()
+            times = []
+            while len(times) < (1 if lab.dry else 8) and lab.left > 3:
+                start = time.perf_counter()
+                trainer.step()
+                sync()
+                times.append(time.perf_counter() - start)
+            rate = 1 / statistics.median(times)
+            inner = trainer.inner_steps_per_outer * rate
+            kind = "compiled" if compiled else "eager"
+            lab.say(f"celo2, {kind}", value=whole(rate), unit="windows/s", inner_steps=whole(inner))
+
+        tried(lab, f"compiled={compiled}", one)
+
+
+def language_model(lab: Lab) -> None:
+    """The 30m model on the embedded text, byte by byte: equal steps, seeds and batches, three rates an optimizer."""
+    from celo2.pretrain.prepare_data import prepare_embedded
+    from celo2.pretrain.shards import Loader, find_shards, validation_batches
+    from celo2.pretrain.tokenizer import get_tokenizer
+
+    tokenizer = get_tokenizer("bytes")
+    layers, heads, dim, context, sequences = (1, 1, 32, 64, 2) if lab.dry else (6, 3, 128, 512, 32)
+    config = GPTConfig("modern", layers, heads, dim, context, tokenizer.vocab_size)
+    rates = {"celo2": (4.6e-4, 1e-3, 2.2e-3), "muon": (1e-2, 2e-2, 4e-2), "adamw": (1e-3, 2e-3, 4e-3)}
+    with tempfile.TemporaryDirectory() as folder:
+        train, validation = find_shards(prepare_embedded("bytes", folder))
+        val = list(validation_batches(validation, context, 1 << (10 if lab.dry else 17), 64, tokenizer.vocab_id))
+
+        def run(opt: str, lr: float, steps: int) -> tuple[float, float]:
+            """Return the validation loss in nats a byte, and seconds a step."""
+            tokens = sequences * context
+            adam_lr = 2e-3 if opt == "muon" else None
+            recipe = Recipe(
+                "check", lr, 0.0, tokens, 0.05, 0.0, 1.0, steps * tokens, 1, "gpu_check", opt, adam_lr=adam_lr
+            )
+            with DEVICE:
+                model = GPT(config)
+            model.init_weights(0)
+            optimizers = Optimizers(opt, recipe, model)
+            loader = Loader(train, context, 0, tokenizer.vocab_id)
+            start = time.perf_counter()
+            for step in range(steps):
+                inputs, targets = (x.to(DEVICE) for x in loader.batch(step * sequences, sequences))
+                optimizers.set_lr(learning_rate(step, steps, recipe) / recipe.lr)
+                with torch.autocast(DEVICE.type, torch.bfloat16, enabled=CUDA):
+                    loss = model(inputs, targets)
+                optimizers.zero_grad()
+                loss.backward()
+                optimizers.step(loss.detach())
+            sync()
+            seconds = (time.perf_counter() - start) / steps
+            with torch.no_grad(), torch.autocast(DEVICE.type, torch.bfloat16, enabled=CUDA):
+                losses = [float(model(x.to(DEVICE), y.to(DEVICE))) for x, y in val]
+            return statistics.fmean(losses), seconds
+
+        slowest = max(run(opt, lrs[0], 5 if lab.dry else 20)[1] for opt, lrs in rates.items())
+        runs = sum(map(len, rates.values()))
+        steps = max(5, min(4000, int(0.8 * lab.left / runs / slowest)))
+        if lab.dry:
+            steps = 5
+        for index in range(3):
+            for opt, lrs in rates.items():
+                loss, seconds = run(opt, lrs[index], steps)
+                lab.say(
+                    f"30m, {opt}, lr {lrs[index]:g}",
+                    value=whole(loss),
+                    unit="nats/byte",
+                    steps=steps,
+                    step_s=whole(seconds),
+                )
