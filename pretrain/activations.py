@@ -119,5 +119,5 @@ def count_activations(
     tokens = micro_batch * config.context
     if loss_chunks == 1:
         # the log-probabilities, which the loss counts
-        kept -= 4 * tokens * config.vocab_size
-    return Activations(kept, LOSS_BYTES * -(-tokens // loss_chunks) * config.vocab_size, block)
+        kept -= 4 * tokens * config.padded_vocab_size
+    return Activations(kept, LOSS_BYTES * -(-tokens // loss_chunks) * config.padded_vocab_size, block)

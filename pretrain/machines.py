@@ -23,7 +23,7 @@ LINK_UTILISATION = 0.8
 # seconds: a collective for each doubling of its ranks, a peer of an all-to-all, a launch; assumed
 HOP, PEER, LAUNCH = 10e-6, 1e-6, 5e-6
 # launches of the learned rule (`celo2.kernels.report.STEP`), and an iteration of Newton-Schulz for each shape
-RULE_LAUNCHES, ITERATION_LAUNCHES = 7, 3
+RULE_LAUNCHES, ITERATION_LAUNCHES = 10, 3
 # of the memory; the rest is the context, the libraries' buffers and fragmentation; assumed
 USABLE = 0.92
 

@@ -4,7 +4,8 @@
 has RoPE, RMSNorm and QK-norm without gain, an untied head and no biases (the language-model architecture of
 the Celo2 paper, from Marek et al., arXiv 2507.07101). Both have a tanh GELU.
 
-Shape suffixes: B batch, T tokens, D width, H heads, K head dim, V vocabulary, C = 3 (query, key, value).
+Shape suffixes: B batch, T tokens, D width, H heads, K head dim, V vocabulary, P the same padded, C = 3 (query, key,
+value).
 """
 
 import math
@@ -24,6 +25,8 @@ ARCHS = ("gpt2", "modern")
 VOCAB_SIZES = {"bytes": 257, "gpt2": 50257}
 ROPE_BASE = 1e4
 IGNORED = -100  # the target that cross_entropy leaves out
+# modules whose rows are tokens
+PADDED = ("token_embedding", "lm_head")
 NORM_EPS = {"gpt2": 1e-5, "modern": 1e-6}
 
 
@@ -54,6 +57,16 @@ class GPTConfig:
     def width(self) -> int:
         """Size of the residual stream."""
         return self.n_head * self.head_dim
+
+    @property
+    def padded_vocab_size(self) -> int:
+        """Rows of the token embedding and the head in memory: a multiple of 128 where that adds less than 1%.
+
+        50,257 become 50,304, so that rows of logits begin at multiples of 16 bytes and tensor cores see whole tiles;
+        257 stay. No loss and no logit that is returned sees the difference, and no parameter count has it.
+        """
+        padded = -(-self.vocab_size // 128) * 128
+        return padded if 100 * padded < 101 * self.vocab_size else self.vocab_size
 
     @property
     def tied(self) -> bool:
@@ -113,6 +126,16 @@ class Embedding(nn.Embedding):
 
     def reset_parameters(self) -> None:
         nn.init.constant_(self.weight, math.nan)
+
+
+def _pad_rows(model: "GPT", state_dict: dict[str, Tensor], prefix: str, *_: object) -> None:
+    """Pad the rows of a state dict that has none, so that weights from elsewhere load."""
+    config = model.config
+    for name in PADDED:
+        weight = state_dict.get(f"{prefix}{name}.weight")
+        if weight is not None and weight.shape[0] == config.vocab_size != config.padded_vocab_size:
+            extra = config.padded_vocab_size - config.vocab_size
+            state_dict[f"{prefix}{name}.weight"] = F.pad(weight, (0, 0, 0, extra))
 
 
 def make_norm(config: GPTConfig) -> nn.Module:
@@ -211,14 +234,15 @@ class GPT(nn.Module):
             raise ValueError(f"loss_chunks={loss_chunks}: must be at least 1")
         self.config = config
         self.loss_chunks = loss_chunks
-        self.token_embedding = Embedding(config.vocab_size, config.width)
+        self.token_embedding = Embedding(config.padded_vocab_size, config.width)
         self.position_embedding = Embedding(config.context, config.width) if config.arch == "gpt2" else None
         self.blocks = nn.ModuleList(Block(config, recompute) for _ in range(config.n_layer))
         self.final_norm = make_norm(config)
         # the tied head is built on meta: its own [V, D] weight would only be thrown away
         head_device = torch.device("meta") if config.tied else None
-        self.lm_head = Linear(config.width, config.vocab_size, bias=False, device=head_device)
+        self.lm_head = Linear(config.width, config.padded_vocab_size, bias=False, device=head_device)
         self._tie()
+        self.register_load_state_dict_pre_hook(_pad_rows)
 
     def _tie(self) -> None:
         if self.config.tied:
@@ -260,10 +284,11 @@ class GPT(nn.Module):
             x_BTD = block(x_BTD, rope)
         x_BTD = self.final_norm(x_BTD)
         if targets_BT is None or self.loss_chunks == 1:
-            logits_BTV: Tensor = self.lm_head(x_BTD)
+            logits_BTP: Tensor = self.lm_head(x_BTD)
             if targets_BT is None:
-                return logits_BTV
-            return F.cross_entropy(logits_BTV.flatten(0, 1).float(), targets_BT.flatten(), reduction=reduction)
+                return logits_BTP[..., : self.config.vocab_size]
+            logits_NP = self._without_padding(logits_BTP).flatten(0, 1).float()
+            return F.cross_entropy(logits_NP, targets_BT.flatten(), reduction=reduction)
         parts = zip(
             x_BTD.flatten(0, 1).chunk(self.loss_chunks), targets_BT.flatten().chunk(self.loss_chunks), strict=True
         )
@@ -277,7 +302,18 @@ class GPT(nn.Module):
         return total / (targets_BT != IGNORED).sum() if reduction == "mean" else total
 
     def _summed_loss(self, x_ND: Tensor, targets_N: Tensor) -> Tensor:
-        return F.cross_entropy(self.lm_head(x_ND).float(), targets_N, reduction="sum")
+        return F.cross_entropy(self._without_padding(self.lm_head(x_ND)).float(), targets_N, reduction="sum")
+
+    def _without_padding(self, logits_P: Tensor) -> Tensor:
+        """Take the logits [..., P] of rows that are padding out of every softmax, in place.
+
+        Their gradient is exactly zero then, so backwards nothing is left to do: a slice would fill another tensor of
+        the size of the logits.
+        """
+        if self.config.padded_vocab_size != self.config.vocab_size:
+            with torch.no_grad():
+                logits_P[..., self.config.vocab_size :] = -math.inf
+        return logits_P
 
     @torch.no_grad()
     def init_weights(self, seed: int) -> None:
@@ -285,7 +321,8 @@ class GPT(nn.Module):
 
         `gpt2`: standard deviation 0.02, over sqrt(2 n_layer) into the residual stream; biases 0, gains 1.
         `modern`: Xavier-uniform, heads counted as receptive field (JAX's initialiser of [3, H, D, K]);
-        embeddings of variance 1 / D. Every rank of a sharded model draws the whole stream and keeps its part.
+        embeddings of variance 1 / D. Rows that are padding are 0. Every rank of a sharded model draws the whole stream
+        and keeps its part.
         Raises ValueError on the meta device.
         """
         generator = torch.Generator().manual_seed(seed)
@@ -301,8 +338,9 @@ class GPT(nn.Module):
             if leaf == "bias" or module.endswith("norm"):
                 parameter.fill_(0.0 if leaf == "bias" else 1.0)
                 continue
-            # drawn in float32 on the CPU: one stream for every device and dtype
-            draw = torch.empty(parameter.shape, dtype=torch.float32, device="cpu")
+            # drawn in float32 on the CPU: one stream for every device and dtype, without the padding
+            rows = config.vocab_size if module in PADDED else parameter.shape[0]
+            draw = torch.empty(rows, *parameter.shape[1:], dtype=torch.float32, device="cpu")
             if config.arch == "modern" and module in fans:
                 limit = math.sqrt(6 / fans[module])
                 draw.uniform_(-limit, limit, generator=generator)
@@ -310,14 +348,20 @@ class GPT(nn.Module):
                 residual = 0.02 / math.sqrt(2 * config.n_layer) if module in ("out", "down") else 0.02
                 std = 1 / math.sqrt(width) if config.arch == "modern" else residual
                 draw.normal_(0.0, std, generator=generator)
+            draw = F.pad(draw, (0, 0, 0, parameter.shape[0] - rows))
             if isinstance(parameter, DTensor):
                 # from this rank's own draw: no message
                 draw = distribute_tensor(draw, parameter.device_mesh, parameter.placements, src_data_rank=None)
             parameter.copy_(draw)
 
     def num_params(self) -> int:
-        """Number of parameters, a tied head counted once."""
-        return sum(parameter.numel() for parameter in self.parameters())
+        """Number of parameters, a tied head counted once and rows that are padding not at all."""
+        return sum(parameter.numel() for parameter in self.parameters()) - sum(self.padding().values())
+
+    def padding(self) -> dict[nn.Parameter, int]:
+        """Elements that are padding, by the parameter that has them."""
+        extra = (self.config.padded_vocab_size - self.config.vocab_size) * self.config.width
+        return {module.weight: extra for module in (self.token_embedding, self.lm_head)}
 
     def flops_per_token(self) -> int:
         """Training FLOPs (forward and backward) a token: 6 N + 12 n_layer * width * context.

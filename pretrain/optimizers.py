@@ -47,6 +47,7 @@ class Optimizers:
             raise ValueError(f"--split-step belongs to --opt celo2 or celo2-base, not to {opt}")
         self.theta: Theta | None = None
         self._max_grad_norm = recipe.max_grad_norm
+        self._padding = model.padding()
         self._parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self.members: list[Optimizer] = []
         if opt in VARIANTS:
@@ -138,12 +139,13 @@ class Optimizers:
         return format_table(("parameter", "shape", "rule", "lr", "weight decay"), rows, collapse=True)
 
     def parameters_by_rule(self) -> dict[str, int]:
-        """Number of parameters that each rule steps."""
+        """Number of parameters that each rule steps, those that are padding left out."""
         counts: dict[str, int] = {}
         for member in self.members:
             for group in member.param_groups:
                 rule = group.get("rule", type(member).__name__.lower())
-                counts[rule] = counts.get(rule, 0) + sum(parameter.numel() for parameter in group["params"])
+                size = sum(parameter.numel() - self._padding.get(parameter, 0) for parameter in group["params"])
+                counts[rule] = counts.get(rule, 0) + size
         return counts
 
 

@@ -221,7 +221,7 @@ def make_plan(
     memory = {
         "parameters": parameters,
         "optimizer state": state,
-        "gradients": 4 * sum(rules.values()) if whole else parameters,
+        "gradients": 4 * sum(p.numel() for p in model.parameters()) if whole else parameters,
         "activations": activations.peak,
         **buffers,
         "Newton-Schulz": loads.workspace,

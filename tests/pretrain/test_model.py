@@ -1,6 +1,7 @@
 """The model of the harness: counts, causality, positions, initialisation, sampling, refusals."""
 
 import copy
+import dataclasses
 import math
 
 import pytest
@@ -404,3 +405,91 @@ def test_generate_refuses(arguments: dict[str, float], message: str) -> None:
 def test_generate_refuses_an_empty_prompt() -> None:
     with pytest.raises(ValueError, match=r"\(1, 0\)"):
         tiny("gpt2").generate(torch.zeros(1, 0, dtype=torch.int64), 1)
+
+
+# the padded vocabulary
+
+PADDED = {arch: GPTConfig(arch, n_layer=1, n_head=2, head_dim=8, context=16, vocab_size=383) for arch in ARCHS}
+
+
+class Plain(GPTConfig):
+    """The same shape without padding."""
+
+    @property
+    def padded_vocab_size(self) -> int:
+        return self.vocab_size
+
+
+def padded_and_plain(arch: str, **options: int) -> tuple[GPT, GPT]:
+    config = PADDED[arch]
+    models = GPT(config, **options), GPT(Plain(**dataclasses.asdict(config)), **options)
+    for model in models:
+        model.init_weights(3)
+    return models
+
+
+def test_which_vocabularies_are_padded() -> None:
+    sizes = {
+        vocab: dataclasses.replace(PADDED["gpt2"], vocab_size=vocab).padded_vocab_size for vocab in (31, 257, 50257)
+    }
+    assert sizes == {31: 31, 257: 257, 50257: 50304}
+    assert all(model_config(size).padded_vocab_size in (257, 50304) for size in SIZES)
+
+
+@pytest.mark.parametrize("chunks", [1, 3])
+@pytest.mark.parametrize("arch", ARCHS)
+def test_padding_changes_no_loss_gradient_or_logit(arch: str, chunks: int) -> None:
+    padded, plain = padded_and_plain(arch, loss_chunks=chunks)
+    tokens_BT, targets_BT = random_tokens(2, 16, vocab=383), random_tokens(2, 16, seed=1, vocab=383)
+    assert padded.lm_head.weight.shape[0] == 384 and padded.num_params() == plain.num_params()
+    assert padded.flops_per_token() == plain.flops_per_token()
+    assert (padded.lm_head.weight[383:] == 0).all() and (padded.token_embedding.weight[383:] == 0).all()
+    # the same weights, drawn by the same stream
+    for (name, p), (_, q) in zip(padded.named_parameters(), plain.named_parameters(), strict=True):
+        assert torch.equal(p[: len(q)], q), name
+    # what is in the rows makes no difference
+    with torch.no_grad():
+        for module in (padded.token_embedding, padded.lm_head):
+            module.weight[383:] = 1e4
+    losses = [model(tokens_BT, targets_BT) for model in (padded, plain)]
+    torch.testing.assert_close(*losses, rtol=0, atol=1e-6)
+    for loss in losses:
+        loss.backward()
+    for (name, p), (_, q) in zip(padded.named_parameters(), plain.named_parameters(), strict=True):
+        assert p.grad is not None and q.grad is not None
+        torch.testing.assert_close(p.grad[: len(q)], q.grad, rtol=0, atol=1e-6, msg=name)
+        assert not p.grad[len(q) :].any(), name
+    logits_BTV = padded(tokens_BT)
+    assert logits_BTV.shape == (2, 16, 383)
+    torch.testing.assert_close(logits_BTV, plain(tokens_BT), rtol=0, atol=1e-6)
+    assert int(padded.generate(tokens_BT, 8, temperature=0.0).max()) < 383
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_weights_without_padding_load(arch: str) -> None:
+    padded, plain = padded_and_plain(arch)
+    expected = plain.state_dict()
+    padded.init_weights(4)
+    padded.load_state_dict(plain.state_dict())
+    assert torch.equal(padded.lm_head.weight[:383], expected["lm_head.weight"])
+    assert (padded.lm_head.weight[383:] == 0).all()
+    assert expected["lm_head.weight"].shape[0] == 383
+    narrow = {name: value[:100] if "lm_head" in name else value for name, value in plain.state_dict().items()}
+    with pytest.raises(RuntimeError, match="size mismatch for lm_head.weight"):
+        padded.load_state_dict(narrow)
+
+
+@pytest.mark.parametrize("opt", ["adamw", "celo2", "muon"])
+def test_padding_stays_zero_in_training(opt: str) -> None:
+    from celo2.pretrain.optimizers import Optimizers
+    from celo2.pretrain.recipes import recipe_for
+
+    model, _ = padded_and_plain("gpt2")
+    optimizers = Optimizers(opt, recipe_for("nano", opt), model)
+    assert sum(optimizers.parameters_by_rule().values()) == model.num_params()
+    for seed in range(3):
+        loss = model(random_tokens(2, 16, seed=seed, vocab=383), random_tokens(2, 16, seed=seed + 9, vocab=383))
+        optimizers.zero_grad()
+        loss.backward()
+        optimizers.step()
+    assert not model.lm_head.weight[383:].any()

@@ -27,6 +27,7 @@ from celo2.sharded_plan import plan_sharded
 from celo2.sharding import chunk
 
 WIDTH, LAYERS, VOCAB, CONTEXT = 2048, 24, 50257, 2048  # of xl
+ROWS = 50304  # of its embedding in memory
 
 
 def plan(size: str = "nano", **options: Any) -> Plan:
@@ -46,10 +47,9 @@ def test_parameters_of_xl(xl: Plan) -> None:
     assert xl.parameters["celo2"] == LAYERS * 12 * WIDTH**2
     assert xl.parameters["adamw"] == (VOCAB + CONTEXT) * WIDTH + (2 * LAYERS + 1) * WIDTH
     assert xl.matrices == LAYERS * (3 * 16 + 16 + 2)
-    # 50257 rows on 8 ranks: 6283 on the first
     assert xl.held == {
         "celo2": LAYERS * 12 * WIDTH**2 // 8,
-        "adamw": (6283 + CONTEXT // 8) * WIDTH + (2 * LAYERS + 1) * WIDTH // 8,
+        "adamw": (ROWS + CONTEXT) // 8 * WIDTH + (2 * LAYERS + 1) * WIDTH // 8,
     }
     assert xl.memory["parameters"] == 4 * sum(xl.held.values())
 
@@ -94,10 +94,9 @@ def test_state_of_xl(xl: Plan) -> None:
 
 def test_memory_of_xl(xl: Plan) -> None:
     memory, block = xl.memory, 12 * WIDTH**2 + 2 * WIDTH
-    # padded to eight times the first rank's rows
-    root = 8 * 6283 * WIDTH + CONTEXT * WIDTH + WIDTH
+    root = (ROWS + CONTEXT + 1) * WIDTH
     assert (xl.micro_batch, xl.micro_steps) == (8, 8)
-    assert memory["gradients"] == 4 * sum(xl.parameters.values())
+    assert memory["gradients"] == 4 * (sum(xl.parameters.values()) + (ROWS - VOCAB) * WIDTH)
     assert memory["gathered"] == 2 * (root + 2 * block)
     assert memory["reduced"] == (2 + 4) * root
     # 48 of a layer's large matrices on 8 ranks, equal ones together, twice and with two Gram matrices
@@ -364,7 +363,7 @@ def test_more_ranks_have_less_each() -> None:
 
 def test_memory_that_flags_save() -> None:
     plain = plan("small")
-    assert plain.memory["gradients"] == 4 * sum(plain.parameters.values())
+    assert plain.memory["gradients"] == 4 * (sum(plain.parameters.values()) + (ROWS - VOCAB) * 768)
     assert plan("small", reduce="every").memory["gradients"] == plain.memory["parameters"]
     assert plan("small", recompute=True).activations.kept < plain.activations.kept / 4
     assert plan("small", loss_chunks=8).activations.loss == plain.activations.loss / 8
@@ -388,7 +387,7 @@ def test_layouts() -> None:
     assert ddp.micro_batch == hsdp.micro_batch
     assert ddp.newton_schulz == one.newton_schulz and not ddp.rule_messages and not one.model_messages
     (reduced,) = ddp.model_messages
-    assert reduced.sent == pytest.approx(2 * 15 / 16 * 4 * sum(ddp.parameters.values()))
+    assert reduced.sent == pytest.approx(2 * 15 / 16 * 4 * (sum(ddp.parameters.values()) + (ROWS - VOCAB) * 768))
     four = plan("small", world_size=16, parallel="hsdp", shards=4)
     assert four.memory["parameters"] > hsdp.memory["parameters"]
 
