@@ -1,8 +1,9 @@
 .DEFAULT_GOAL := help
-.PHONY: help setup train meta evaluate test test-dist test-kernels lint bench report gpu-check data clean
+.PHONY: help setup train meta evaluate test test-dist test-kernels test-lowest lint bench report gpu-check data clean
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
+LOWEST := .venv-lowest/.installed
 TYPECHECK := build/typecheck
 # options of the program behind a target: make train ARGS="--opt adamw --out-dir runs/adamw"
 ARGS ?=
@@ -35,6 +36,15 @@ test-dist: $(INSTALLED) ## run the tests on 1 to 4 processes: steps, trainer, la
 test-kernels: $(INSTALLED) ## run the tests of the kernels, on a GPU or in the interpreter, some minutes
 	$(BIN)/python -m pytest -q -m kernels $(ARGS)
 
+$(LOWEST): pyproject.toml constraints-lowest.txt
+	$(PYTHON) -m venv .venv-lowest
+	.venv-lowest/bin/pip install --disable-pip-version-check -c constraints-lowest.txt -e '.[triton]' 'pytest>=8.0'
+	@touch $@
+
+test-lowest: $(LOWEST) ## the rule, its files and its kernels with the lowest NumPy, safetensors and Triton
+	.venv-lowest/bin/python -m pytest -q tests/celo2/test_golden.py tests/celo2/test_theta.py tests/celo2/test_phases.py $(ARGS)
+	.venv-lowest/bin/python -m pytest -q tests/kernels -k "oracle or layout or low_precision or launches or compiled" $(ARGS)
+
 lint: $(INSTALLED) ## ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -57,5 +67,5 @@ data: $(INSTALLED) ## token shards of the embedded text, for nano (bytes) and th
 	$(BIN)/python pretrain/prepare_data.py --embedded --tokenizer gpt2 --out data/wikipedia-gpt2
 
 clean: ## remove the environment, caches and build outputs; data/ and runs/ stay
-	rm -rf .venv build dist *.egg-info .benchmarks .mypy_cache .pytest_cache .ruff_cache
+	rm -rf .venv .venv-lowest build dist *.egg-info .benchmarks .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

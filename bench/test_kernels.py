@@ -94,7 +94,7 @@ def test_step_time_on_a_gpu(model: str, theta: Theta, benchmark: BenchmarkFixtur
     for name in options:
         median = statistics.median(times[name])
         ratio = statistics.median(times[f"{name} / baseline"])
-        moved = {"FusedCelo2": "float32", "FusedCelo2, bfloat16 state": "bfloat16-state"}.get(name)
+        moved = {"FusedCelo2": "float32", "FusedCelo2, bfloat16 state": "bfloat16-state-wide"}.get(name)
         bandwidth = "-"
         if moved is not None:
             rate = sum(phase_bytes(phase, DTYPES[moved]) for phase in range(1, 5)) * size / median * 1e3

@@ -6,6 +6,7 @@ of a compilation is outside of Python's lock, so threads share the work.
 
 from __future__ import annotations
 
+import inspect
 import logging
 import os
 import time
@@ -39,8 +40,10 @@ def rehearsal() -> Iterator[None]:
 
 
 def can_rehearse(kernel: Any) -> bool:
-    """Whether a kernel can be compiled ahead: not in the interpreter, nor by a Triton that has no threads for it."""
-    return isinstance(kernel, triton.JITFunction) and hasattr(triton, "AsyncCompileMode")
+    """Whether a kernel can be compiled ahead: not in the interpreter, and by Triton 3.6 or newer."""
+    mode = getattr(triton, "AsyncCompileMode", None)
+    threads = mode is not None and "ignore_errors" in inspect.signature(mode).parameters
+    return threads and isinstance(kernel, triton.JITFunction)
 
 
 def launch_or_compile(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) -> None:

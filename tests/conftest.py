@@ -29,7 +29,12 @@ GOLDEN = Path(__file__).parent / "golden"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip what is interpreted where the interpreter cannot run, with the reason."""
+    """Skip what needs a package that is not here, and what is interpreted where the interpreter cannot run."""
+    for item in items:
+        for marker in item.iter_markers("needs"):
+            for package in marker.args:
+                if importlib.util.find_spec(package) is None:
+                    item.add_marker(pytest.mark.skip(reason=f"needs {package}"))
     kernels = [item for item in items if item.get_closest_marker("kernels") or "sharded_kernels" in item.nodeid]
     if kernels and not torch.cuda.is_available() and importlib.util.find_spec("triton"):
         from celo2.kernel_step import interpreter_fault

@@ -37,6 +37,7 @@ def curve(folder):
     return [json.loads(line) for line in (folder / "curve.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.needs("matplotlib", "tqdm", "skimage")
 def test_a_signal_to_one_of_two_ranks_stops_both_and_one_rank_goes_on(tmp_path, image_sets, small_recipe):
     # one task over both ranks: the scale of its imitation is a sum over ranks
     image_sets = image_sets[:1]

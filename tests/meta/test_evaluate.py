@@ -122,6 +122,7 @@ def test_interval_and_steps_to_target():
     assert c.steps_to(2.5) == pytest.approx(75) and c.steps_to(1.9) is None and c.steps_to(3.5) == 50
 
 
+@pytest.mark.needs("matplotlib")
 def test_page_states_each_goal_reached_or_not(tmp_path, random_theta):
     thetas = [random_theta(0, card={"name": "celo2"}), random_theta(1, card={"name": "celo2-base"})]
     comparisons = [
@@ -177,6 +178,7 @@ def test_records_are_kept_resumed_and_bound_to_theta_and_settings(shards, tmp_pa
         evaluate.LanguageModels(path, TINY, shards)
 
 
+@pytest.mark.needs("matplotlib")
 def test_the_command_end_to_end(shards, tmp_path, monkeypatch, image_sets):
     methods = (
         Method("adamw", "adamw", log_spaced(1e-3, 1e-2, 2)),

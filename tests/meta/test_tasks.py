@@ -78,6 +78,7 @@ def test_refusals(image_sets):
 # image sets
 
 
+@pytest.mark.needs("skimage")
 def test_embedded_sets():
     sets = load_image_sets("embedded")
     assert [(s.name, len(s.images)) for s in sets] == [
@@ -146,6 +147,7 @@ class _Table:
         return list(self.images) if column in ("image", "img") else list(self.labels)
 
 
+@pytest.mark.needs("datasets")
 def test_official_sets_through_datasets(monkeypatch):
     def load_dataset(hub, config, split):
         assert split == "train"

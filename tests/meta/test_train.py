@@ -18,6 +18,8 @@ from celo2.meta import train
 from celo2.meta.outer_trainer import CURVE
 from celo2.theta import Theta
 
+pytestmark = pytest.mark.needs("matplotlib", "tqdm", "skimage")
+
 PATCHED = """
 import sys
 from dataclasses import replace

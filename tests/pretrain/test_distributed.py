@@ -19,7 +19,7 @@ from celo2.pretrain.checkpoint import Checkpoints
 from celo2.pretrain.prepare_data import prepare_embedded
 from celo2.pretrain.runlog import METRICS, read_metrics
 
-pytestmark = pytest.mark.dist
+pytestmark = [pytest.mark.dist, pytest.mark.needs("matplotlib", "tqdm", "tiktoken")]
 SCRIPT = Path(train_gpt.__file__)
 FAULTY = Path(__file__).with_name("faulty_train.py")
 # 12 sequences a step: shared out among 1, 2, 3 and 4 ranks

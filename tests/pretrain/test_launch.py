@@ -18,7 +18,7 @@ from celo2.pretrain.checkpoint import Checkpoints
 from celo2.pretrain.prepare_data import prepare_embedded
 from celo2.pretrain.runlog import METRICS, read_metrics
 
-pytestmark = pytest.mark.dist
+pytestmark = [pytest.mark.dist, pytest.mark.needs("matplotlib", "tqdm", "tiktoken")]
 LAUNCH = Path(train_gpt.__file__).parent / "launch"
 SMALL = ["--size", "nano", "--batch-tokens", "512", "--val-tokens", "512", "--sample-tokens", "4", "--steps", "3"]
 

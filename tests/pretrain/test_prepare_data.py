@@ -66,6 +66,7 @@ def test_compressed_text(tmp_path, suffix: str, opener) -> None:
         list(TextFiles((path,)).documents(0))
 
 
+@pytest.mark.needs("tiktoken")
 def test_bad_text_files(tmp_path, capsys) -> None:
     (tmp_path / "latin.txt").write_bytes("caf\u00e9".encode("latin-1"))
     with pytest.raises(ValueError, match=r"latin\.txt: not UTF-8 text .* convert it to UTF-8"):
@@ -227,6 +228,7 @@ def test_complete_run_does_nothing_and_says_so(tmp_path, capsys) -> None:
     assert stamps == {path: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()}
 
 
+@pytest.mark.needs("tiktoken")
 def test_other_arguments_are_refused(tmp_path, capsys) -> None:
     path = text_file(tmp_path)
     command = ["--tokenizer", "bytes", "--text", str(path), "--out", str(tmp_path / "out")]
@@ -262,6 +264,7 @@ def test_foreign_folder_and_damaged_progress_are_refused(tmp_path) -> None:
 # datasets
 
 
+@pytest.mark.needs("datasets")
 def test_dataset_equals_text_and_resumes(tmp_path, monkeypatch) -> None:
     rows = tmp_path / "rows.jsonl"
     rows.write_text("\n".join(json.dumps({"text": text, "id": i}) for i, text in enumerate(documents_of(60))))
@@ -286,6 +289,7 @@ def test_dataset_equals_text_and_resumes(tmp_path, monkeypatch) -> None:
     np.testing.assert_array_equal(found, stream_of(documents_of(60)))
 
 
+@pytest.mark.needs("datasets")
 def test_dataset_errors(tmp_path, monkeypatch, capsys) -> None:
     import datasets
 
@@ -320,6 +324,7 @@ def test_dataset_errors(tmp_path, monkeypatch, capsys) -> None:
     assert "pip install 'celo2[train]'" in capsys.readouterr().err
 
 
+@pytest.mark.needs("datasets")
 def test_rows_without_text_are_blank_documents(tmp_path) -> None:
     rows = tmp_path / "rows.jsonl"
     rows.write_text("\n".join(json.dumps({"text": text}) for text in ["one", None, "two", ""]))
@@ -338,6 +343,7 @@ def test_dataset_options_need_a_dataset(tmp_path, capsys) -> None:
 # embedded corpus
 
 
+@pytest.mark.needs("tiktoken")
 @pytest.mark.parametrize("name", ["bytes", "gpt2"])
 def test_embedded_corpus(tmp_path, name: str) -> None:
     folder = prepare_embedded(name, tmp_path / "out")

@@ -158,6 +158,7 @@ def test_wandb_gets_numbers_under_the_run_id(tmp_path, monkeypatch) -> None:
         RunLog(tmp_path, resume_step=None, wandb="online", run_id="abc", config={})
 
 
+@pytest.mark.needs("matplotlib")
 def test_picture_and_report(tmp_path) -> None:
     records = [{"kind": "train", "step": i, "loss": 5 - i / 10} for i in range(1, 20)]
     records += [{"kind": "val", "step": 0, "loss": 5.5}, {"kind": "train", "step": 20, "loss": None}]

@@ -1,9 +1,10 @@
 import numpy as np
 import pytest
-import tiktoken.load
 
 from celo2.pretrain import tokenizer as tokenizer_module
 from celo2.pretrain.tokenizer import GPT2_RANKS, GPT2Tokenizer, get_tokenizer
+
+tiktoken_load = pytest.importorskip("tiktoken.load")
 
 TEXT = "The naive caf\u00e9 cost \u20ac12.50,\n\n  didn't it?\t\u65e5\u672c\u8a9e \U0001f600 <|endoftext|> end "
 
@@ -44,7 +45,7 @@ def test_gpt2_known_ids() -> None:
 def test_gpt2_ranks_equal_tiktoken_reader(tmp_path, monkeypatch) -> None:
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
     merges = GPT2_RANKS.with_name("vocab.bpe")
-    expected = tiktoken.load.data_gym_to_mergeable_bpe_ranks(str(merges), str(GPT2_RANKS))
+    expected = tiktoken_load.data_gym_to_mergeable_bpe_ranks(str(merges), str(GPT2_RANKS))
     assert tokenizer_module._gpt2_ranks(GPT2_RANKS) == expected
 
 
