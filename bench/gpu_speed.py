@@ -156,7 +156,7 @@ def phases(lab: Lab) -> None:
 
 def newton_schulz(lab: Lab) -> None:
     """Five iterations by shape: ours, and products of whole matrices by torch.bmm."""
-    from celo2.kernel_step import orthogonalize, symmetric_product, takes_symmetric_products
+    from celo2.batched_newton_schulz import orthogonalize, symmetric_product, takes_symmetric_products
     from celo2.newton_schulz import COEFFICIENTS
     from celo2.sharding import newton_schulz_flops
 

@@ -1,4 +1,4 @@
-"""Compile the kernels of a step before its first launch, several at once.
+"""Launch kernels, and compile those of a step before its first launch, several at once.
 
 A first step needs twenty to forty kernels, and Triton compiles each where it is first launched, one after another. Most
 of a compilation is outside of Python's lock, so threads share the work.
@@ -16,7 +16,9 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
 
+import torch
 import triton
+from torch import Tensor
 
 logger = logging.getLogger(__name__)
 MOST_THREADS = 16
@@ -46,9 +48,23 @@ def can_rehearse(kernel: Any) -> bool:
     return threads and isinstance(kernel, triton.JITFunction)
 
 
-def launch_or_compile(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) -> None:
-    """Launch a kernel, or within a rehearsal compile it for these arguments."""
+def launch(
+    kernel: Any,
+    grid: tuple[int, ...],
+    table: Tensor,
+    *arguments: Any,
+    maxnreg: int | None = None,
+    num_warps: int = 4,
+    **constants: Any,
+) -> None:
+    """Launch a kernel with the options of its device's compiler; within a rehearsal compile it for these arguments."""
+    if not grid[0]:
+        return
+    # AMD's waves are twice as wide, and the limit on registers is NVIDIA's; the interpreter reads neither
+    options = {"num_warps": num_warps // 2 if torch.version.hip else num_warps}
+    if maxnreg is not None and not torch.version.hip:
+        options["maxnreg"] = maxnreg
     if _rehearsing.get():
-        kernel.warmup(*arguments, grid=grid, **options)
+        kernel.warmup(table, *arguments, grid=grid, **constants, **options)
     else:
-        kernel[grid](*arguments, **options)
+        kernel[grid](table, *arguments, **constants, **options)

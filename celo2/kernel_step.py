@@ -23,19 +23,19 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from celo2.adamw import AdamWJob, round_on_host
+from celo2.batched_newton_schulz import orthogonalize_, rehearse_products
 from celo2.blocks import CONTROL_BLOCK, NARROWEST, VECTOR_BLOCK, WIDEST, Blocks
-from celo2.compilation import can_rehearse, launch_or_compile, rehearsal
+from celo2.compilation import can_rehearse, launch, rehearsal
 from celo2.kernels import layout
 from celo2.kernels.apply_update import apply_registers, apply_update_kernel
 from celo2.kernels.feature_moments import feature_moments_kernel, normalisers_kernel
 from celo2.kernels.gradient_moments import control_kernel, factors_kernel, gradient_moments_kernel
 from celo2.kernels.learned_update import learned_update_kernel
-from celo2.kernels.newton_schulz import inner_block, symmetric_product_kernel
 from celo2.kernels.reductions import MOMENT_PROGRAMS, sum_directions_kernel, sum_gradients_kernel, sum_moments_kernel
 from celo2.kernels.rounding import round_kernel
 from celo2.kernels.vector_update import vector_update_kernel
 from celo2.matrices import MatrixView
-from celo2.newton_schulz import COEFFICIENTS, EPS, iterate
+from celo2.newton_schulz import EPS
 from celo2.norms import foreach_norm
 from celo2.phases import ELEMENT_ROWS, LONG_ROWS, SHORT_ROWS
 from celo2.state import MOMENTUM_KEYS, is_transposed, local
@@ -361,25 +361,6 @@ def seeds_of(position: int, count: int) -> NDArray[np.int64]:
     return np.array([mix64(mix64(position) ^ index) >> 32 for index in range(count)], dtype=np.int64)
 
 
-def launch(
-    kernel: Any,
-    grid: tuple[int, ...],
-    table: Tensor,
-    *arguments: Any,
-    maxnreg: int | None = None,
-    num_warps: int = 4,
-    **constants: Any,
-) -> None:
-    """Launch a kernel whose first argument is a tensor, with the options of its device's compiler."""
-    if not grid[0]:
-        return
-    # AMD's waves are twice as wide, and the limit on registers is NVIDIA's; the interpreter reads neither
-    options = {"num_warps": num_warps // 2 if torch.version.hip else num_warps}
-    if maxnreg is not None and not torch.version.hip:
-        options["maxnreg"] = maxnreg
-    launch_or_compile(kernel, grid, table, *arguments, **constants, **options)
-
-
 class MatrixBatch:
     """Tables and scratch memory of the matrices that one set of launches steps.
 
@@ -643,64 +624,6 @@ def totals_of(batches: Sequence[tuple[Blocks, bool, list[Part]]], device: torch.
     starts = np.cumsum([0, *(-(-count // 4) * 4 for count in counts)]).tolist()
     totals = torch.zeros(starts[-1], dtype=torch.float32, device=device)
     return [*(totals[start : start + count] for start, count in zip(starts, counts, strict=False)), totals]
-
-
-def orthogonalize_(d: Tensor, starts: Tensor, ns_steps: int, squares: Tensor) -> None:
-    """Replace directions `d` [B, m, n] by their orthogonalised form; write the sums of its squares to `squares` [B].
-
-    `starts` [B] has 1 / (||d|| + eps).
-    """
-    x = d * starts[:, None, None].to(d.dtype)
-    d.copy_(orthogonalize(x, ns_steps))
-    norm = torch.linalg.vector_norm(d, dim=-1, dtype=torch.float32).square()
-    torch.sum(norm, dim=-1, out=squares)
-
-
-# the shorter side from which half of a symmetric product is worth a kernel of our own
-SYMMETRIC_FROM = 512
-
-
-def orthogonalize(x: Tensor, steps: int, symmetric_from: int = SYMMETRIC_FROM, block: int = 128) -> Tensor:
-    """Newton-Schulz on `x` [B, m, n], of a norm of at most 1 each, in its dtype; small ones and CPUs by PyTorch."""
-    if x.shape[-2] > x.shape[-1]:
-        return orthogonalize(x.mT, steps, symmetric_from, block).mT
-    if not takes_symmetric_products(x, symmetric_from):
-        return iterate(x, steps)
-    a, b, c = COEFFICIENTS
-    for _ in range(steps):
-        gram = symmetric_product(x, block=block)
-        x = torch.baddbmm(x, symmetric_product(gram, alpha=c, add=gram, beta=b, block=block), x, beta=a)
-    return x
-
-
-def takes_symmetric_products(x: Tensor, symmetric_from: int = SYMMETRIC_FROM) -> bool:
-    """Whether the products of `x` [B, m, n] go through the kernel of symmetric ones."""
-    return min(x.shape[-2:]) >= symmetric_from and (x.device.type != "cpu" or symmetric_from != SYMMETRIC_FROM)
-
-
-def rehearse_products(d: Tensor) -> None:
-    """Launch the symmetric products of `orthogonalize(d, ...)` once each, in every layout that they see."""
-    if not takes_symmetric_products(d):
-        return
-    _, b, c = COEFFICIENTS
-    # a tall matrix is transposed storage in the first iteration alone
-    for x in (d.mT, d.mT.contiguous()) if d.shape[-2] > d.shape[-1] else (d,):
-        gram = symmetric_product(x)
-        symmetric_product(gram, alpha=c, add=gram, beta=b)
-
-
-def symmetric_product(
-    x: Tensor, *, alpha: float = 1.0, add: Tensor | None = None, beta: float = 0.0, block: int = 128
-) -> Tensor:
-    """Return alpha X X^T + beta add, [B, m, m], for X [B, m, n] and a symmetric `add` [B, m, m]."""
-    batch, size, inner = x.shape
-    out = x.new_empty(batch, size, size)
-    tiles = -(-size // block)
-    launch(symmetric_product_kernel, (tiles * (tiles + 1) // 2, batch),
-        x, x if add is None else add, out, size, inner, *x.stride(), ALPHA=alpha, BETA=beta, PRECISION="ieee",
-        BLOCK=block, BLOCK_INNER=inner_block(x.element_size()), num_warps=8,
-    )  # fmt: skip
-    return out
 
 
 class VectorBatch:

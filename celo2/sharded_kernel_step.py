@@ -19,7 +19,9 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor
 
+from celo2.batched_newton_schulz import orthogonalize_, rehearse_products
 from celo2.blocks import CONTROL_BLOCK, Blocks
+from celo2.compilation import launch
 from celo2.kernel_step import (
     PARAMETER_DTYPES,
     KernelStep,
@@ -29,12 +31,9 @@ from celo2.kernel_step import (
     Sums,
     VectorBatch,
     batches_of,
-    launch,
     norms_of,
     on,
-    orthogonalize_,
     refused_layout,
-    rehearse_products,
     totals_of,
     upload,
     vector_batches,

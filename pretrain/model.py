@@ -242,7 +242,7 @@ class GPT(nn.Module):
         head_device = torch.device("meta") if config.tied else None
         self.lm_head = Linear(config.width, config.padded_vocab_size, bias=False, device=head_device)
         self._tie()
-        self.register_load_state_dict_pre_hook(_pad_rows)
+        self.register_load_state_dict_pre_hook(_pad_rows)  # type: ignore[no-untyped-call]
 
     def _tie(self) -> None:
         if self.config.tied:
@@ -358,7 +358,7 @@ class GPT(nn.Module):
         """Number of parameters, a tied head counted once and rows that are padding not at all."""
         return sum(parameter.numel() for parameter in self.parameters()) - sum(self.padding().values())
 
-    def padding(self) -> dict[nn.Parameter, int]:
+    def padding(self) -> dict[Tensor, int]:
         """Elements that are padding, by the parameter that has them."""
         extra = (self.config.padded_vocab_size - self.config.vocab_size) * self.config.width
         return {module.weight: extra for module in (self.token_embedding, self.lm_head)}

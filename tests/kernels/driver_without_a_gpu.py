@@ -18,7 +18,7 @@ from torch import nn
 from triton.backends.compiler import GPUTarget
 from triton.backends.driver import DriverBase
 
-from celo2 import FusedCelo2, blocks, kernel_step
+from celo2 import FusedCelo2, batched_newton_schulz, blocks, kernel_step
 from celo2.blocks import Blocks
 from celo2.groups import group_view
 
@@ -96,7 +96,7 @@ def main() -> None:
     choose = Blocks.choose.__func__
     Blocks.choose = classmethod(lambda cls, columns, _: choose(cls, columns, torch.device("cuda")))
     blocks._target = lambda _: "sm_90"
-    kernel_step.takes_symmetric_products = lambda x, _=None: min(x.shape[-2:]) >= 64
+    batched_newton_schulz.takes_symmetric_products = lambda x, _=None: min(x.shape[-2:]) >= 64
     shapes = [(128, 256), (256, 128), (128, 64), (30, 7), (9,)]
     report = {}
 

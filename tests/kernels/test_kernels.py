@@ -39,7 +39,7 @@ def test_constants_are_the_rules():
 
 @pytest.mark.parametrize("shape", [(2, 70, 100), (1, 64, 64), (3, 100, 33), (1, 1, 5)])
 def test_symmetric_products_and_newton_schulz(shape, device):
-    from celo2.kernel_step import orthogonalize, symmetric_product
+    from celo2.batched_newton_schulz import orthogonalize, symmetric_product
 
     x = torch.randn(shape).to(device)
     x /= torch.linalg.matrix_norm(x, keepdim=True)
