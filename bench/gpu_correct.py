@@ -222,8 +222,10 @@ def sharded(lab: Lab) -> None:
     with socket.socket() as server:
         try:
             server.bind(("127.0.0.1", 0))
+            server.listen()
+            socket.create_connection(server.getsockname(), timeout=2).close()
         except OSError as error:
-            lab.say("sharded kernels", reason=f"processes cannot meet: no loopback interface ({error})")
+            lab.say("sharded kernels", reason=f"left out, processes cannot meet here: {error}")
             return
     with tempfile.TemporaryDirectory() as folder:
         store = dist.FileStore(f"{folder}/store", 1)
