@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import statistics
 import time
 from collections.abc import Callable
@@ -53,7 +54,12 @@ class Lab:
 
     def say(self, what: str, **values: Any) -> None:
         """Append a record, on the disk before this returns, and print it."""
-        print(gpu_page.append(self.out, {"section": self.section, "what": what, **values})[:400], flush=True)
+        line = gpu_page.append(self.out, {"section": self.section, "what": what, **values})
+        try:
+            print(line[:400], flush=True)
+        except BrokenPipeError:
+            # the run was killed: leave the device
+            os._exit(1)
 
     def check(self, what: str, value: float, limit: float, **values: Any) -> None:
         """Record whether `value` is at most `limit`; a NaN is not."""

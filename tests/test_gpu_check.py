@@ -91,6 +91,13 @@ def test_what_is_done_stays_when_it_is_killed(tmp_path) -> None:
         assert any(r["section"] == "environment" and r["what"] == "copy" for r in records(out))
         page = (out / "page.md").read_text()
         assert "| copy |" in page and ("by SIG" in page) == (number != signal.SIGKILL)
+        # and nothing stays on the device
+        for _ in range(300):
+            if subprocess.run(["pgrep", "-f", f"gpu_sections.py.*{out}"], capture_output=True, check=False).returncode:
+                break
+            time.sleep(0.1)
+        else:
+            pytest.fail("a section goes on after the run was killed")
 
 
 def test_tools_that_fail_hang_or_find_something(tmp_path) -> None:
