@@ -60,8 +60,8 @@ SECTIONS = (
     Section("first_step", 50, 20, "a first step with an empty cache of kernels"),
     Section("graphs", 25, 10, "a step replayed from a CUDA graph"),
     Section("sweep", 45, 15, "tiles and warps"),
-    Section("sanitizer", 40, 15, "compute-sanitizer on small steps"),
-    Section("ncu", 45, 20, "hardware counters of each kernel"),
+    Section("sanitizer", 60, 20, "compute-sanitizer on small steps"),
+    Section("ncu", 60, 20, "hardware counters of each kernel"),
     Section("meta", 40, 20, "windows a second of meta-training"),
     Section("language_model", 90, 30, "the 30m model on the embedded text: celo2, muon, adamw"),
 )

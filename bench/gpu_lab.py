@@ -154,14 +154,26 @@ def model_of(size: str) -> GPT:
     return model
 
 
-def optimizer_of(name: str, size: str, model: GPT) -> Any:
-    """Return an optimizer with a `step()`: one of the harness, or celo2 with options ("celo2-base, int8 state")."""
+def step_of(name: str, size: str, model: GPT, *, capturable: bool = False) -> Callable[[], Any]:
+    """Return a step on the harness's groups: "celo2", "celo2-base, int8 state", "muon", "adamw", "adamw, harness".
+
+    AdamW and Muon are PyTorch's own and alone: neither clips, and nothing is read on the host.
+    """
     opt, _, option = name.partition(", ")
-    if not option:
-        return Optimizers(opt, recipe_for(size, opt), model)
-    groups = param_groups(model, variant=opt, views=model.matrix_views())
-    options: dict[str, Any] = {"backend": "torch"} if option == "PyTorch" else {"state_dtype": option.split()[0]}
-    return FusedCelo2(groups, 1e-4, weights=opt, orthogonalize=None if opt == "celo2" else False, **options)
+    if option == "harness":
+        return Optimizers(opt, recipe_for(size, opt), model).step
+    if opt == "adamw":
+        return torch.optim.AdamW(model.parameters(), 1e-4, fused=True, capturable=capturable).step
+    groups = param_groups(model, variant="celo2" if opt == "muon" else opt, views=model.matrix_views())
+    if opt == "muon":
+        hidden = [p for group in groups if group["rule"] == "celo2" for _, p in group["params"]]
+        rest = [p for group in groups if group["rule"] != "celo2" for _, p in group["params"]]
+        members = torch.optim.Muon(hidden, 1e-4), torch.optim.AdamW(rest, 1e-4, fused=True, capturable=capturable)
+        return lambda: [member.step() for member in members]
+    options: dict[str, Any] = {"backend": "torch"} if option == "PyTorch" else {}
+    if option.endswith("state"):
+        options = {"state_dtype": option.split()[0]}
+    return FusedCelo2(groups, 1e-4, weights=opt, orthogonalize=None if opt == "celo2" else False, **options).step
 
 
 # predictions
@@ -183,7 +195,7 @@ class Work:
 
     @classmethod
     def of(cls, name: str, model: GPT) -> Work:
-        """Count it for an optimizer of `optimizer_of`."""
+        """Count it for a step of `step_of`."""
         opt = name.partition(", ")[0]
         everything = sum(p.numel() for p in model.parameters())
         if opt == "adamw":
@@ -204,7 +216,7 @@ class Work:
     def moved(self, name: str) -> float | None:
         """Bytes that a step must move, Newton-Schulz left out; None where the implementation decides."""
         opt, _, option = name.partition(", ")
-        if opt == "muon" or option == "PyTorch":
+        if opt == "muon" or (option and not option.endswith("state")):
             return None
         return self.learned * sum(phase_bytes(k, dtypes_of(name)) for k in range(1, 5)) + self.adamw * ADAMW_BYTES
 

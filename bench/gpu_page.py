@@ -30,7 +30,8 @@ TITLES = {
 }
 NOTES = {
     "step_times": "`ms` is one step of a loop of steps, `host ms` until a call returns. Parameters and attention heads "
-    "are the harness's; gradients are float32. Predictions: bytes over the data sheet's bandwidth, or "
+    "are the harness's; gradients are float32. AdamW and Muon are PyTorch's, without "
+    "clipping; `adamw, harness` clips. Predictions: bytes over the data sheet's bandwidth, or "
     "instructions over its issue rate where that is longer, and Newton-Schulz at the peak of the tensor cores.",
     "graphs": "The device alone, without the host's time.",
     "phases": "Microseconds of one step. Bandwidth is of the bytes that a phase must move.",

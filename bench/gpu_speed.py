@@ -24,7 +24,7 @@ from gpu_lab import (
     kernel_microseconds,
     milliseconds,
     model_of,
-    optimizer_of,
+    step_of,
     sync,
     whole,
 )
@@ -38,6 +38,7 @@ STEPPED = (
     "celo2",
     "celo2-base",
     "muon",
+    "adamw, harness",
     "celo2-base, bfloat16 state",
     "celo2, bfloat16 state",
     "celo2-base, int8 state",
@@ -73,12 +74,12 @@ def step_times(lab: Lab) -> None:
                 nonlocal base
                 model = model_of(size)
                 work = Work.of(name, model)
-                optimizer = optimizer_of(name, size, model)
+                step = step_of(name, size, model)
                 start = time.perf_counter()
-                optimizer.step()
+                step()
                 sync()
                 first = time.perf_counter() - start
-                figures = milliseconds(optimizer.step)
+                figures = milliseconds(step)
                 if name == BASELINE:
                     base = figures["ms"]
                 parameters, moved = work.learned + work.adamw, work.moved(name)
@@ -110,11 +111,7 @@ def graphs(lab: Lab) -> None:
             def one(name: str = name, size: str = size) -> None:
                 model = model_of(size)
                 work = Work.of(name, model)
-                if name == BASELINE:
-                    optimizer: Any = torch.optim.AdamW(model.parameters(), 1e-4, fused=True, capturable=True)
-                else:
-                    optimizer = optimizer_of(name, size, model).members[0]
-                value = graph_milliseconds(optimizer.step)
+                value = graph_milliseconds(step_of(name, size, model, capturable=True))
                 lab.say(f"{size}, {name}", value=whole(value), unit="ms", predicted=work.predicted_ms(name))
 
             tried(lab, f"{size}, {name}", one)
@@ -136,9 +133,7 @@ def phases(lab: Lab) -> None:
                 model = model_of(size)
                 work, dtypes = Work.of(name, model), dtypes_of(name)
                 predicted = roofline(here, INSTRUCTIONS[here.target], dtypes) if here else {}
-                for kernel, (microseconds, count) in list(
-                    kernel_microseconds(optimizer_of(name, size, model).step).items()
-                )[:24]:
+                for kernel, (microseconds, count) in list(kernel_microseconds(step_of(name, size, model)).items())[:24]:
                     record: dict[str, Any] = {"value": whole(microseconds), "unit": "us", "launches": count}
                     phase = PHASES.get(kernel)
                     if phase is not None:
@@ -219,11 +214,10 @@ def first_step(lab: Lab) -> None:
 def one_step(lab: Lab) -> None:
     """The child of `first_step`."""
     opt, state, size = os.environ["CELO2_CHECK_OPT"], os.environ["CELO2_CHECK_CACHE"], lab.sizes[0]
-    model = model_of(size)
-    optimizer = optimizer_of(opt, size, model)
+    step = step_of(opt, size, model_of(size))
     sync()
     start = time.perf_counter()
-    optimizer.step()
+    step()
     sync()
     lab.section = "first_step"
     lab.say(f"{size}, {opt}, {state} cache", value=whole(time.perf_counter() - start), unit="s")
@@ -258,13 +252,17 @@ def sweep(lab: Lab) -> None:
         def one(variant: dict[str, int] = variant) -> None:
             def chosen(cls: type[Blocks], columns: int, device: torch.device) -> Blocks:
                 blocks = choose(columns, device)
-                # narrow tiles have as many elements a step
-                scale = {"step_rows": 128 // blocks.columns} if blocks.columns < 128 else {}
-                return dataclasses.replace(blocks, **{k: v * scale.get(k, 1) for k, v in variant.items()})
+                changed = dict(variant)
+                if "step_rows" in changed:
+                    # narrow tiles have as many elements a step
+                    changed["step_rows"] *= 128 // blocks.columns
+                if "rows" in changed:
+                    changed["rows"] = min(changed["rows"], blocks.columns)
+                return dataclasses.replace(blocks, **changed)
 
             kernel_step.Blocks.choose = classmethod(chosen)  # type: ignore[assignment, method-assign]
             model = model_of(size)
-            times = kernel_microseconds(optimizer_of("celo2-base", size, model).step)
+            times = kernel_microseconds(step_of("celo2-base", size, model))
             kernels = {name: whole(times[name][0]) for name in PHASES if name in times}
             lab.say(f"{variant or 'as it is'}", blocks=variant, kernels=kernels)
 
@@ -277,7 +275,7 @@ def sweep(lab: Lab) -> None:
 
 def step_for_counters(lab: Lab) -> None:
     """Steps of GPT-2 124M's matrices after a warm-up, for ncu."""
-    optimizer = optimizer_of("celo2-base", lab.sizes[0], model_of(lab.sizes[0]))
+    step = step_of("celo2-base", lab.sizes[0], model_of(lab.sizes[0]))
     for _ in range(3):
-        optimizer.step()
+        step()
     sync()

@@ -32,6 +32,9 @@ class Blocks:
     warps: int = 4
     """Of the kernels that go over elements."""
 
+    def __post_init__(self) -> None:
+        assert self.columns % self.rows == 0 and self.rows % self.step_rows == 0, self
+
     @classmethod
     def choose(cls, columns: int, device: torch.device) -> Blocks:
         """Blocks for a matrix of that many columns."""
