@@ -470,6 +470,9 @@ def _who() -> str:
 if __name__ == "__main__":
     try:
         status = main()
+    except SystemExit:
+        # help, or a mistake in the command line: said already
+        raise
     except BaseException:
         # a lost peer or device: the launcher ends the others
         traceback.print_exc()
