@@ -107,7 +107,7 @@ class Check:
         if command is None:
             self.say(section.name, "skipped", reason=name)
             return
-        print(f"\n== {section.name}: {section.what} ({seconds:.0f} s)", flush=True)
+        show(f"\n== {section.name}: {section.what} ({seconds:.0f} s)")
         begun = time.monotonic()
         status, over = self.spawn(command, environment, seconds, self.out / name)
         values: dict[str, Any] = {"seconds": round(time.monotonic() - begun, 1), "status": status}
@@ -201,8 +201,13 @@ def _copy(stream: IO[bytes], path: Path) -> None:
                 file.flush()
             text = line.decode(errors="replace").rstrip()
             if not text.startswith("{"):
-                with contextlib.suppress(OSError):
-                    print(text[:200], flush=True)
+                show(text[:200])
+
+
+def show(text: str) -> None:
+    """Print a line; a terminal that is gone does not end the run."""
+    with contextlib.suppress(OSError, ValueError):
+        print(text, flush=True)
 
 
 def note_tests(check: Check) -> None:
@@ -355,9 +360,9 @@ def main() -> int:
     failures = gpu_page.failures(gpu_page.read(check.out))
     check.say("run", "end", failures=len(failures))
     check.write_page()
-    print(f"\n{len(failures)} failures; -> {os.path.relpath(check.page)}")
+    show(f"\n{len(failures)} failures; -> {os.path.relpath(check.page)}")
     for failure in failures[:20]:
-        print(f"  {failure}")
+        show(f"  {failure}")
     if status:
         return status
     if not has_gpu or dry:

@@ -28,6 +28,7 @@ from celo2.meta.language_model import Method, Settings, Text, log_spaced, train_
 from celo2.pretrain.device import device_name
 from celo2.pretrain.prepare_data import prepare_embedded
 from celo2.pretrain.runlog import versions
+from celo2.pretrain.terminal import unfailing_streams
 from celo2.theta import load_weights
 
 Record = dict[str, Any]
@@ -189,8 +190,10 @@ def evaluate(arguments: argparse.Namespace) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit status: 0, or 2 for a user's mistake."""
+    arguments = parse_arguments(argv)
     try:
-        return evaluate(parse_arguments(argv))
+        with unfailing_streams():
+            return evaluate(arguments)
     except (ValueError, OSError, ImportError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -21,6 +21,7 @@ import torch
 from celo2.meta.language_model import SELECTION, Method, Text, log_spaced, selection_shards, train_once
 from celo2.meta.train import THETA
 from celo2.pretrain.prepare_data import prepare_embedded
+from celo2.pretrain.terminal import unfailing_streams
 from celo2.theta import Theta
 
 SEED = 7
@@ -86,8 +87,10 @@ def select(arguments: argparse.Namespace) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit status: 0, or 2 for a user's mistake."""
+    arguments = parse_arguments(argv)
     try:
-        return select(parse_arguments(argv))
+        with unfailing_streams():
+            return select(arguments)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

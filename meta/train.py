@@ -32,6 +32,7 @@ from celo2.meta.recipes import RECIPES, get_recipe
 from celo2.pretrain import require
 from celo2.pretrain.device import device_name, select_device
 from celo2.pretrain.runlog import duration, versions
+from celo2.pretrain.terminal import unfailing_streams
 from celo2.theta import Theta
 
 THETA = "theta.safetensors"
@@ -263,6 +264,11 @@ def progress_line(trainer: OuterTrainer, figures: dict[str, float], measured: tu
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit status: 0, 2 for a user's mistake, 128 + the signal that stopped it."""
     arguments = parse_arguments(argv)
+    with unfailing_streams():
+        return _train(arguments)
+
+
+def _train(arguments: argparse.Namespace) -> int:
     distributed = "WORLD_SIZE" in os.environ
     if distributed:
         dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")

@@ -29,6 +29,7 @@ import numpy as np
 
 from celo2.files import PathLike, write_atomic
 from celo2.pretrain.shards import MAX_SHARD_TOKENS, open_shard, write_shard
+from celo2.pretrain.terminal import unfailing_streams
 from celo2.pretrain.tokenizer import Tokenizer, get_tokenizer
 
 EMBEDDED_TEXT = Path(__file__).resolve().parent / "assets" / "wikipedia.txt.xz"
@@ -433,6 +434,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status, 1 with a one-line error for bad input."""
     parser = _parser()
     arguments = parser.parse_args(argv)
+    with unfailing_streams():
+        return _prepare(parser, arguments)
+
+
+def _prepare(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> int:
     if not arguments.dataset:
         for option in ("name", "split", "data_files", "column"):
             if getattr(arguments, option) is not None:

@@ -11,7 +11,6 @@ of a run do not depend on how many processes share it, up to the order of sums (
 
 import argparse
 import dataclasses
-import io
 import math
 import os
 import secrets
@@ -39,6 +38,7 @@ from celo2.pretrain.recipes import OPTS, RECIPES, Recipe, learning_rate, recipe_
 from celo2.pretrain.runlog import METRICS, RunLog, ZScore, format_step, read_metrics, versions
 from celo2.pretrain.shards import Loader, find_shards, open_shard, shard_fingerprint, validation_batches
 from celo2.pretrain.summary import describe, finish, plan_of
+from celo2.pretrain.terminal import unfailing_streams
 from celo2.pretrain.tokenizer import get_tokenizer
 
 
@@ -442,9 +442,11 @@ def _silent(*_: object) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; a mistake in it or in the data is one line on standard error and exit status 1."""
     arguments = parse_arguments(argv)
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        # the sample may hold what the terminal's encoding does not
-        sys.stdout.reconfigure(errors="replace", line_buffering=True)
+    with unfailing_streams():
+        return _train(arguments)
+
+
+def _train(arguments: argparse.Namespace) -> int:
     handlers = {number: signal.getsignal(number) for number in Interruption.SIGNALS}
     try:
         return train(arguments)
@@ -477,8 +479,9 @@ if __name__ == "__main__":
         # a lost peer or device: the launcher ends the others
         traceback.print_exc()
         status = 1
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        if stream is not None:
+            stream.flush()
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         # an interpreter that tears down groups whose peers are gone may abort or hang; everything is written
         os._exit(status)
