@@ -20,7 +20,7 @@ class MatrixView:
     `split * heads` equal blocks are cut along `axis` (0: a fused q, k, v or per-head input projection; 1: an output
     projection whose input is the concatenated heads). `flatten` folds all axes but the first into columns (a
     convolution kernel `[out, in, kh, kw]` becomes `[out, in * kh * kw]`). Without either, the two trailing axes are the
-    matrix and the leading ones batch matrices. Source: Celo2, section on per-head weights; the authors' attention
+    matrix and the leading ones batch matrices. Source: the authors' code of Celo2, whose attention
     shapes are `[3, heads, width, head_dim]` and `[heads, head_dim, width]`.
     """
 

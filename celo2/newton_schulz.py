@@ -35,7 +35,7 @@ def newton_schulz(direction: Tensor, steps: int = 5) -> Tensor:
 
     `direction` is `[..., rows, columns]` in float32 or float64, and so is the result (a new tensor, or a transposed
     view of one). Works on the shorter side: a tall matrix is transposed first. An all-zero matrix stays zero.
-    Source: Celo2, section 4 of the update rule.
+    Source: Celo2 (arXiv 2602.19142); the iteration is Muon's (Keller Jordan, 2024).
     """
     shape = direction.shape
     x = direction.reshape(-1, *shape[-2:])

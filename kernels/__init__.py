@@ -1,1 +1,1 @@
-"""Triton kernels, imported as `celo2.kernels`; this version has none: `celo2.phases` runs the rule in PyTorch."""
+"""Triton kernels of the rule, imported as `celo2.kernels`; `celo2.kernel_step` launches them."""

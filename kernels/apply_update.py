@@ -1,7 +1,7 @@
 """Phase 4: p <- p - lr (u + weight_decay p), u = d rsqrt(mean(d^2) + 1e-9), one pass.
 
 Reads p and d, writes p: 12 bytes an element in float32. A bfloat16 parameter is rounded stochastically.
-Source: Celo2 (arXiv 2602.19142), section 4 of the rule.
+Source: Celo2 (arXiv 2602.19142).
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@
 alone are formed, so nothing takes a root: q^2 = 1 / (v + 1e-8), clip(g)^2 = min(g^2, 0.01). Once they are added up,
 `normalisers_kernel` adds the 12 columns that depend on a row or a column to the bias, and commits the factored second
 moments and the step counters; a program has a chunk of a matrix's rows or columns.
-Source: Celo2 (arXiv 2602.19142), sections 2 and 5.1 of the rule.
+Source: Celo2 (arXiv 2602.19142).
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ Three kernels: `gradient_moments_kernel` reads g once (4 bytes an element in flo
 tile; `control_kernel`, one program, adds up the norm of all matrices and decides on clipping and on the step;
 `factors_kernel` adds up the partial sums of rows or columns in order, a chunk of them a program. No atomics, so two
 runs agree to the bit.
-Source: Celo2 (arXiv 2602.19142), sections 1 and 5.4 of the rule.
+Source: Celo2 (arXiv 2602.19142); the factored second moments are Adafactor's (Shazeer and Stern, 2018).
 """
 
 from __future__ import annotations

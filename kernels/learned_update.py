@@ -4,8 +4,8 @@
     x   = the 18 per-element columns, each times its normaliser
     h0  = relu(x W0 + row contribution + column contribution)    h1 = relu(h0 W1 + b1)    d = h1 w2 + b2
 
-Reads g p m_k v, writes m_k v d: 24 + 20 bytes an element in float32. Source: Celo2 (arXiv 2602.19142), sections 1 to 3
-of the rule, the columns of a row or of a column folded into the first layer's bias.
+Reads g p m_k v, writes m_k v d: 24 + 20 bytes an element in float32. Source: Celo2 (arXiv 2602.19142),
+the columns of a row or of a column folded into the first layer's bias.
 
 The weights of all three layers are constants of the code, so a multiply-add takes its weight from the instruction; the
 18 normalisers of a matrix multiply the columns where they are made. Columns are the outer loop and units the inner

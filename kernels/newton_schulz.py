@@ -4,7 +4,7 @@
 
 A and B are symmetric: a program computes one tile on or below the diagonal and stores it twice, so half of the
 multiplications of two of the three products are left out. Batched over matrices of equal shape; accumulates in float32.
-Source: Celo2 (arXiv 2602.19142), section 4 of the rule; coefficients of Muon (Keller Jordan, 2024).
+Source: Celo2 (arXiv 2602.19142); coefficients of Muon (Keller Jordan, 2024).
 """
 
 from __future__ import annotations

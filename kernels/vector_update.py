@@ -3,7 +3,7 @@
 The first 15 columns of the rule, with an unfactored accumulator V_k in the place of R_k and C_k. Three passes: sums of
 squares; accumulators and direction; the parameter. A model's vectors are short beside its matrices. Each pass over a
 sharded vector is a launch of its own, and the ranks add up the sums of the first two in between.
-Source: Celo2 (arXiv 2602.19142), section 2 of the rule, 1-D parameters.
+Source: the authors' code of Celo2 (arXiv 2602.19142), parameters of fewer than two axes.
 """
 
 from __future__ import annotations

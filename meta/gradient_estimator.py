@@ -1,6 +1,6 @@
 """Antithetic persistent evolution strategies (PES): the gradient of the meta-loss with respect to theta.
 
-Source: Vicol, Metz and Sohl-Dickstein 2021 (arXiv 2112.13835), with Celo2's bookkeeping (recipe, section 6).
+Source: Vicol, Metz and Sohl-Dickstein 2021 (arXiv 2112.13835), with the bookkeeping of Celo2's code.
 """
 
 from __future__ import annotations
