@@ -80,6 +80,29 @@ def check_options(group: dict[str, Any]) -> None:
     group_view(group)
 
 
+# options of other optimizers: what to write instead
+_FOREIGN = {
+    "betas": "adam_betas=, of the AdamW side (the learned rule has decays of its own)",
+    "eps": "adam_eps=, of the AdamW side",
+    "momentum": "nothing: the learned rule has momenta of its own",
+    "nesterov": "nothing: the learned rule has momenta of its own",
+    "maximize": "a negated loss",
+    "amsgrad": "nothing: there is no such form",
+}
+# that say how to compute, and not what
+_WITHOUT_EFFECT = frozenset({"fused", "foreach", "capturable", "differentiable"})
+
+
+def check_foreign_options(options: dict[str, Any]) -> None:
+    """Raise TypeError for an option of another optimizer, with what is meant here; some are harmless when false."""
+    for name, value in options.items():
+        if name in _WITHOUT_EFFECT or (name in ("maximize", "amsgrad", "nesterov") and not value):
+            continue
+        if name not in _FOREIGN:
+            raise TypeError(f"FusedCelo2 has no option {name!r}")
+        raise TypeError(f"{name}={value!r}: FusedCelo2 takes {_FOREIGN[name]}")
+
+
 def list_parameters(group: dict[str, Any]) -> list[Any]:
     """Return a group's parameters as a list; raises TypeError for what has no order or holds none."""
     parameters: Any = group.get("params")

@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 from celo2 import kernel_plan, reference, sharded_plan
 from celo2.adamw import AdamWJob, step_adamw
 from celo2.groups import (
+    check_foreign_options,
     check_gradient,
     check_options,
     check_parameters,
@@ -101,6 +102,8 @@ class FusedCelo2(Optimizer):
             (DistributedDataParallel): the learned rule's work on parameters of two axes or more, and their state, are
             split over them by rows.
 
+    `fused=` and `foreach=` of PyTorch's optimizers are accepted, and make no difference.
+
     Parameters are float32, float64, bfloat16 (written with stochastic rounding) or float16; the rule computes in
     float32 (float64 for float64). A step with a non-finite gradient leaves parameters and state untouched and is
     counted in `skipped_steps`. `grad_norm` is the global gradient norm of the last step, before clipping. The kernels
@@ -147,7 +150,9 @@ class FusedCelo2(Optimizer):
         backend: str = "auto",
         wire_dtype: str = "auto",
         split_over: DeviceMesh | None = None,
+        **others: Any,
     ) -> None:
+        check_foreign_options(others)
         if wire_dtype not in WIRE_DTYPES:
             raise ValueError(f"wire_dtype={wire_dtype!r}, allowed: {', '.join(WIRE_DTYPES)}")
         self.wire_dtype = wire_dtype
@@ -392,21 +397,28 @@ class FusedCelo2(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        # the rule's precision is its own, wherever the step is called
+        with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
+            self._step()
+        return loss
+
+    def _step(self) -> None:
         dtensors = [p for group in self.param_groups for p in group["params"] if is_dtensor(p)]
         together = self.split_over is not None or self._sharded is not None
         if together or any(placing_of(parameter) is not None for parameter in dtensors):
             sharded_plan.step_sharded(self)
-            return loss
+            return
         if not dtensors and kernel_plan.take_kernels(self):
             kernel_plan.step_with_kernels(self)
-            return loss
+            return
         # all that can be refused is refused here, and every statistic is known, before anything is written
         learned, vectors, adam = self._collect()
         gradients = [job.matrices.g for job in learned]
         gradients += [job.gradient for job in vectors]
         gradients += [job.gradient for jobs in adam for job in jobs]
         if not gradients:
-            return loss
+            self._grad_norm = None
+            return
         moments = [gradient_moments(job.matrices.g, self._workspace(job.parameter)) for job in learned]
         norm = global_norm([moment.total for moment in moments], gradients)
 
@@ -417,7 +429,7 @@ class FusedCelo2(Optimizer):
         if not math.isfinite(norm) or (found_inf is not None and float(found_inf) != 0):
             for group in self.param_groups:
                 group["skipped_steps"] += 1
-            return loss
+            return
 
         scales = []
         for group in self.param_groups:
@@ -429,7 +441,6 @@ class FusedCelo2(Optimizer):
             self._step_vector(vector, scales[vector.group])
         for index, jobs in enumerate(adam):
             step_adamw(jobs, self.param_groups[index], scales[index])
-        return loss
 
     def _collect(self) -> tuple[list[MatrixJob], list[VectorJob], list[list[AdamWJob]]]:
         """Return what to step: matrices and vectors by the learned rule, and each group's parameters by AdamW."""
@@ -483,7 +494,7 @@ class FusedCelo2(Optimizer):
         clip = not moments.total * scale * scale <= reference.GRADIENT_CLIP**2
         if clip:
             moments = gradient_moments(job.matrices.g, workspace, scale=scale, clip=True)
-        seed = mix64(job.position) ^ mix64(int(job.state["step"]))
+        seed = mix64(mix64(job.position) ^ int(job.state["step"]))
         matrices, values = job.matrices, None
         if "momentum_scale" in job.state:
             view = group_view(group)
@@ -522,7 +533,7 @@ class FusedCelo2(Optimizer):
         old = reference.VectorState(momentum, state["second_moment"].reshape(-1).to(dtype), state["factor"])
         gradient = job.gradient.reshape(-1).to(dtype) * scale
         update, new = reference.vector_update(self._unfolded[key], wide, gradient, old)
-        seed = mix64(job.position) ^ mix64(int(state["step"]))
+        seed = mix64(mix64(job.position) ^ int(state["step"]))
         for index, name in enumerate(MOMENTUM_KEYS):
             round_stochastically_(state[name], new.momentum[:, index].view(parameter.shape), mix64(seed + index) >> 32)
         round_stochastically_(state["second_moment"], new.second_moment.view(parameter.shape), mix64(seed + 3) >> 32)
@@ -569,8 +580,12 @@ class FusedCelo2(Optimizer):
         return "\n".join([format_table(header, rows, collapse=collapse), *notes])
 
     def rule_of(self, parameter: Tensor) -> str:
-        """Return the rule that steps a parameter of this optimizer, `"celo2"` or `"adamw"`."""
-        return "adamw" if "exp_avg" in self.state[parameter] else "celo2"
+        """Return the rule that steps a parameter of this optimizer, `"celo2"` or `"adamw"`; else raise ValueError."""
+        # not self.state[parameter], which would make one
+        state = self.state.get(parameter)
+        if state is None:
+            raise ValueError(f"a tensor of shape {tuple(parameter.shape)} is not a parameter of this optimizer")
+        return "adamw" if "exp_avg" in state else "celo2"
 
 
 def _rounding_seed(target: Tensor, job: MatrixJob | VectorJob) -> int:

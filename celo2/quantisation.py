@@ -36,6 +36,6 @@ def quantise_(levels: Tensor, scale: Tensor, value: Tensor, seed: int) -> None:
     scale.copy_(largest / LARGEST)
     inverse = torch.where(largest > 0, LARGEST / largest, 0.0)
     generator = torch.Generator(device=value.device).manual_seed(seed)
-    noise = torch.rand(value.shape, device=value.device, generator=generator)
+    noise = torch.rand(value.shape, dtype=torch.float32, device=value.device, generator=generator)
     level = (value * _per_element(inverse, columns) + noise).floor_()
     levels.copy_(level.clamp_(-LARGEST, LARGEST))

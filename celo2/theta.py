@@ -224,7 +224,13 @@ def _load_from_hub(repo: str, revision: str | None) -> Theta:
             f"weights={repo!r} is a hub id: pip install huggingface_hub, or pass a file's path"
         ) from error
     try:
-        files = list_repo_files(repo, revision=revision)
+        try:
+            files = list_repo_files(repo, revision=revision)
+        except (OSError, RuntimeError) as error:
+            # no network, or told to use none: what was fetched before serves
+            if (cached := _load_cached(repo, revision)) is not None:
+                return cached
+            raise OSError(str(error)) from error
         for name in sorted(files, key=lambda file: (not file.endswith(".safetensors"), file != "theta.state", file)):
             if name.endswith((".safetensors", ".state")):
                 return Theta.load(hf_hub_download(repo, name, revision=revision))
@@ -236,12 +242,32 @@ def _load_from_hub(repo: str, revision: str | None) -> Theta:
     raise ValueError(f"hub repository {repo!r} holds no .safetensors or .state file, only {files}")
 
 
+def _load_cached(repo: str, revision: str | None) -> Theta | None:
+    """Return a theta that was fetched from the hub before, None when there is none."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    try:
+        folder = snapshot_download(repo, revision=revision, local_files_only=True)
+    except LocalEntryNotFoundError:
+        return None
+    return _load_folder(Path(folder))
+
+
+def _load_folder(folder: Path) -> Theta | None:
+    """Return the theta of a folder, the first of theta.safetensors, any other safetensors, theta.state; or None."""
+    found = [path for path in folder.iterdir() if path.suffix in (".safetensors", ".state")]
+    found.sort(key=lambda path: (path.suffix != ".safetensors", path.stem != "theta", path.name))
+    return Theta.load(found[0]) if found else None
+
+
 def load_weights(weights: str | os.PathLike[str] | Theta) -> Theta:
     """Resolve what the `weights=` argument of `FusedCelo2` accepts.
 
     A `Theta`; a name (`"celo2"` and `"celo2-base"`, the bundled trained weights; `"momentum"` and `"adam"`, closed
-    forms); a file's path; or a hub id `owner/name` or `owner/name@revision`. A path that exists wins over a hub id of
-    the same spelling.
+    forms); the path of a file, or of a folder that holds one (a run of meta-training); or a hub id `owner/name` or
+    `owner/name@revision`, without a network from the cache. A path that exists wins over a hub id of the same spelling;
+    `~` is the home folder.
     Raises ValueError, FileNotFoundError, ImportError or OSError, each naming `weights` and the fix.
     """
     if isinstance(weights, Theta):
@@ -253,8 +279,14 @@ def load_weights(weights: str | os.PathLike[str] | Theta) -> Theta:
         return closed_form(name)
     if name in TRAINED:
         return Theta.load(BUNDLED / f"{name}.safetensors")
-    if Path(name).is_file():
-        return Theta.load(name)
+    path = Path(name).expanduser()
+    if path.is_file():
+        return Theta.load(path)
+    if path.is_dir():
+        theta = _load_folder(path)
+        if theta is None:
+            raise FileNotFoundError(f"weights={name!r}: the folder holds no .safetensors or .state file")
+        return theta
     hub = _HUB_ID.fullmatch(name)
     if isinstance(weights, str) and hub and not name.endswith((".safetensors", ".state")) and name[0] not in "./":
         return _load_from_hub(hub["repo"], hub["revision"])

@@ -1,0 +1,165 @@
+"""What other people's trainers do to an optimizer: ambient settings, options of other optimizers, paths of weights."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from celo2 import FusedCelo2, Theta, load_weights
+
+
+def stepped(context=None, **options):
+    """Parameters after three steps, made within a context."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(7, 8), nn.Linear(8, 12), nn.LayerNorm(12), nn.Linear(12, 7))
+    optimizer = FusedCelo2(model, lr=1e-2, weights=options.pop("weights", "celo2"), **options)
+    for step in range(3):
+        generator = torch.Generator().manual_seed(step)
+        for p in model.parameters():
+            p.grad = torch.randn(p.shape, generator=generator)
+        if context is None:
+            optimizer.step()
+        else:
+            with context:
+                optimizer.step()
+    return [p.detach() for p in model.parameters()]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("weights", ["celo2", "celo2-base"])
+def test_autocast_does_not_reach_into_the_step(weights, dtype):
+    expected = stepped(weights=weights)
+    found = stepped(torch.autocast("cpu", dtype=dtype), weights=weights)
+    assert all(torch.equal(a, b) for a, b in zip(expected, found, strict=True))
+
+
+def test_a_closure_keeps_its_autocast():
+    p = nn.Parameter(torch.ones(4, 4))
+    optimizer = FusedCelo2([p], lr=1e-2)
+    seen = []
+
+    def closure():
+        loss = (p @ p).sum()
+        seen.append((p @ p).dtype)
+        loss.backward()
+        return loss.detach()
+
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert math.isfinite(float(optimizer.step(closure)))
+    assert seen == [torch.bfloat16]
+
+
+@pytest.mark.parametrize("state_dtype", ["float32", "bfloat16", "int8"])
+def test_the_default_dtype_changes_nothing(state_dtype):
+    expected = stepped(state_dtype=state_dtype)
+    before = torch.get_default_dtype()
+
+    class Double:
+        def __enter__(self):
+            torch.set_default_dtype(torch.float64)
+
+        def __exit__(self, *_):
+            torch.set_default_dtype(before)
+
+    found = stepped(Double(), state_dtype=state_dtype)
+    assert all(torch.equal(a, b) for a, b in zip(expected, found, strict=True))
+
+
+def test_options_of_other_optimizers_are_explained():
+    p = nn.Parameter(torch.zeros(4, 4))
+    for options, expected in (
+        ({"betas": (0.9, 0.95)}, "takes adam_betas="),
+        ({"eps": 1e-8}, "takes adam_eps="),
+        ({"maximize": True}, "takes a negated loss"),
+        ({"lrr": 1}, "has no option 'lrr'"),
+    ):
+        with pytest.raises(TypeError, match=expected):
+            FusedCelo2([p], **options)
+    FusedCelo2([p], fused=True, foreach=False, capturable=True, maximize=False, amsgrad=False)
+
+
+def test_seeds_of_rounding_differ_between_positions_and_steps():
+    from celo2.stochastic_rounding import mix64, rounding_seed
+
+    assert len({rounding_seed(position, step) for position in range(40) for step in range(40)}) == 1600
+    # the seeds of the state, as the step makes them
+    assert len({mix64(mix64(position) ^ step) for position in range(40) for step in range(40)}) == 1600
+    runs = []
+    for order in ((0, 1), (1, 0)):
+        torch.manual_seed(0)
+        values = [torch.randn(16, 16), torch.randn(16, 16)]
+        params = [nn.Parameter(values[i].clone()) for i in order]
+        optimizer = FusedCelo2(params, lr=1e-2, state_dtype="bfloat16", orthogonalize=False)
+        for p in params:
+            p.grad = torch.full_like(p, 1e-3)
+        optimizer.step()
+        runs.append([optimizer.state[p]["momentum_slow"] for p in params])
+    # equal gradients, at two positions: other bits
+    assert not torch.equal(runs[0][0], runs[0][1])
+
+
+def test_a_tensor_of_somebody_else():
+    p, foreign = nn.Parameter(torch.zeros(4, 4)), nn.Parameter(torch.zeros(3, 3))
+    optimizer = FusedCelo2([p])
+    with pytest.raises(ValueError, match=r"a tensor of shape \(3, 3\) is not a parameter"):
+        optimizer.rule_of(foreign)
+    assert foreign not in optimizer.state and optimizer.rule_of(p) == "celo2"
+
+
+def test_the_norm_is_that_of_the_last_step():
+    p = nn.Parameter(torch.zeros(4, 4))
+    optimizer = FusedCelo2([p])
+    p.grad = torch.ones(4, 4)
+    optimizer.step()
+    assert float(optimizer.grad_norm) == 4
+    p.grad = None
+    optimizer.step()
+    assert optimizer.grad_norm is None
+
+
+def test_weights_by_folder_and_home(tmp_path, monkeypatch):
+    theta = load_weights("celo2-base")
+    folder = tmp_path / "runs" / "mine"
+    folder.mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FileNotFoundError, match="the folder holds no .safetensors"):
+        load_weights("runs/mine")
+    load_weights("adam").save(folder / "another.safetensors")
+    theta.save(folder / "theta.safetensors")
+    # a path that exists, and not the hub's
+    assert load_weights("runs/mine").sha256 == theta.sha256
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert load_weights("~/runs/mine/theta.safetensors").sha256 == theta.sha256
+    assert (
+        FusedCelo2([nn.Parameter(torch.zeros(4, 4))], weights="~/runs/mine").param_groups[0]["weights"] == theta.label
+    )
+
+
+@pytest.mark.needs("huggingface_hub")
+def test_the_hubs_cache_serves_without_a_network(tmp_path):
+    """As a process: the hub's client reads its settings when it is imported."""
+    import os
+    import subprocess
+    import sys
+
+    commit = "0" * 40
+    repository = tmp_path / "models--owner--mytheta"
+    snapshot = repository / "snapshots" / commit
+    snapshot.mkdir(parents=True)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(commit)
+    theta: Theta = load_weights("celo2-base")
+    theta.save(snapshot / "theta.safetensors")
+    environment = {**os.environ, "HF_HUB_CACHE": str(tmp_path), "HF_HUB_OFFLINE": "1"}
+    program = "from celo2 import load_weights; print(load_weights('owner/{}').sha256)"
+    found = subprocess.run(
+        [sys.executable, "-c", program.format("mytheta")], env=environment, capture_output=True, text=True
+    )
+    assert found.stdout.strip() == theta.sha256, found.stderr
+    missing = subprocess.run(
+        [sys.executable, "-c", program.format("other")], env=environment, capture_output=True, text=True
+    )
+    assert missing.returncode == 1 and "weights='owner/other' could not be fetched" in missing.stderr
