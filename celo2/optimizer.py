@@ -7,8 +7,9 @@ import difflib
 import math
 import os
 import warnings
+import weakref
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Any, overload
+from typing import TYPE_CHECKING, Any, NamedTuple, overload
 
 import torch
 from torch import Tensor, nn
@@ -42,7 +43,9 @@ from celo2.phases import (
 from celo2.routing import format_table, param_groups, view_options
 from celo2.state import (
     MOMENTUM_KEYS,
+    LazyStates,
     check_saved_state,
+    check_state,
     compute_dtype,
     copy_saved_state,
     create_state,
@@ -68,6 +71,14 @@ _FOREIGN_KEYS = frozenset({"params", "param_names", "initial_lr", "max_lr", "min
 
 BACKENDS = ("auto", "triton", "torch")
 WIRE_DTYPES = ("auto", "bfloat16", "float32")
+
+
+class Place(NamedTuple):
+    """Where a parameter is, and the rule that its group, name and shape give it."""
+
+    group: int
+    name: str
+    rule: str
 
 
 class FusedCelo2(Optimizer):
@@ -198,6 +209,17 @@ class FusedCelo2(Optimizer):
         if isinstance(params, nn.Module):
             params = param_groups(params, variant=theta.variant)
         super().__init__(params, defaults)
+        self._own_states()
+
+    def _own_states(self) -> None:
+        """Make the state of a parameter when it is first needed."""
+        this = weakref.ref(self)
+
+        def make(parameter: Tensor) -> dict[str, Tensor] | None:
+            optimizer = this()
+            return None if optimizer is None else optimizer._new_state(parameter)
+
+        self.state = LazyStates(make, self.state)
 
     def _reset_caches(self) -> None:
         self._grad_norm: Tensor | None = None
@@ -205,6 +227,8 @@ class FusedCelo2(Optimizer):
         self._unfolded: dict[tuple[str, torch.dtype, torch.device], dict[str, Tensor]] = {}
         self._workspaces: dict[tuple[torch.dtype, torch.device], Workspace] = {}
         self._positions: dict[Tensor, int] = {}
+        self._places: dict[Tensor, Place] = {}
+        self._known: list[tuple[int, bool]] = []
         self._loading: dict[str, Any] | None = None
         self._kernels: KernelPlan | None = None
         self._sharded: ShardedStep | SplitStep | None = None
@@ -281,40 +305,90 @@ class FusedCelo2(Optimizer):
             if any(added["lr"] is other["lr"] for other in self.param_groups[:-1]) and isinstance(added["lr"], Tensor):
                 # schedulers write into a tensor: every group needs its own
                 added["lr"] = added["lr"].clone()
-            states = {}
-            view = group_view(added)
+            rules, view = set(), group_view(added)
             for name, parameter in named_parameters(added):
                 rule = group_rule(added, name, parameter, theta.variant)
+                rules.add(rule)
                 if rule == "celo2":
                     view.check(parameter.shape, name)
                 try:
-                    states[parameter] = self._create_state(parameter, rule, view, added["state_dtype"])
+                    if self.split_over is not None:
+                        from celo2 import split_step
+
+                        split_step.check_parameter(parameter, self.split_over)
+                        if self._is_split(parameter, rule):
+                            split_step.check_split_state(parameter, view, added["state_dtype"])
+                    check_state(parameter, rule, view, added["state_dtype"])
                 except ValueError as error:
                     raise ValueError(f"{name}: {error}") from error
         except BaseException:
             self.param_groups.pop()
             raise
-        if view != MatrixView() and all("exp_avg" in state for state in states.values()):
+        if view != MatrixView() and rules == {"adamw"}:
             warnings.warn(f"the matrix view of {name} is not used: AdamW steps it whole", stacklevel=3)
-        self.state.update(states)
         self._count_skipped()
-        self._positions, self._kernels, self._sharded = {}, None, None
+        self._forget_places()
 
-    def _create_state(self, parameter: Tensor, rule: str, view: MatrixView, state_dtype: str) -> dict[str, Tensor]:
-        if self.split_over is not None:
-            from celo2 import split_step
+    def _forget_places(self) -> None:
+        self._positions, self._places, self._kernels, self._sharded = {}, {}, None, None
 
-            split_step.check_parameter(parameter, self.split_over)
-            if self._is_split(parameter, rule):
-                return split_step.create_split_state(parameter, view, state_dtype, self.split_over)
-        return create_state(parameter, rule, view, state_dtype)
+    def _place(self, parameter: Tensor) -> Place | None:
+        """Return where a parameter is among the groups and which rule that gives it; None for somebody else's."""
+        if not self._places:
+            for index, group in enumerate(self.param_groups):
+                variant = self._theta(group["weights"]).variant
+                for name, member in named_parameters(group):
+                    self._places[member] = Place(index, name, group_rule(group, name, member, variant))
+        return self._places.get(parameter)
+
+    def _new_state(self, parameter: Tensor) -> dict[str, Tensor] | None:
+        place = self._place(parameter)
+        if place is None:
+            return None
+        group = self.param_groups[place.group]
+        view, state_dtype = group_view(group), group["state_dtype"]
+        # an inference tensor could not be written in a later step outside of inference mode
+        with torch.inference_mode(False):
+            if self.split_over is not None:
+                from celo2 import split_step
+
+                split_step.check_parameter(parameter, self.split_over)
+                if self._is_split(parameter, place.rule):
+                    return split_step.create_split_state(parameter, view, state_dtype, self.split_over)
+            return create_state(parameter, place.rule, view, state_dtype)
+
+    def _follow_groups(self) -> None:
+        """Go by the parameters that are in the groups now, which a wrapper may have replaced, and make their state.
+
+        Also where no gradient comes, so that every rank has the same keys; not where none is wanted.
+        """
+        known = [(id(p), p.requires_grad) for group in self.param_groups for p in group["params"]]
+        if known != self._known:
+            self._forget_places()
+            self._known = known
+            gone = [parameter for parameter in self.state if self._place(parameter) is None]
+            for parameter in gone:
+                del self.state[parameter]
+        for group in self.param_groups:
+            for name, parameter in named_parameters(group):
+                if parameter.requires_grad and not self.state.get(parameter):
+                    self.state.pop(parameter, None)
+                    try:
+                        self.state[parameter]  # makes it
+                    except ValueError as error:
+                        raise ValueError(f"{name}: {error}") from error
 
     def _is_split(self, parameter: Tensor, rule: str) -> bool:
         return self.split_over is not None and rule == "celo2" and parameter.ndim > 1 and parameter.numel() > 0
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state and the groups' options, as `torch.optim.Optimizer` does."""
+        """Return the state and the groups' options, as `torch.optim.Optimizer` does.
+
+        After a first step there is state for every parameter that is not frozen, and before it none.
+        """
         self._count_skipped()
+        if self.state:
+            self._follow_groups()
         return super().state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -353,6 +427,9 @@ class FusedCelo2(Optimizer):
                         f"optimizer has {group[key]!r}; construct FusedCelo2 with the saved value"
                     )
             for key, (name, parameter) in zip(saved["params"], named_parameters(group), strict=True):
+                if not state_dict["state"] or (not parameter.requires_grad and key not in state_dict["state"]):
+                    # saved before the first step, or of a frozen parameter
+                    continue
                 check_saved_state(name, parameter, state_dict["state"].get(key), self.state[parameter])
             merged.append(options)
         self._loading = {**state_dict, "param_groups": merged}
@@ -363,6 +440,7 @@ class FusedCelo2(Optimizer):
         self._count_skipped()
         return {
             **super().__getstate__(),
+            "state": dict(self.state),
             "_thetas": self._thetas,
             "backend": self.backend,
             "wire_dtype": self.wire_dtype,
@@ -376,11 +454,15 @@ class FusedCelo2(Optimizer):
             # torch cast the values to the parameters' dtype; take the exact ones, into the tensors that are there
             keys = (key for group in loading["param_groups"] for key in group["params"])
             parameters = (parameter for group in state["param_groups"] for parameter in group["params"])
+            if not loading["state"]:
+                self.state.clear()
             for key, parameter in zip(keys, parameters, strict=True):
-                copy_saved_state(loading["state"].get(key), self.state[parameter])
+                if key in loading["state"]:
+                    copy_saved_state(loading["state"][key], self.state[parameter])
             state = {**state, "state": self.state}
         super().__setstate__(state)
         self._reset_caches()
+        self._own_states()
 
     # the step
 
@@ -403,6 +485,7 @@ class FusedCelo2(Optimizer):
         return loss
 
     def _step(self) -> None:
+        self._follow_groups()
         dtensors = [p for group in self.param_groups for p in group["params"] if is_dtensor(p)]
         together = self.split_over is not None or self._sharded is not None
         if together or any(placing_of(parameter) is not None for parameter in dtensors):
@@ -581,11 +664,10 @@ class FusedCelo2(Optimizer):
 
     def rule_of(self, parameter: Tensor) -> str:
         """Return the rule that steps a parameter of this optimizer, `"celo2"` or `"adamw"`; else raise ValueError."""
-        # not self.state[parameter], which would make one
-        state = self.state.get(parameter)
-        if state is None:
+        place = self._place(parameter)
+        if place is None:
             raise ValueError(f"a tensor of shape {tuple(parameter.shape)} is not a parameter of this optimizer")
-        return "adamw" if "exp_avg" in state else "celo2"
+        return place.rule
 
 
 def _rounding_seed(target: Tensor, job: MatrixJob | VectorJob) -> int:

@@ -53,8 +53,9 @@ def param_groups(
 
     `variant="celo2"` sends embeddings, the output head, norms and parameters of fewer than two axes to AdamW and the
     rest to the learned rule; `"celo2-base"` sends everything to the learned rule. A tied weight counts once, under its
-    first name, and goes to AdamW when any of its uses does. Parameters that need no gradient are left out. `views` maps
-    parameter names to their `MatrixView`; convolution kernels are flattened to `[out, in * kh * kw]` without one.
+    first name, and goes to AdamW when any of its uses does. Frozen parameters are kept, for when they are unfrozen:
+    they have no state until then. `views` maps parameter names to their `MatrixView`; convolution kernels are flattened
+    to `[out, in * kh * kw]` without one.
     Raises ValueError for an unknown variant, an unknown name in `views`, or a view that does not fit.
     """
     if not isinstance(module, nn.Module):
@@ -82,8 +83,6 @@ def param_groups(
     groups: dict[tuple[str, MatrixView], dict[str, Any]] = {}
     for key, name in first_name.items():
         parameter = parameters[key]
-        if not parameter.requires_grad:
-            continue
         rule = "adamw" if variant == "celo2" and key in adamw else "celo2"
         if rule == "adamw" and name in views:
             warnings.warn(f"the matrix view of {name} is not used: AdamW steps it whole", stacklevel=2)
@@ -91,7 +90,7 @@ def param_groups(
         view.check(parameter.shape, name)
         group = groups.setdefault((rule, view), {"params": [], "rule": rule, **view_options(view)})
         group["params"].append((name, parameter))
-    if not groups:
+    if not any(parameter.requires_grad for parameter in parameters.values()):
         raise ValueError(f"{type(module).__name__} has no parameter that requires a gradient")
     return list(groups.values())
 

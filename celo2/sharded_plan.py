@@ -90,7 +90,7 @@ def plan_sharded(optimizer: FusedCelo2) -> ShardedStep | SplitStep:
     for index, group in enumerate(optimizer.param_groups):
         for name, parameter in named_parameters(group):
             placing = placing_in(optimizer, parameter)
-            if placing is None:
+            if placing is None or not parameter.requires_grad:
                 continue
             device = parameter.device
             if placing.group not in process_groups:

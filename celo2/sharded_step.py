@@ -452,7 +452,7 @@ class ShardedStep:
 
     def _seed(self, job: ShardedJob) -> int:
         """Seed of a shard's rounding: replicas of a shard round alike, different shards do not."""
-        return mix64(mix64(job.position) ^ mix64(int(job.state["step"])) ^ mix64(-1 - self.rank))
+        return mix64(mix64(mix64(job.position) ^ mix64(-1 - self.rank)) ^ int(job.state["step"]))
 
     def _directions(self, member: Member, second: Tensor, third: Tensor, sent: Tensor) -> None:
         """Phase 3: momenta, second moment and direction of every piece, into the message or with its sum of squares."""

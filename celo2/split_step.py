@@ -54,14 +54,19 @@ def check_parameter(parameter: Tensor, mesh: DeviceMesh) -> None:
         )
 
 
-def create_split_state(parameter: Tensor, view: MatrixView, dtype: str, mesh: DeviceMesh) -> dict[str, Tensor]:
-    """Return the learned rule's state of a matrix, zero: DTensors on `mesh`, sharded as FSDP2 would the parameter's.
-
-    Raises ValueError for a layout without the matrix view, and for `dtype` `"int8"`.
-    """
+def check_split_state(parameter: Tensor, view: MatrixView, dtype: str) -> None:
+    """Raise ValueError for a layout without the matrix view, and for `dtype` `"int8"`."""
     if dtype == "int8":
         raise ValueError("state_dtype='int8' is not there with split_over; use 'bfloat16' or 'float32'")
     view.matrices(parameter.detach())
+
+
+def create_split_state(parameter: Tensor, view: MatrixView, dtype: str, mesh: DeviceMesh) -> dict[str, Tensor]:
+    """Return the learned rule's state of a matrix, zero: DTensors on `mesh`, sharded as FSDP2 would the parameter's.
+
+    Raises as `check_split_state`.
+    """
+    check_split_state(parameter, view, dtype)
     return create_state(shadow(parameter, mesh), "celo2", view, dtype)
 
 

@@ -9,6 +9,8 @@ axes; with momenta of 8 bits `momentum_scale` [matrices, rows, quanta, 3]. AdamW
 from __future__ import annotations
 
 import sys
+from collections import defaultdict
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -40,9 +42,8 @@ def compute_dtype(parameter: Tensor) -> torch.dtype:
 def create_state(parameter: Tensor, rule: str, view: MatrixView, dtype: str = "float32") -> dict[str, Tensor]:
     """Return all accumulators, zero, on the parameter's device and with its strides.
 
-    `dtype` is that of the learned rule's momenta and second moment; factors and AdamW's moments are always wide.
-    They are made at once, also where no gradient ever comes, so that every rank has the same keys. On a GPU `step` is
-    there too, where the kernels read and advance it.
+    `dtype` is that of the learned rule's momenta and second moment; factors and AdamW's moments are always wide. On a
+    GPU `step` is there too, where the kernels read and advance it. Raises as `check_state`.
     """
     wide, device = compute_dtype(parameter), parameter.device
 
@@ -64,9 +65,47 @@ def create_state(parameter: Tensor, rule: str, view: MatrixView, dtype: str = "f
     if momentum == torch.int8:
         levels = quantised_matrices(view, state[MOMENTUM_KEYS[0]], state[MOMENTUM_KEYS[0]])
         state["momentum_scale"] = zeros(levels.shape[0], levels.shape[1], quanta(levels.shape[2]), 3)
-    view.matrices(parameter.detach())  # raises for a layout without such a view
+    check_state(parameter, rule, view, dtype)
     row, column = view.factor_shapes(parameter.shape)
     return state | {"row_factor": zeros(*row), "column_factor": zeros(*column)}
+
+
+def check_state(parameter: Tensor, rule: str, view: MatrixView, dtype: str) -> None:
+    """Raise ValueError for a parameter whose state could not be made: for its layout, or 8 bits of a sharded one."""
+    if rule == "adamw" or parameter.ndim < 2:
+        return
+    if not is_dtensor(parameter):
+        view.matrices(parameter.detach())
+        return
+    if dtype == "int8":
+        raise ValueError("state_dtype='int8' is not there for sharded parameters; use 'bfloat16' or 'float32'")
+    placing = placing_of(parameter)
+    if placing is not None:
+        from celo2.sharding import Layout
+
+        Layout.of(parameter.shape, view, placing.axis)
+
+
+class LazyStates(defaultdict[Tensor, dict[str, Tensor]]):
+    """The state of every parameter of an optimizer, made when it is first asked for.
+
+    A parameter that belongs to no group has none: what is asked for is an empty dict of nobody.
+    """
+
+    def __init__(self, make: Callable[[Tensor], dict[str, Tensor] | None], states: Mapping[Tensor, Any]) -> None:
+        super().__init__(None, states)
+        self._make = make
+
+    def __missing__(self, parameter: Tensor) -> dict[str, Tensor]:
+        state = self._make(parameter)
+        if state is None:
+            return {}
+        self[parameter] = state
+        return state
+
+    def __reduce__(self) -> Any:
+        # a plain dict: the optimizer that takes it makes what is missing
+        return dict, (dict(self),)
 
 
 def is_dtensor(tensor: Tensor) -> bool:
@@ -95,8 +134,7 @@ def _sharded_factors(parameter: Tensor, view: MatrixView, dtype: str) -> dict[st
     axis = None if placing is None else placing.axis
     if parameter.ndim < 2:
         return {"factor": zeros_placed((parameter.numel(), 3), parameter, axis, wide)}
-    if dtype == "int8":
-        raise ValueError("state_dtype='int8' is not there for sharded parameters; use 'bfloat16' or 'float32'")
+    check_state(parameter, "celo2", view, dtype)
     rows, columns = view.factor_shapes(parameter.shape)
     row_axis, column_axis = (None, None) if axis is None else Layout.of(parameter.shape, view, axis).factor_axes()
     return {

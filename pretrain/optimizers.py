@@ -155,11 +155,14 @@ def local_bytes(tensor: Tensor) -> int:
 
 
 def _create_state(member: Optimizer) -> None:
-    """Create the state that AdamW and Muon make in their first step, so that a checkpoint before it has it too."""
+    """Create the state that optimizers make in their first step, so that a checkpoint before it has it too."""
     for group in member.param_groups:
         for parameter in group["params"]:
             if isinstance(member, Muon):
                 member.state[parameter] = {"momentum_buffer": torch.zeros_like(parameter, requires_grad=False)}
+            elif isinstance(member, FusedCelo2):
+                # makes it
+                member.state[parameter]
             elif isinstance(member, AdamW):
                 step = torch.zeros((), dtype=torch.float32, device=parameter.device if group["fused"] else "cpu")
                 moments = {key: torch.zeros_like(parameter, requires_grad=False) for key in ("exp_avg", "exp_avg_sq")}

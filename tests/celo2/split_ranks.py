@@ -332,6 +332,7 @@ def refusals(mesh):
     shard = nn.Parameter(distribute_tensor(torch.ones(4, 4), mesh, [Shard(0)]))
     moved = nn.Parameter(torch.ones(4, 4))
     optimizer = FusedCelo2([moved], split_over=mesh)
+    assert optimizer.state[moved]
     moved.data = moved.data.double()
     moved.grad = torch.ones(4, 4, dtype=torch.float64)
     attempts = {
@@ -358,7 +359,8 @@ def state_bytes(mesh) -> float:
 
     def count(over):
         optimizer = FusedCelo2(Tied(width=96), weights=theta("celo2"), split_over=over)
-        tensors = [value for state in optimizer.state.values() if "momentum_fast" in state for value in state.values()]
+        states = [optimizer.state[p] for group in optimizer.param_groups for p in group["params"]]
+        tensors = [value for state in states if "momentum_fast" in state for value in state.values()]
         return sum(x.nbytes for x in (v.to_local() if isinstance(v, DTensor) else v for v in tensors))
 
     fullest = torch.tensor(count(mesh))

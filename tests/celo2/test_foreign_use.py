@@ -163,3 +163,104 @@ def test_the_hubs_cache_serves_without_a_network(tmp_path):
         [sys.executable, "-c", program.format("other")], env=environment, capture_output=True, text=True
     )
     assert missing.returncode == 1 and "weights='owner/other' could not be fetched" in missing.stderr
+
+
+# wrappers that change what is in the groups
+
+
+def routed():
+    torch.manual_seed(0)
+    return nn.ModuleDict({"embedding": nn.Embedding(7, 8), "hidden": nn.Linear(8, 8), "lm_head": nn.Linear(8, 7)})
+
+
+def set_gradients(model, step):
+    generator = torch.Generator().manual_seed(step)
+    for p in model.parameters():
+        p.grad = torch.randn(p.shape, generator=generator) if p.requires_grad else None
+
+
+def test_state_is_lazy_and_made_again_when_it_was_cleared():
+    expected, model = routed(), routed()
+    optimizers = [FusedCelo2(m, lr=1e-2) for m in (expected, model)]
+    assert not optimizers[1].state and optimizers[1].state_dict()["state"] == {}
+    optimizers[1].state.clear()
+    for m, optimizer in zip((expected, model), optimizers, strict=True):
+        for step in range(2):
+            set_gradients(m, step)
+            optimizer.step()
+    optimizers[1].state.clear()
+    for m, optimizer in zip((expected, model), optimizers, strict=True):
+        set_gradients(m, 2)
+        optimizer.step()
+    # from nothing, as a new optimizer would
+    assert float(optimizers[1].state[model["hidden"].weight]["step"]) == 1
+    assert float(optimizers[0].state[expected["hidden"].weight]["step"]) == 3
+
+
+def test_parameters_that_are_replaced_in_their_group():
+    """As accelerate does under FSDP2: the rule belongs to the place, and the state follows the parameter."""
+    expected, model = routed(), routed()
+    first, second = FusedCelo2(expected, lr=1e-2), FusedCelo2(model, lr=1e-2)
+    rules = [second.rule_of(p) for p in model.parameters()]
+    replaced = {}
+    for module in model.values():
+        for name, p in list(module.named_parameters(recurse=False)):
+            replaced[p] = nn.Parameter(p.detach().clone())
+            setattr(module, name, replaced[p])
+    for group in second.param_groups:
+        group["params"] = [replaced[p] for p in group["params"]]
+    for step in range(2):
+        for m, optimizer in ((expected, first), (model, second)):
+            set_gradients(m, step)
+            optimizer.step()
+    assert [second.rule_of(p) for p in model.parameters()] == rules
+    assert all(torch.equal(a, b) for a, b in zip(expected.parameters(), model.parameters(), strict=True))
+    # nothing is kept of what is gone, also when it had state
+    assert set(second.state) == set(model.parameters())
+    again = {p: nn.Parameter(p.detach().clone()) for p in model.parameters()}
+    for group in second.param_groups:
+        group["params"] = [again[p] for p in group["params"]]
+    for p in again.values():
+        p.grad = torch.ones_like(p)
+    second.step()
+    assert set(second.state) == set(again.values())
+
+
+def test_a_parameter_that_is_unfrozen_later_is_trained():
+    model = routed()
+    model["hidden"].weight.requires_grad_(False)
+    optimizer = FusedCelo2(model, lr=1e-2)
+    before = model["hidden"].weight.detach().clone()
+    set_gradients(model, 0)
+    optimizer.step()
+    assert torch.equal(model["hidden"].weight, before) and model["hidden"].weight not in optimizer.state
+    saved = optimizer.state_dict()
+    other = FusedCelo2(model, lr=1e-2)
+    other.load_state_dict(saved)
+    model["hidden"].weight.requires_grad_(True)
+    for each in (optimizer, other):
+        set_gradients(model, 1)
+        each.step()
+        assert float(each.state[model["hidden"].weight]["step"]) == 1
+    assert not torch.equal(model["hidden"].weight, before)
+
+
+def test_a_state_dict_from_before_the_first_step():
+    model = routed()
+    fresh = FusedCelo2(model, lr=1e-2).state_dict()
+    optimizer = FusedCelo2(model, lr=1e-3)
+    set_gradients(model, 0)
+    optimizer.step()
+    optimizer.load_state_dict(fresh)
+    assert not optimizer.state and optimizer.param_groups[0]["lr"] == 1e-2
+    import copy
+    import pickle
+
+    set_gradients(model, 1)
+    optimizer.step()
+    for other in (copy.deepcopy(optimizer), pickle.loads(pickle.dumps(optimizer))):
+        parameters = [p for group in other.param_groups for p in group["params"]]
+        assert [float(other.state[p]["step"]) for p in parameters] == [1.0] * len(parameters)
+        other.state.clear()
+        assert "step" in other.state[parameters[0]]
+    assert optimizer.state[nn.Parameter(torch.zeros(2, 2))] == {} and len(optimizer.state) == 5
