@@ -19,15 +19,15 @@ class MatrixView:
 
     `split * heads` equal blocks are cut along `axis` (0: a fused q, k, v or per-head input projection; 1: an output
     projection whose input is the concatenated heads). `flatten` folds all axes but the first into columns (a
-    convolution kernel `[out, in, kh, kw]` becomes `[out, in * kh * kw]`). Without either, the two trailing axes are the
-    matrix and the leading ones batch matrices. Source: the authors' code of Celo2, whose attention
-    shapes are `[3, heads, width, head_dim]` and `[heads, head_dim, width]`.
+    convolution kernel `[out, in, kh, kw]` becomes `[out, in * kh * kw]`); None, the default, does so from four axes on.
+    Otherwise the two trailing axes are the matrix and the leading ones batch matrices. Source: the authors' code of
+    Celo2, whose attention shapes are `[3, heads, width, head_dim]` and `[heads, head_dim, width]`.
     """
 
     split: int = 1
     heads: int = 1
     axis: int = 0
-    flatten: bool = False
+    flatten: bool | None = None
 
     def __post_init__(self) -> None:
         for name in ("split", "heads"):
@@ -36,12 +36,16 @@ class MatrixView:
                 raise ValueError(f"{name}={value!r}: a matrix view needs a whole number of at least 1")
         if self.axis not in (0, 1):
             raise ValueError(f"axis={self.axis!r}: a matrix view splits along axis 0 or 1")
-        if not isinstance(self.flatten, bool):
-            raise ValueError(f"flatten={self.flatten!r}: must be True or False")
+        if self.flatten is not None and not isinstance(self.flatten, bool):
+            raise ValueError(f"flatten={self.flatten!r}: must be True, False or None")
 
     @property
     def blocks(self) -> int:
         return self.split * self.heads
+
+    def flattens(self, axes: int) -> bool:
+        """Whether a parameter of that many axes is folded into one matrix of rows and columns."""
+        return axes > 2 and (axes > 3 if self.flatten is None else self.flatten)
 
     def check(self, shape: torch.Size, name: str = "parameter") -> None:
         """Raise ValueError when a parameter of `shape` cannot be viewed like this."""
@@ -52,7 +56,7 @@ class MatrixView:
                 )
             return
         if self.blocks > 1:
-            if len(shape) != 2 and not self.flatten:
+            if len(shape) != 2 and not self.flattens(len(shape)):
                 raise ValueError(
                     f"{name} of shape {tuple(shape)}: split/heads apply to parameters of two axes (or flatten=True)"
                 )
@@ -65,7 +69,7 @@ class MatrixView:
 
     def shape(self, shape: torch.Size) -> tuple[int, int, int]:
         """Return the shape [matrices, rows, columns] of a parameter of `shape` seen like this."""
-        if len(shape) > 2 and not self.flatten:
+        if len(shape) > 2 and not self.flattens(len(shape)):
             return shape[:-2].numel(), shape[-2], shape[-1]
         rows, columns = shape[0], shape[1:].numel()
         if self.axis == 0:
@@ -78,7 +82,7 @@ class MatrixView:
         Raises ValueError when its memory layout allows no such view (for example a channels-last kernel).
         """
         try:
-            if self.flatten and tensor.ndim > 2:
+            if self.flattens(tensor.ndim):
                 tensor = tensor.view(tensor.shape[0], -1)
             if tensor.ndim > 2:
                 return tensor.view(-1, *tensor.shape[-2:])
@@ -100,7 +104,7 @@ class MatrixView:
         They have the parameter's own axes where they can, so that they shard as it does: an axis that is cut into
         blocks stays whole, and leading axes stay.
         """
-        if len(shape) > 2 and not self.flatten:
+        if len(shape) > 2 and not self.flattens(len(shape)):
             return (*shape[:-1], 3), (*shape[:-2], shape[-1], 3)
         rows, columns = shape[0], shape[1:].numel()
         if self.blocks == 1:

@@ -421,6 +421,11 @@ class FusedCelo2(Optimizer):
                 there, here = options[key], group[key]
                 if key == "weights":
                     there, here = str(there).rpartition("@")[2], here.rpartition("@")[2]
+                if key == "flatten":
+                    # what it comes to for these parameters: the default was False once
+                    there, here = (
+                        [MatrixView(flatten=value).flattens(p.ndim) for p in group["params"]] for value in (there, here)
+                    )
                 if there != here:
                     raise ValueError(
                         f"state dict of another optimizer: group {index} was saved with {key}={options[key]!r}, this "

@@ -86,7 +86,11 @@ def param_groups(
         rule = "adamw" if variant == "celo2" and key in adamw else "celo2"
         if rule == "adamw" and name in views:
             warnings.warn(f"the matrix view of {name} is not used: AdamW steps it whole", stacklevel=2)
-        view = views.get(name, MatrixView(flatten=key in convolution)) if rule == "celo2" else MatrixView()
+        view = (
+            views.get(name, MatrixView(flatten=True if key in convolution else None))
+            if rule == "celo2"
+            else MatrixView()
+        )
         view.check(parameter.shape, name)
         group = groups.setdefault((rule, view), {"params": [], "rule": rule, **view_options(view)})
         group["params"].append((name, parameter))

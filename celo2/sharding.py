@@ -107,12 +107,13 @@ class Layout:
     @classmethod
     def of(cls, shape: torch.Size, view: MatrixView, axis: int, name: str = "parameter") -> Layout:
         """Raises ValueError for a flattened parameter that is sharded along a flattened axis."""
-        if len(shape) > 2 and not view.flatten:
+        if len(shape) > 2 and not view.flattens(len(shape)):
             kind = "columns" if axis == len(shape) - 1 else "rows" if axis == len(shape) - 2 else "whole"
             return cls(shape, view, axis, view.shape(shape), kind)
         if len(shape) > 2 and axis > 0:
             raise ValueError(
-                f"{name} of shape {tuple(shape)} with flatten=True is sharded along axis {axis}: shard axis 0"
+                f"{name} of shape {tuple(shape)}, flattened to one matrix, is sharded along axis {axis}: shard axis 0, or "
+                "give flatten=False for a matrix for each of the leading axes"
             )
         return cls(shape, view, axis, view.shape(shape), "rows" if axis == 0 else "columns")
 
@@ -157,7 +158,7 @@ class Layout:
         pieces = self.pieces(ranks, rank)
         if not pieces:
             return []
-        if len(self.shape) > 2 and not self.view.flatten:
+        if len(self.shape) > 2 and not self.view.flattens(len(self.shape)):
             # one batch over the leading axes; with several stretches, each is a run of it
             matrices = shard.view(-1, *shard.shape[-2:])
             counts = [piece.count for piece in pieces]
@@ -201,7 +202,7 @@ class Layout:
 
     def factor_axes(self) -> tuple[int | None, int | None]:
         """Return the axes along which the row and the column factor (`MatrixView.factor_shapes`) are sharded."""
-        if len(self.shape) > 2 and not self.view.flatten:
+        if len(self.shape) > 2 and not self.view.flattens(len(self.shape)):
             if self.kind == "whole":
                 return self.axis, self.axis
             return (len(self.shape) - 2, None) if self.kind == "rows" else (None, len(self.shape) - 2)

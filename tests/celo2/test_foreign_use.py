@@ -264,3 +264,37 @@ def test_a_state_dict_from_before_the_first_step():
         other.state.clear()
         assert "step" in other.state[parameters[0]]
     assert optimizer.state[nn.Parameter(torch.zeros(2, 2))] == {} and len(optimizer.state) == 5
+
+
+def test_four_axes_and_more_are_one_matrix_wherever_they_come_from():
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv3d(2, 4, 2), nn.Conv2d(8, 4, 1))
+    experts = nn.Parameter(torch.zeros(5, 6, 7))
+    for params in (model.named_parameters(), model.parameters(), model):
+        table = FusedCelo2(params).table()
+        assert "1 x [8, 27]" in table and "1 x [4, 16]" in table and "1 x [4, 8]" in table
+    assert "5 x [6, 7]" in FusedCelo2([("experts", experts)]).table()
+    kernels = [("kernel", nn.Parameter(torch.zeros(8, 3, 3, 3)))]
+    assert "24 x [3, 3]" in FusedCelo2([{"params": kernels, "flatten": False}]).table()
+
+
+@pytest.mark.parametrize("flatten", [False, True, None])
+def test_groups_that_were_saved_with_another_default_load(flatten):
+    """`flatten` was False by default; what counts is what it comes to."""
+    p = nn.Parameter(torch.ones(4, 6))
+    optimizer = FusedCelo2([p])
+    p.grad = torch.ones(4, 6)
+    optimizer.step()
+    saved = optimizer.state_dict()
+    saved["param_groups"][0]["flatten"] = flatten
+    FusedCelo2([p]).load_state_dict(saved)
+    kernel = nn.Parameter(torch.ones(4, 6, 2, 2))
+    optimizer = FusedCelo2([kernel])
+    kernel.grad = torch.ones_like(kernel)
+    optimizer.step()
+    saved = optimizer.state_dict()
+    saved["param_groups"][0]["flatten"] = flatten
+    if flatten is False:
+        with pytest.raises(ValueError, match="saved with flatten=False"):
+            FusedCelo2([kernel]).load_state_dict(saved)
+    else:
+        FusedCelo2([kernel]).load_state_dict(saved)

@@ -629,7 +629,7 @@ def test_shards_that_cannot_be_stepped_are_refused(tmp_path):
             FusedCelo2([twice], weights="momentum")
         line = init_device_mesh("cpu", (1,))
         kernel = nn.Parameter(distribute_tensor(torch.zeros(4, 2, 3, 3), line, [Shard(1)]))
-        with pytest.raises(ValueError, match="flatten=True is sharded along axis 1: shard axis 0"):
+        with pytest.raises(ValueError, match="flattened to one matrix, is sharded along axis 1: shard axis 0"):
             FusedCelo2([{"params": [kernel], "flatten": True, "rule": "celo2"}], weights="momentum")
         # whole on every rank: stepped as a plain tensor
         shapes = [(4, 6), (5,)]

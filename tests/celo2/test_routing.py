@@ -81,8 +81,10 @@ def test_views_split_into_matrices_on_the_same_storage():
     assert parts.shape == (2, 4, 4) and torch.equal(parts[1], out[:, 4:])
     parts.zero_()
     assert not out.any()
-    assert MatrixView().matrices(torch.zeros(2, 3, 4, 5)).shape == (6, 4, 5)
-    assert MatrixView(flatten=True).matrices(torch.zeros(2, 3, 4, 5)).shape == (1, 2, 60)
+    assert MatrixView(flatten=False).matrices(torch.zeros(2, 3, 4, 5)).shape == (6, 4, 5)
+    assert MatrixView().matrices(torch.zeros(2, 3, 4, 5)).shape == (1, 2, 60)
+    assert MatrixView().matrices(torch.zeros(2, 3, 4)).shape == (2, 3, 4)
+    assert MatrixView(flatten=True).matrices(torch.zeros(2, 3, 4)).shape == (1, 2, 12)
     transposed = torch.zeros(5, 3).T
     assert MatrixView().matrices(transposed).data_ptr() == transposed.data_ptr()
 

@@ -117,7 +117,8 @@ def test_fsdp2_trains_and_resumes_on_another_world_size(ranks, reports):
         ((36, 10), MatrixView(heads=4)),
         ((10, 36), MatrixView(heads=4, axis=1)),
         ((6, 5, 7), MatrixView()),
-        ((3, 4, 5, 7), MatrixView()),
+        ((3, 4, 5, 7), MatrixView(flatten=False)),
+        ((5, 4, 3, 2), MatrixView()),
         ((16, 3, 2, 2), MatrixView(flatten=True)),
         ((2, 3), MatrixView()),
     ],
@@ -126,7 +127,7 @@ def test_fsdp2_trains_and_resumes_on_another_world_size(ranks, reports):
 def test_pieces_put_together_are_the_matrices(shape, view, ranks):
     whole = torch.arange(float(torch.Size(shape).numel())).view(shape)
     expected = view.matrices(whole)
-    for axis in range(1 if view.flatten else len(shape)):
+    for axis in range(1 if view.flattens(len(shape)) else len(shape)):
         layout = Layout.of(torch.Size(shape), view, axis)
         result = torch.full(expected.shape, -1.0)
         for rank in range(ranks):
