@@ -112,8 +112,8 @@ class Layout:
             return cls(shape, view, axis, view.shape(shape), kind)
         if len(shape) > 2 and axis > 0:
             raise ValueError(
-                f"{name} of shape {tuple(shape)}, flattened to one matrix, is sharded along axis {axis}: shard axis 0, or "
-                "give flatten=False for a matrix for each of the leading axes"
+                f"{name} of shape {tuple(shape)}, flattened to one matrix, is sharded along axis {axis}: shard axis 0, "
+                "or give flatten=False for a matrix for each of the leading axes"
             )
         return cls(shape, view, axis, view.shape(shape), "rows" if axis == 0 else "columns")
 
