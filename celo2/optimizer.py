@@ -228,7 +228,8 @@ class FusedCelo2(Optimizer):
         self._workspaces: dict[tuple[torch.dtype, torch.device], Workspace] = {}
         self._positions: dict[Tensor, int] = {}
         self._places: dict[Tensor, Place] = {}
-        self._known: list[tuple[int, bool]] = []
+        self._known: list[tuple[int, bool]] = []  # of the parameters whose state was made last
+        self._made = 0
         self._loading: dict[str, Any] | None = None
         self._kernels: KernelPlan | None = None
         self._sharded: ShardedStep | SplitStep | None = None
@@ -363,7 +364,10 @@ class FusedCelo2(Optimizer):
         Also where no gradient comes, so that every rank has the same keys; not where none is wanted.
         """
         known = [(id(p), p.requires_grad) for group in self.param_groups for p in group["params"]]
+        if known == self._known and len(self.state) == self._made:
+            return
         if known != self._known:
+            self._count_skipped()
             self._forget_places()
             self._known = known
             gone = [parameter for parameter in self.state if self._place(parameter) is None]
@@ -377,6 +381,7 @@ class FusedCelo2(Optimizer):
                         self.state[parameter]  # makes it
                     except ValueError as error:
                         raise ValueError(f"{name}: {error}") from error
+        self._made = len(self.state)
 
     def _is_split(self, parameter: Tensor, rule: str) -> bool:
         return self.split_over is not None and rule == "celo2" and parameter.ndim > 1 and parameter.numel() > 0
