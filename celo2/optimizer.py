@@ -40,7 +40,7 @@ from celo2.phases import (
     gradient_moments,
     normalise_direction,
 )
-from celo2.routing import format_table, param_groups, view_options
+from celo2.routing import format_table, param_groups, route_groups, view_options
 from celo2.state import (
     MOMENTUM_KEYS,
     LazyStates,
@@ -112,6 +112,8 @@ class FusedCelo2(Optimizer):
         split_over: a mesh of one axis, of ranks that have the parameters whole and equal gradients
             (DistributedDataParallel): the learned rule's work on parameters of two axes or more, and their state, are
             split over them by rows.
+        module: routes tensors or groups that have no names, from a trainer that hands over nothing else: each group is
+            split by the rule that the module gives its members, and keeps its options.
 
     `fused=` and `foreach=` of PyTorch's optimizers are accepted, and make no difference.
 
@@ -161,6 +163,7 @@ class FusedCelo2(Optimizer):
         backend: str = "auto",
         wire_dtype: str = "auto",
         split_over: DeviceMesh | None = None,
+        module: nn.Module | None = None,
         **others: Any,
     ) -> None:
         check_foreign_options(others)
@@ -208,8 +211,27 @@ class FusedCelo2(Optimizer):
         }
         if isinstance(params, nn.Module):
             params = param_groups(params, variant=theta.variant)
+        elif module is not None:
+            params = route_groups(params, module, variant=theta.variant)
         super().__init__(params, defaults)
         self._own_states()
+        self._warn_of_bare_tensors(theta.variant)
+
+    def _warn_of_bare_tensors(self, variant: str) -> None:
+        """Warn where embeddings and output heads cannot be told from hidden matrices."""
+        bare = [
+            parameter
+            for group in self.param_groups
+            for parameter in group["params"]
+            if group["rule"] == "auto" and "param_names" not in group and parameter.ndim > 1
+        ]
+        if variant == "celo2" and len(bare) > 1:
+            warnings.warn(
+                f"{len(bare)} matrices came without names: embeddings and output heads among them go through the "
+                "learned rule, at a twentieth of their rate. Pass the module, module.named_parameters(), or what you have and "
+                "module=model; for groups of hidden matrices say so: 'rule': 'celo2'",
+                stacklevel=3,
+            )
 
     def _own_states(self) -> None:
         """Make the state of a parameter when it is first needed."""

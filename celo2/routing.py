@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from celo2.matrices import MatrixView
 from celo2.theta import VARIANTS
@@ -97,6 +97,42 @@ def param_groups(
     if not any(parameter.requires_grad for parameter in parameters.values()):
         raise ValueError(f"{type(module).__name__} has no parameter that requires a gradient")
     return list(groups.values())
+
+
+def route_groups(params: Iterable[Any], module: nn.Module, *, variant: str = "celo2") -> list[dict[str, Any]]:
+    """Return the groups of a trainer that knows nothing of rules, each split by the rules of `module` for its members.
+
+    `params` are tensors, (name, tensor) pairs or groups; a group keeps its options, and one with a `rule` its rule.
+    Names and matrix views are the module's. Raises ValueError for a tensor that is not a parameter of the module.
+    """
+    routed = {
+        parameter: (name, group)
+        for group in param_groups(module, variant=variant)
+        for name, parameter in group["params"]
+    }
+    groups = list(params)
+    if not groups or not isinstance(groups[0], dict):
+        groups = [{"params": groups}]
+    result = []
+    for index, group in enumerate(groups):
+        given = {key: value for key, value in group.items() if key not in ("params", "param_names")}
+        if given.get("rule") == "auto":
+            del given["rule"]
+        members = group["params"]
+        split: dict[int, dict[str, Any]] = {}
+        for entry in [members] if isinstance(members, Tensor) else members:
+            parameter = entry[1] if isinstance(entry, tuple) else entry
+            if parameter not in routed:
+                raise ValueError(
+                    f"group {index} has a tensor of shape {tuple(parameter.shape)} that is not a parameter of the "
+                    f"{type(module).__name__} given as module=: pass the module that the trainer took them from"
+                )
+            name, place = routed[parameter]
+            options = {key: value for key, value in place.items() if key != "params"}
+            part = split.setdefault(0 if "rule" in given else id(place), {"params": [], **options, **given})
+            part["params"].append((name, parameter))
+        result += split.values()
+    return result
 
 
 def view_options(view: MatrixView) -> dict[str, Any]:

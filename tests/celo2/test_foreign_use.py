@@ -298,3 +298,62 @@ def test_groups_that_were_saved_with_another_default_load(flatten):
             FusedCelo2([kernel]).load_state_dict(saved)
     else:
         FusedCelo2([kernel]).load_state_dict(saved)
+
+
+# trainers that hand over tensors or groups, and no names
+
+
+def rules_of(optimizer):
+    return {p: (optimizer.rule_of(p), group["lr"]) for group in optimizer.param_groups for p in group["params"]}
+
+
+def test_bare_tensors_are_warned_of_once_and_routed_by_the_module():
+    model = routed()
+    with pytest.warns(UserWarning, match="3 matrices came without names.*module=model") as caught:
+        FusedCelo2(model.parameters())
+    assert len(caught) == 1 and caught[0].filename == __file__
+    expected = rules_of(FusedCelo2(model))
+    layers = [
+        {"params": [model["embedding"].weight], "lr": 3e-4},
+        {"params": list(model["hidden"].parameters()), "weight_decay": 0.1},
+        {"params": list(model["lm_head"].parameters())},
+    ]
+    import warnings
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for params in (model.parameters(), list(model.named_parameters()), layers):
+            optimizer = FusedCelo2(params, module=model)
+            found = rules_of(optimizer)
+            assert {p: rule for p, (rule, _) in found.items()} == {p: rule for p, (rule, _) in expected.items()}
+        assert found[model["embedding"].weight] == ("adamw", 3e-4)
+        decays = {p: group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
+        assert decays[model["hidden"].weight] == 0.1 and decays[model["lm_head"].weight] == 0.0
+        assert "lm_head.weight" in optimizer.table() and len(optimizer.param_groups) == 4
+        # what a group says of its rule stands
+        said = FusedCelo2([{"params": model.parameters(), "rule": "celo2"}], module=model)
+        assert {rule for rule, _ in rules_of(said).values()} == {"celo2"} and len(said.param_groups) == 1
+        FusedCelo2(model.parameters(), weights="celo2-base")
+    with pytest.raises(
+        ValueError, match=r"group 0 has a tensor of shape \(2, 2\) that is not a parameter of the ModuleDict"
+    ):
+        FusedCelo2([nn.Parameter(torch.zeros(2, 2))], module=model)
+
+
+def test_a_model_trains_the_same_through_groups_without_names():
+    losses = []
+    for way in ("module", "groups"):
+        model = routed()
+        params = model if way == "module" else [{"params": [p]} for p in model.parameters()]
+        optimizer = FusedCelo2(params, lr=1e-2, **({} if way == "module" else {"module": model}))
+        run = []
+        for step in range(5):
+            tokens = torch.randint(7, (4, 8), generator=torch.Generator().manual_seed(step))
+            logits = model["lm_head"](model["hidden"](model["embedding"](tokens[:, :-1])).relu())
+            loss = nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            run.append(float(loss.detach()))
+        losses.append(run)
+    assert losses[0] == losses[1]
