@@ -228,8 +228,8 @@ class FusedCelo2(Optimizer):
         if variant == "celo2" and len(bare) > 1:
             warnings.warn(
                 f"{len(bare)} matrices came without names: embeddings and output heads among them go through the "
-                "learned rule, at a twentieth of their rate. Pass the module, module.named_parameters(), or what you have "
-                "and module=model; for groups of hidden matrices say so: 'rule': 'celo2'",
+                "learned rule, at a twentieth of their rate. Pass the module, module.named_parameters(), or "
+                "module=model as well; for groups of hidden matrices say so: 'rule': 'celo2'",
                 stacklevel=3,
             )
 
