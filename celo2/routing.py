@@ -113,7 +113,7 @@ def route_groups(params: Iterable[Any], module: nn.Module, *, variant: str = "ce
     groups = list(params)
     if not groups or not isinstance(groups[0], dict):
         groups = [{"params": groups}]
-    result = []
+    result: list[dict[str, Any]] = []
     for index, group in enumerate(groups):
         given = {key: value for key, value in group.items() if key not in ("params", "param_names")}
         if given.get("rule") == "auto":
