@@ -237,6 +237,11 @@ def dtypes_of(name: str) -> Dtypes:
     return moved._replace(d="bf16") if opt == "celo2" else moved
 
 
+def largest(*values: float) -> float:
+    """Return the largest value; a NaN when one is, which `max` would pass over."""
+    return float(np.max(values))
+
+
 def rms(x: torch.Tensor) -> float:
     return float(x.double().square().mean().sqrt())
 
