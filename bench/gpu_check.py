@@ -12,31 +12,28 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import csv
 import importlib.util
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
 import tempfile
 import threading
 import time
-import xml.etree.ElementTree
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
 import gpu_page
+import gpu_tools
 
 ROOT = Path(__file__).resolve().parent.parent
 BENCH = ROOT / "bench"
 # of a file of text; a sanitizer or a failing test can fill a disk
 LARGEST = 1_000_000
 FILES = ("records.jsonl", "log.txt", "tests.txt", "sanitizer.txt", "ncu.csv", "page.md")
-TESTS = ("-q", "-m", "kernels", "tests/kernels", "tests/celo2/test_golden.py", "--tb=short", "-p", "no:cacheprovider")
 
 
 @dataclass(frozen=True)
@@ -67,8 +64,11 @@ SECTIONS = (
 )
 
 
-class Stopped(Exception):
-    """A signal that ends the run."""
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+class Stopped(BaseException):
+    """A signal that ends the run; not an error, which the page's writer would take for its own."""
 
     def __init__(self, number: int) -> None:
         self.number = number
@@ -82,7 +82,12 @@ class Check:
         self.scale = minutes / 8
         self.deadline = time.monotonic() + 60 * minutes
         self.child: subprocess.Popen[bytes] | None = None
+        os.environ[gpu_page.BEGUN] = str(time.time())
         out.mkdir(parents=True, exist_ok=True)
+        records = out / FILES[0]
+        if records.exists():
+            # one run back: figures that took minutes of a GPU are not lost to a second call
+            records.replace(out / "records.previous.jsonl")
         for name in FILES:
             (out / name).unlink(missing_ok=True)
 
@@ -103,51 +108,33 @@ class Check:
         if left < section.least * min(self.scale, 1):
             self.say(section.name, "skipped", reason=f"{left:.0f} s are left, it needs {section.least:.0f}")
             return
-        command, name = self.command(section.name, seconds)
+        command, name = self.command(section.name, seconds, environment["PATH"])
         if command is None:
             self.say(section.name, "skipped", reason=name)
             return
         show(f"\n== {section.name}: {section.what} ({seconds:.0f} s)")
         begun = time.monotonic()
+        if section.name in gpu_tools.TOOLS:
+            environment = {**environment, **gpu_tools.TOOLS[section.name].environment}
         status, over = self.spawn(command, environment, seconds, self.out / name)
         values: dict[str, Any] = {"seconds": round(time.monotonic() - begun, 1), "status": status}
         if over:
             values["error"] = f"stopped after its {seconds:.0f} s"
-        elif status and section.name not in ("tests", "sanitizer", "ncu"):
+        elif status and section.name not in gpu_tools.TOOLS:
             values["error"] = f"ended with status {status}; its last lines are in {name}"
         self.say(section.name, "end", **values)
 
-    def command(self, name: str, seconds: float) -> tuple[list[str] | None, str]:
+    def command(self, name: str, seconds: float, path: str) -> tuple[list[str] | None, str]:
         """Return the command of a section and the file for what it prints; None and the reason where it cannot run."""
         options = ["--out", str(self.out), "--seconds", f"{seconds:.1f}", *(["--dry"] if self.dry else [])]
         program = [sys.executable, str(BENCH / "gpu_sections.py")]
         if name == "tests":
             if importlib.util.find_spec("pytest") is None:
                 return None, "pytest is not installed"
-            some = ["-k", "golden or constants"] if self.dry else []
-            many = ["-n", "8"] if importlib.util.find_spec("xdist") is not None and not self.dry else []
-            result = f"--junitxml={self.junit}"
-            return [sys.executable, "-m", "pytest", *TESTS, *some, *many, result], "tests.txt"
-        if name == "sanitizer":
-            tool = shutil.which("compute-sanitizer")
-            if tool is None:
-                return None, "compute-sanitizer is not installed"
-            return [tool, "--tool", "memcheck", *program, "small_step", *options], "sanitizer.txt"
-        if name == "ncu":
-            tool = shutil.which("ncu")
-            if tool is None:
-                return None, "ncu is not installed"
-            sections = ("SpeedOfLight", "Occupancy", "MemoryWorkloadAnalysis", "LaunchStats")
-            # the warm-up's launches are skipped: ten and Newton-Schulz a batch
-            kernels = "regex:(gradient|feature|learned|apply|factors|normalisers|control|sum_)"
-            which = ["--csv", "--clock-control", "none", "-k", kernels, "-s", "30", "-c", "24"]
-            named = [option for section in sections for option in ("--section", section)]
-            return [tool, *which, *named, *program, "step_for_counters", *options], "ncu.csv"
+            return [sys.executable, str(BENCH / "gpu_tests.py"), *options], "tests.txt"
+        if name in gpu_tools.TOOLS:
+            return gpu_tools.command(name, [*program, gpu_tools.TOOLS[name].section, *options], path)
         return [*program, name, *options], "log.txt"
-
-    @property
-    def junit(self) -> Path:
-        return Path(tempfile.gettempdir()) / f"celo2-gpu-check-{os.getpid()}.xml"
 
     def spawn(
         self, command: Sequence[str], environment: dict[str, str], seconds: float, file: Path
@@ -210,66 +197,8 @@ def show(text: str) -> None:
         print(text, flush=True)
 
 
-def note_tests(check: Check) -> None:
-    """Record which tests failed, from pytest's own report."""
-    if not check.junit.exists():
-        return
-    with contextlib.suppress(xml.etree.ElementTree.ParseError):
-        cases = list(xml.etree.ElementTree.parse(check.junit).getroot().iter("testcase"))
-        bad = [case.get("name") for case in cases if any(case.find(kind) is not None for kind in ("failure", "error"))]
-        skipped = sum(case.find("skipped") is not None for case in cases)
-        passed = len(cases) - len(bad) - skipped
-        check.say("tests", f"{passed} passed, {skipped} skipped, {len(bad)} failed", passed=not bad, failed=bad[:40])
-    check.junit.unlink()
-
-
-def note_sanitizer(check: Check) -> None:
-    """Record how many errors the sanitizer has counted."""
-    path = check.out / "sanitizer.txt"
-    found = re.findall(r"ERROR SUMMARY: (\d+) error", path.read_text(errors="replace")) if path.exists() else []
-    if found:
-        check.say("sanitizer", "errors", value=int(found[-1]), limit=0, passed=int(found[-1]) == 0)
-
-
-# of ncu's hundreds of figures
-COUNTERS = {
-    "Duration": "us",
-    "DRAM Throughput": "DRAM %",
-    "Compute (SM) Throughput": "SM %",
-    "Achieved Occupancy": "occupancy %",
-    "Registers Per Thread": "registers",
-    "L2 Hit Rate": "L2 hits %",
-}
-
-
-def note_counters(check: Check) -> None:
-    """Record the counters of each kernel, of its longest launch, from ncu's table."""
-    path = check.out / "ncu.csv"
-    if not path.exists():
-        return
-    text = path.read_text(errors="replace")
-    if "ERR_NVGPUCTRPERM" in text:
-        check.say("ncu", "skipped", reason="the driver lets only administrators read counters (ERR_NVGPUCTRPERM)")
-    lines = text.splitlines()
-    start = next((index for index, line in enumerate(lines) if line.startswith('"ID"')), len(lines))
-    launches: dict[tuple[str, str], dict[str, float]] = {}
-    for row in csv.DictReader(lines[start:]):
-        name, value = COUNTERS.get(row.get("Metric Name") or ""), (row.get("Metric Value") or "").replace(",", "")
-        with contextlib.suppress(ValueError):
-            if name is not None:
-                scale = {"ns": 1e-3, "nsecond": 1e-3, "ms": 1e3, "msecond": 1e3}.get(row.get("Metric Unit") or "", 1.0)
-                launches.setdefault((row["Kernel Name"], row["ID"]), {})[name] = float(value) * scale
-    longest: dict[str, dict[str, float]] = {}
-    for (kernel, _), counters in launches.items():
-        if counters.get("us", 0) >= longest.get(kernel, {}).get("us", 0):
-            longest[kernel] = counters
-    for kernel, counters in longest.items():
-        check.say("ncu", "counters", kernel=kernel, counters=counters)
-    if not longest and "ERR_NVGPUCTRPERM" not in text:
-        check.say("ncu", "counters", error="ncu has printed no table; its output is in ncu.csv")
-
-
-NOTES = {"tests": note_tests, "sanitizer": note_sanitizer, "ncu": note_counters}
+# settings of the environment that would have other kernels or another precision tested than the defaults
+OVERRIDES = ("TRITON_INTERPRET", "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE", "NVIDIA_TF32_OVERRIDE")
 
 
 def environment_of(layout: Path, dry: bool) -> dict[str, str]:
@@ -278,8 +207,19 @@ def environment_of(layout: Path, dry: bool) -> dict[str, str]:
     package.mkdir()
     for source in (*(ROOT / "celo2").iterdir(), *(ROOT / name for name in ("kernels", "meta", "pretrain"))):
         (package / source.name).symlink_to(source)
-    environment = {**os.environ, "PYTHONPATH": f"{layout}{os.pathsep}{BENCH}", "PYTHONSAFEPATH": "1"}
-    environment |= {"PYTHONUNBUFFERED": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+    scratch = layout / "tmp"
+    scratch.mkdir()
+    environment = {key: value for key, value in os.environ.items() if key not in OVERRIDES}
+    # modules of a cluster may have put PyTorch itself on the path
+    paths = [str(layout), str(BENCH), *filter(None, [environment.get("PYTHONPATH")])]
+    environment |= {"PYTHONPATH": os.pathsep.join(paths), "PYTHONSAFEPATH": "1"}
+    environment |= {"PYTHONUNBUFFERED": "1", "PYTHONDONTWRITEBYTECODE": "1", "TMPDIR": str(scratch)}
+    environment.setdefault("TORCHINDUCTOR_CACHE_DIR", str(scratch / "inductor"))
+    home = Path(environment.get("TRITON_HOME") or os.path.expanduser("~"))
+    cache = next((path for path in (home / ".triton" / "cache", home / ".triton", home) if path.exists()), home)
+    if not os.access(cache, os.W_OK):
+        environment.setdefault("TRITON_CACHE_DIR", str(scratch / "triton"))
+    environment["PATH"] = gpu_tools.search_path(environment)
     if dry:
         environment |= {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     return environment
@@ -304,6 +244,19 @@ def parse_arguments() -> argparse.Namespace:
     if unknown := [name for name in arguments.wanted if name not in known]:
         parser.error(f"--sections {unknown[0]}: there are {names}")
     return arguments
+
+
+def ignore_signals() -> None:
+    """Let nothing end this process before it has written its page."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
+def command_line(arguments: argparse.Namespace) -> str:
+    """Return the command of this run, without its folder: it belongs to a machine."""
+    words = ["python3 bench/gpu_check.py", f"--minutes {arguments.minutes:g}"]
+    words += [f"--sections {arguments.sections}"] if arguments.sections else []
+    return " ".join([*words, *(["--dry"] if arguments.dry else [])])
 
 
 def main() -> int:
@@ -335,28 +288,34 @@ def main() -> int:
     out = arguments.out or (Path(os.environ["OUT"]) if os.environ.get("OUT") else ROOT / "docs" / "gpu" / slug)
     page = out / "page.md" if arguments.out or os.environ.get("OUT") else out.parent / f"{slug}.md"
     check = Check(out.resolve(), page.resolve(), arguments.minutes, dry)
-    check.say("run", "begin", device=name, dry=dry, minutes=arguments.minutes, revision=gpu_page.revision(ROOT))
+    begin: dict[str, Any] = {"device": name, "dry": dry, "minutes": arguments.minutes}
+    begin |= {"revision": gpu_page.revision(ROOT), "command": command_line(arguments)}
+    begin["unset"] = {name: os.environ[name] for name in OVERRIDES if name in os.environ}
+    check.say("run", "begin", **begin)
 
     def end(number: int, _: object) -> None:
         raise Stopped(number)
 
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    for number in SIGNALS:
         signal.signal(number, end)
     status = 0
-    with tempfile.TemporaryDirectory(prefix="celo2-") as layout:
+    with tempfile.TemporaryDirectory(prefix="celo2-", ignore_cleanup_errors=True) as layout:
         try:
             environment = environment_of(Path(layout), dry)
             for section in SECTIONS:
                 if section.name not in arguments.wanted:
                     continue
                 check.run(section, environment)
-                if section.name in NOTES:
-                    NOTES[section.name](check)
+                if note := gpu_tools.NOTES.get(section.name):
+                    note(check.out)
                 check.write_page()
         except Stopped as stopped:
+            ignore_signals()
             check.stop()
             check.say("run", "stopped", error=f"by {signal.Signals(stopped.number).name}")
             status = 128 + stopped.number
+        finally:
+            ignore_signals()
     failures = gpu_page.failures(gpu_page.read(check.out))
     check.say("run", "end", failures=len(failures))
     check.write_page()

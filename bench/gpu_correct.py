@@ -266,6 +266,8 @@ def sharded(lab: Lab) -> None:
 
 
 def correct(lab: Lab) -> None:
+    # float32 is to be compared with float64, whatever this machine's default is
+    torch.set_float32_matmul_precision("highest")
     for part in (golden, oracle, repeats, sharded):
         try:
             part(lab)
@@ -278,6 +280,7 @@ def correct(lab: Lab) -> None:
 
 def small_step(lab: Lab) -> None:
     """A few small steps of every kind, for compute-sanitizer."""
+    lab.section = "sanitizer"
     for options in (
         {"orthogonalize": False},
         {"orthogonalize": True, "state_dtype": "bfloat16"},

@@ -42,9 +42,18 @@ NOTES = {
 }
 
 
+# the environment variable with the time at which a run began
+BEGUN = "CELO2_CHECK_BEGUN"
+
+
 def append(out: Path, record: Record) -> str:
-    """Append a record to `out`/records.jsonl, on the disk before this returns; returns the line."""
-    line = json.dumps({"time": round(time.time(), 2), **record}, default=str)
+    """Append a record to `out`/records.jsonl, on the disk before this returns; returns the line.
+
+    It has the time, and in `t` the seconds since the run began.
+    """
+    now = time.time()
+    clock = {"time": round(now, 2), "t": round(now - float(os.environ.get(BEGUN, now)), 1)}
+    line = json.dumps({**clock, **record}, default=str)
     with (out / "records.jsonl").open("a", encoding="utf-8") as file:
         file.write(line + "\n")
         file.flush()

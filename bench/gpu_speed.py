@@ -274,8 +274,19 @@ def sweep(lab: Lab) -> None:
 
 
 def step_for_counters(lab: Lab) -> None:
-    """Steps of GPT-2 124M's matrices after a warm-up, for ncu."""
+    """A step of GPT-2 124M and two symmetric products, after a warm-up, for ncu: it counts between start and stop."""
+    from celo2.batched_newton_schulz import orthogonalize
+
     step = step_of("celo2-base", lab.sizes[0], model_of(lab.sizes[0]))
-    for _ in range(3):
+    x = torch.full((12, 768, 3072) if CUDA else (1, 64, 64), 1e-3, device=DEVICE, dtype=torch.bfloat16)
+    for _ in range(2):
         step()
+        orthogonalize(x, 1)
     sync()
+    if CUDA:
+        torch.cuda.profiler.start()
+    step()
+    orthogonalize(x, 1)
+    sync()
+    if CUDA:
+        torch.cuda.profiler.stop()
