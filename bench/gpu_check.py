@@ -59,7 +59,7 @@ SECTIONS = (
     Section("sweep", 45, 15, "tiles and warps"),
     Section("sanitizer", 60, 20, "compute-sanitizer on small steps"),
     Section("ncu", 60, 20, "hardware counters of each kernel"),
-    Section("meta", 40, 20, "windows a second of meta-training"),
+    Section("meta", 75, 20, "windows a second of meta-training"),
     Section("language_model", 90, 30, "the 30m model on the embedded text: celo2, muon, adamw"),
 )
 
@@ -289,7 +289,7 @@ def main() -> int:
     page = out / "page.md" if arguments.out or os.environ.get("OUT") else out.parent / f"{slug}.md"
     check = Check(out.resolve(), page.resolve(), arguments.minutes, dry)
     begin: dict[str, Any] = {"device": name, "dry": dry, "minutes": arguments.minutes}
-    begin |= {"revision": gpu_page.revision(ROOT), "command": command_line(arguments)}
+    begin |= {"revision": gpu_page.revision(ROOT), "command": command_line(arguments), **gpu_page.versions()}
     begin["unset"] = {name: os.environ[name] for name in OVERRIDES if name in os.environ}
     check.say("run", "begin", **begin)
 

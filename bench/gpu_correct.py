@@ -10,6 +10,7 @@ import subprocess
 import tempfile
 from pathlib import Path
 
+import gpu_page
 import numpy as np
 import torch
 from gpu_lab import CUDA, DEVICE, Lab, backend, gpu, largest, milliseconds, rms, whole
@@ -25,16 +26,12 @@ GOLDEN = ROOT / "tests" / "golden"
 
 def environment(lab: Lab) -> None:
     """Versions, tools and settings; copy bandwidth and the rate of a matrix product."""
-    import triton
-
     from celo2.kernel_step import interpreter_fault
 
-    versions = {"python": platform.python_version(), "torch": torch.__version__, "triton": triton.__version__}
-    versions |= {"numpy": np.__version__, "cuda": torch.version.cuda, "hip": torch.version.hip}
     names = ("TF32", "TRITON", "CUDA_", "NCCL", "PYTORCH_")
     lab.say(
         "versions",
-        **versions,
+        **gpu_page.versions(),
         device=torch.cuda.get_device_name() if CUDA else f"CPU, {platform.machine()}",
         cores=len(os.sched_getaffinity(0)),
         tf32=torch.backends.cuda.matmul.allow_tf32,

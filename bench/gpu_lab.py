@@ -76,34 +76,48 @@ def backend() -> str:
 # clocks
 
 
-def milliseconds(step: Callable[[], Any], *, rounds: int = 3, seconds: float = 0.3, warm: int = 2) -> dict[str, float]:
+def seconds_of(step: Callable[[], Any], count: int) -> float:
+    """Wall time of a call, of a run of them that ends when the device has done all."""
+    sync()
+    start = time.perf_counter()
+    for _ in range(count):
+        step()
+    sync()
+    return (time.perf_counter() - start) / count
+
+
+def milliseconds(
+    step: Callable[[], Any],
+    *,
+    beside: Callable[[], Any] | None = None,
+    rounds: int = 3,
+    seconds: float = 0.3,
+    warm: int = 2,
+) -> dict[str, float]:
     """Time of a call as a training loop makes it, one after another, and of the host alone, medians in milliseconds.
 
     The first is wall time of a run of calls that ends when the device has done all; the second is until one call
-    returns, with nothing queued before it.
+    returns, with nothing queued before it. With a call `beside` it every round times both, a moment apart, and `ratio`
+    is the median of the rounds' ratios.
     """
+    calls = [step] if beside is None else [step, beside]
     for _ in range(warm):
-        step()
-    sync()
-    start = time.perf_counter()
-    step()
-    sync()
-    count = max(3, min(50, int(seconds / (time.perf_counter() - start + 1e-9))))
+        for call in calls:
+            call()
+    counts = [max(3, min(50, int(seconds / (seconds_of(call, 1) + 1e-9)))) for call in calls]
     if not CUDA:
-        count, rounds = 1, 1
-    loops, hosts = [], []
-    for _ in range(rounds):
-        start = time.perf_counter()
-        for _ in range(count):
-            step()
-        sync()
-        loops.append((time.perf_counter() - start) / count)
+        counts, rounds = [1] * len(calls), 1
+    loops = [[seconds_of(call, count) for call, count in zip(calls, counts, strict=True)] for _ in range(rounds)]
+    hosts = []
     for _ in range(2 * rounds):
         start = time.perf_counter()
         step()
         hosts.append(time.perf_counter() - start)
         sync()
-    return {"ms": 1e3 * statistics.median(loops), "host_ms": 1e3 * statistics.median(hosts)}
+    figures = {"ms": 1e3 * statistics.median(loop[0] for loop in loops), "host_ms": 1e3 * statistics.median(hosts)}
+    if beside is not None:
+        figures["ratio"] = statistics.median(mine / theirs for mine, theirs in loops)
+    return figures
 
 
 def graph_milliseconds(step: Callable[[], Any]) -> float:
@@ -134,7 +148,8 @@ def kernel_microseconds(step: Callable[[], Any], rounds: int = 3) -> dict[str, t
     times = {}
     for event in found.key_averages():
         total = event.self_device_time_total if CUDA else event.self_cpu_time_total
-        if total > 0:
+        # the optimizer's own mark spans all of its kernels
+        if total > 0 and not event.key.startswith("Optimizer."):
             times[event.key] = (total / rounds, event.count // rounds)
     return dict(sorted(times.items(), key=lambda item: -item[1][0]))
 

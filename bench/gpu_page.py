@@ -6,9 +6,12 @@ import argparse
 import datetime
 import json
 import os
+import platform
+import re
 import sys
 import time
 from collections.abc import Iterable, Sequence
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +38,8 @@ NOTES = {
     "instructions over its issue rate where that is longer, and Newton-Schulz at the peak of the tensor cores.",
     "graphs": "The device alone, without the host's time.",
     "phases": "Microseconds of one step. Bandwidth is of the bytes that a phase must move.",
-    "training": "16 sequences of 1024 tokens, bfloat16 autocast, no torch.compile.",
+    "training": "16 sequences of 1024 tokens, bfloat16 autocast, no torch.compile. Predictions: forward and "
+    "backward at the rate of `celo2.pretrain.machines`, and the optimizer's step; clipping is in the measurement alone.",
     "newton_schulz": "Five iterations in bfloat16; `product` and `bmm` are one product of a matrix with its transpose.",
     "sweep": "Microseconds of each kernel for `celo2-base` on GPT-2 124M; the best of each column is bold.",
     "language_model": "Equal steps, seeds and batches, each optimizer with three learning rates; validation loss.",
@@ -109,6 +113,25 @@ def revision(root: Path) -> str:
         return "unknown"
 
 
+def versions() -> Record:
+    """Return the versions of what a run depends on."""
+    import torch
+
+    found = {name: metadata.version(name) for name in ("triton", "numpy")}
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        **found,
+        "cuda": torch.version.cuda,
+        "hip": torch.version.hip,
+    }
+
+
+def without_paths(text: str) -> str:
+    """Return a text, an error's perhaps, without the folders of the machine on which it was written."""
+    return re.sub(r"(?<![\w.:])/(?:[\w.@+-]+/)+(?=[\w.-])", ".../", text)
+
+
 def number(value: Any) -> str:
     """Format a value: four digits, and a dash for nothing."""
     if value is None:
@@ -153,6 +176,8 @@ COLUMNS = {
     "product_ms": "product, ms",
     "bmm_ms": "bmm, ms",
     "inner_steps": "inner steps/s",
+    "pairs": "pairs",
+    "tasks": "tasks",
     "steps": "steps",
     "step_s": "s a step",
     "step": "step",
@@ -175,6 +200,8 @@ def section_lines(name: str, records: list[Record]) -> list[str]:
     present = [key for key in COLUMNS if any(record.get(key) is not None for record in rows)]
     if name == "step_times" and "ms" in present:
         present.remove("ms")
+    if all(record.get("passed") in (None, True) for record in rows) and name == "training":
+        present = [key for key in present if key != "passed"]
     if rows:
         body = [[record["what"], *(_cell(key, record) for key in present)] for record in rows]
         lines += [*table(["", *(COLUMNS[key] for key in present)], body), ""]
@@ -216,7 +243,11 @@ def _sweep(records: list[Record]) -> list[str]:
         cells = [record["kernels"].get(kernel) for kernel in kernels]
         marks = ["**" if cell == best[kernel] else "" for cell, kernel in zip(cells, kernels, strict=True)]
         rows.append([record["what"], *(f"{mark}{number(cell)}{mark}" for mark, cell in zip(marks, cells, strict=True))])
-    return [*table(["", *kernels], rows), ""]
+    fastest = [
+        f"- {kernel}: {next(r['what'] for r in records if r['kernels'].get(kernel) == best[kernel])}"
+        for kernel in kernels
+    ]
+    return [*table(["", *kernels], rows), "", "The fastest:", "", *fastest, ""]
 
 
 def _counters(records: list[Record]) -> list[str]:
@@ -235,38 +266,40 @@ def write(out: Path, page: Path) -> None:
         by_section.setdefault(record["section"], []).append(record)
     run = by_section.pop("run", [{}])
     begin, environment = run[0], by_section.pop("environment", [])
-    versions: Record = next((record for record in environment if record["what"] == "versions"), {})
-    device = versions.get("device", begin.get("device", "unknown"))
+    found: Record = {**begin, **next((record for record in environment if record["what"] == "versions"), {})}
+    device = found.get("device", "unknown")
     date = datetime.datetime.fromtimestamp(begin.get("time", time.time()), datetime.UTC).date()
     dry = begin.get("dry", False)
+    runtime = f"HIP {found['hip']}" if found.get("hip") else f"CUDA {found.get('cuda')}"
     lines = [f"# {'Dry run' if dry else device}", ""]
     if dry:
         lines += [f"**A dry run on {device}: it shows that the program runs. No figure here is a measurement.**", ""]
     lines += [
-        f"Written by `make gpu-check` on {date}, git {begin.get('revision')}: PyTorch {versions.get('torch')}, "
-        f"CUDA {versions.get('cuda')}, HIP {versions.get('hip')}, Triton {versions.get('triton')}, NumPy "
-        f"{versions.get('numpy')}, Python {versions.get('python')}. All records are in `{out.name}/records.jsonl`.",
+        f"Written by `{begin.get('command', 'make gpu-check')}` on {date}, git {begin.get('revision')}: PyTorch "
+        f"{found.get('torch')}, {runtime}, Triton {found.get('triton')}, NumPy {found.get('numpy')}, Python "
+        f"{found.get('python')}. All records are in `{out.name}/records.jsonl`.",
         "",
     ]
     bad = failures(records)
     lines += ["## Failures", "", *([f"- {line}" for line in bad] or ["None."]), ""]
+    if left_out := [f"- {r['section']}: {r['reason']}" for r in records if r["what"] == "skipped" and "reason" in r]:
+        lines += ["## Left out", "", *left_out, ""]
     if environment:
         lines += ["## The machine", ""]
         figures = [record for record in environment if "value" in record]
         rows = [(r["what"], number(r["value"]), r["unit"], number(r["predicted"])) for r in figures]
         lines += [*table(("", "measured", "", "data sheet"), rows), ""]
-        lines += [
-            f"- {key}: {versions[key]}"
-            for key in ("cores", "tf32", "backend", "interpreter", "tools")
-            if key in versions
-        ]
+        tools = [f"{'' if there else 'no '}{name}" for name, there in found.get("tools", {}).items()]
+        lines += [f"- {key}: {found[key]}" for key in ("cores", "tf32", "backend", "interpreter") if key in found]
+        lines += [f"- tools: {', '.join(tools)}"] if tools else []
+        lines += [f"- taken from the environment: {', '.join(begin['unset'])}"] if begin.get("unset") else []
         lines += [f"- {record['query']}: {record['found']}" for record in environment if record["what"] == "driver"]
         lines += [""]
-    for name, found in by_section.items():
-        lines += section_lines(name, found)
+    for name, those in by_section.items():
+        lines += section_lines(name, those)
     page.parent.mkdir(parents=True, exist_ok=True)
     temporary = page.with_name(f".{page.name}.tmp")
-    temporary.write_text("\n".join(lines), encoding="utf-8")
+    temporary.write_text(without_paths("\n".join(lines)), encoding="utf-8")
     temporary.replace(page)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import os
 import subprocess
 import sys
@@ -48,6 +49,8 @@ STEPPED = (
 
 
 def free() -> None:
+    """Give memory back: of a model of 1.3 billion parameters there is room for two."""
+    gc.collect()
     if CUDA:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
@@ -64,14 +67,15 @@ def tried(lab: Lab, name: str, work: Callable[[], None]) -> None:
 def step_times(lab: Lab) -> None:
     """A step of every optimizer on the harness's own parameters: as a loop makes it, the host's part, and the ratio."""
     for size in lab.sizes:
-        base = None
+        # stays beside each of the others, for a ratio of two times a moment apart
+        baseline = step_of(BASELINE, size, model_of(size))
         for name in STEPPED:
             if lab.left < 8:
                 lab.say("stopped", reason="no time", next=f"{size}, {name}")
                 return
 
-            def one(name: str = name, size: str = size) -> None:
-                nonlocal base
+            def one(name: str = name, size: str = size, baseline: Callable[[], Any] = baseline) -> None:
+                others = torch.cuda.memory_allocated() if CUDA else 0
                 model = model_of(size)
                 work = Work.of(name, model)
                 step = step_of(name, size, model)
@@ -79,22 +83,23 @@ def step_times(lab: Lab) -> None:
                 step()
                 sync()
                 first = time.perf_counter() - start
-                figures = milliseconds(step)
-                if name == BASELINE:
-                    base = figures["ms"]
+                figures = milliseconds(step, beside=baseline, seconds=0.2)
+                ratio = figures.pop("ratio")
                 parameters, moved = work.learned + work.adamw, work.moved(name)
                 record: dict[str, Any] = {key: whole(value) for key, value in figures.items()}
                 record |= {"first_s": whole(first), "ps": whole(1e9 * figures["ms"] / parameters)}
-                record |= {"times_adamw": base and whole(figures["ms"] / base), "parameters": parameters}
+                record |= {"times_adamw": whole(ratio), "parameters": parameters}
                 if moved is not None and not work.flops:
                     record["tb_s"] = whole(moved / figures["ms"] / 1e9)
                     record["bytes"] = whole(moved / parameters)
                 if CUDA:
-                    record["peak_gib"] = whole(torch.cuda.max_memory_allocated() / 2**30)
+                    record["peak_gib"] = whole((torch.cuda.max_memory_allocated() - others) / 2**30)
                 lab.say(f"{size}, {name}", unit="ms", value=record["ms"], predicted=work.predicted_ms(name), **record)
 
             tried(lab, f"{size}, {name}", one)
             free()
+        del baseline
+        free()
 
 
 def graphs(lab: Lab) -> None:
@@ -133,7 +138,12 @@ def phases(lab: Lab) -> None:
                 model = model_of(size)
                 work, dtypes = Work.of(name, model), dtypes_of(name)
                 predicted = roofline(here, INSTRUCTIONS[here.target], dtypes) if here else {}
-                for kernel, (microseconds, count) in list(kernel_microseconds(step_of(name, size, model)).items())[:24]:
+                times = kernel_microseconds(step_of(name, size, model))
+                total, launches = (sum(column) for column in zip(*times.values(), strict=True))
+                expected = work.predicted_ms(name)
+                sums = {"unit": "us", "launches": launches, "predicted": expected and whole(1e3 * expected)}
+                lab.say(f"{size}, {name}: all kernels", value=whole(total), **sums)
+                for kernel, (microseconds, count) in list(times.items())[:24]:
                     record: dict[str, Any] = {"value": whole(microseconds), "unit": "us", "launches": count}
                     phase = PHASES.get(kernel)
                     if phase is not None:

@@ -7,13 +7,24 @@ import tempfile
 import time
 
 import torch
-from gpu_lab import CUDA, DEVICE, Lab, milliseconds, sync, whole
+from gpu_lab import CUDA, DEVICE, Lab, Work, milliseconds, sync, whole
 from gpu_speed import free, tried
 
 from celo2.pretrain.device import peak_flops
+from celo2.pretrain.machines import MACHINES
 from celo2.pretrain.model import GPT, GPTConfig, model_config
 from celo2.pretrain.optimizers import Optimizers
 from celo2.pretrain.recipes import Recipe, learning_rate, recipe_for
+
+
+def predicted_rate(opt: str, model: GPT, tokens: int) -> float | None:
+    """Return tokens a second by the model of `celo2.pretrain.machines`; None for a GPU or optimizer that it lacks."""
+    name = torch.cuda.get_device_name().lower() if CUDA else ""
+    machine = next((machine for key, machine in MACHINES.items() if key in name), None)
+    optimizer = Work.of(opt, model).predicted_ms(opt)
+    if machine is None or optimizer is None:
+        return None
+    return whole(tokens / (tokens * model.flops_per_token() / machine.model_rate("bfloat16") + optimizer / 1e3))
 
 
 def training(lab: Lab) -> None:
@@ -35,26 +46,27 @@ def training(lab: Lab) -> None:
             tokens = torch.randint(256, (batch, context + 1), generator=torch.Generator().manual_seed(0)).to(DEVICE)
 
             def passes() -> torch.Tensor:
+                # before them: gradients that are added to old ones take longer
+                optimizers.zero_grad()
                 with torch.autocast(DEVICE.type, torch.bfloat16):
                     loss: torch.Tensor = model(tokens[:, :-1], tokens[:, 1:])
                 loss.backward()
                 return loss.detach()
 
             def step() -> torch.Tensor:
-                optimizers.zero_grad()
                 loss = passes()
                 optimizers.step(loss)
                 return loss
 
             losses = [float(step()) for _ in range(5)]
-            both = milliseconds(step, seconds=1.0)
-            optimizer = milliseconds(optimizers.step, seconds=0.3)
-            optimizers.zero_grad()
-            alone = milliseconds(passes, seconds=1.0)
+            both = milliseconds(step, seconds=0.6)
+            optimizer = milliseconds(optimizers.step, seconds=0.2)
+            alone = milliseconds(passes, seconds=0.6)
             rate = 1e3 * batch * context / both["ms"]
             record = {"ms": whole(both["ms"]), "passes_ms": whole(alone["ms"]), "optimizer_ms": whole(optimizer["ms"])}
             record |= {"host_ms": whole(both["host_ms"]), "share": whole(1 - alone["ms"] / both["ms"])}
             record |= {"mfu": peak and whole(rate * model.flops_per_token() / peak)}
+            record |= {"predicted": predicted_rate(opt, model, batch * context)}
             if CUDA:
                 record["peak_gib"] = whole(torch.cuda.max_memory_allocated() / 2**30)
             passed = losses[-1] < losses[0]
@@ -72,8 +84,9 @@ def meta(lab: Lab) -> None:
 
     torch.set_flush_denormal(True)
     for compiled in (False, True) if not lab.dry else (False,):
-        if lab.left < 15 and not lab.dry:
-            lab.say("stopped", reason="no time")
+        # the compiler cannot be interrupted
+        if lab.left < (35 if compiled else 15) and not lab.dry:
+            lab.say("stopped", reason="no time", next="compiled" if compiled else "eager")
             return
 
         def one(compiled: bool = compiled) -> None:
@@ -81,7 +94,7 @@ def meta(lab: Lab) -> None:
             trainer = OuterTrainer(get_recipe("celo2"), sets, device=DEVICE, compiled=compiled)
             trainer.step()
             times = []
-            while len(times) < (1 if lab.dry else 8) and lab.left > 3:
+            while len(times) < (1 if lab.dry else 8) and (not times or lab.left > 3):
                 start = time.perf_counter()
                 trainer.step()
                 sync()
@@ -89,7 +102,9 @@ def meta(lab: Lab) -> None:
             rate = 1 / statistics.median(times)
             inner = trainer.inner_steps_per_outer * rate
             kind = "compiled" if compiled else "eager"
-            lab.say(f"celo2, {kind}", value=whole(rate), unit="windows/s", inner_steps=whole(inner))
+            tasks = ", ".join(task.name for task in trainer.family.tasks)
+            record = {"inner_steps": whole(inner), "pairs": trainer.total, "tasks": tasks}
+            lab.say(f"celo2, {kind}", value=whole(rate), unit="windows/s", **record)
 
         tried(lab, f"compiled={compiled}", one)
 
@@ -120,8 +135,12 @@ def language_model(lab: Lab) -> None:
             model.init_weights(0)
             optimizers = Optimizers(opt, recipe, model)
             loader = Loader(train, context, 0, tokenizer.vocab_id)
-            start = time.perf_counter()
+            start, first = time.perf_counter(), min(5, steps // 2)
             for step in range(steps):
+                if step == first:
+                    # kernels are compiled
+                    sync()
+                    start = time.perf_counter()
                 inputs, targets = (x.to(DEVICE) for x in loader.batch(step * sequences, sequences))
                 optimizers.set_lr(learning_rate(step, steps, recipe) / recipe.lr)
                 with torch.autocast(DEVICE.type, torch.bfloat16, enabled=CUDA):
@@ -130,12 +149,12 @@ def language_model(lab: Lab) -> None:
                 loss.backward()
                 optimizers.step(loss.detach())
             sync()
-            seconds = (time.perf_counter() - start) / steps
+            seconds = (time.perf_counter() - start) / (steps - first)
             with torch.no_grad(), torch.autocast(DEVICE.type, torch.bfloat16, enabled=CUDA):
                 losses = [float(model(x.to(DEVICE), y.to(DEVICE))) for x, y in val]
             return statistics.fmean(losses), seconds
 
-        slowest = max(run(opt, lrs[0], 5 if lab.dry else 20)[1] for opt, lrs in rates.items())
+        slowest = max(run(opt, lrs[0], 5 if lab.dry else 25)[1] for opt, lrs in rates.items())
         runs = sum(map(len, rates.values()))
         steps = max(5, min(4000, int(0.8 * lab.left / runs / slowest)))
         if lab.dry:
