@@ -288,7 +288,7 @@ def main() -> int:
     out = arguments.out or (Path(os.environ["OUT"]) if os.environ.get("OUT") else ROOT / "docs" / "gpu" / slug)
     page = out / "page.md" if arguments.out or os.environ.get("OUT") else out.parent / f"{slug}.md"
     check = Check(out.resolve(), page.resolve(), arguments.minutes, dry)
-    begin: dict[str, Any] = {"device": name, "dry": dry, "minutes": arguments.minutes}
+    begin: dict[str, Any] = {"device": "a CPU" if dry else name, "dry": dry, "minutes": arguments.minutes}
     begin |= {"revision": gpu_page.revision(ROOT), "command": command_line(arguments), **gpu_page.versions()}
     begin["unset"] = {name: os.environ[name] for name in OVERRIDES if name in os.environ}
     check.say("run", "begin", **begin)
