@@ -42,7 +42,7 @@ def environment(lab: Lab) -> None:
         backend=backend(),
     )
     if shutil.which("nvidia-smi") and CUDA:
-        query = "driver_version,clocks.max.sm,clocks.max.mem,power.limit,memory.total,ecc.mode.current"
+        query = "driver_version,clocks.sm,clocks.max.sm,clocks.max.mem,power.limit,temperature.gpu,memory.total"
         command = ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader"]
         found = subprocess.run(command, capture_output=True, text=True, timeout=15, check=False)
         lab.say("driver", query=query, found=(found.stdout or found.stderr).strip()[:300])

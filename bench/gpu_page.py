@@ -86,9 +86,9 @@ def failures(records: Iterable[Record]) -> list[str]:
             limit = f" (limit {number(record['limit'])})" if "limit" in record else ""
             value = f" {number(record['value'])}" if "value" in record else ""
             names = f" {', '.join(record['failed'])}" if record.get("failed") else ""
-            found.append(f"{name}{value}{limit}{names}{' ' + record['error'] if 'error' in record else ''}")
+            found.append(f"{name}{value}{limit}{names}{' ' + one_line(record['error']) if 'error' in record else ''}")
         elif "error" in record:
-            found.append(f"{name}: {record['error']}")
+            found.append(f"{name}: {one_line(record['error'])}")
     return found
 
 
@@ -125,6 +125,11 @@ def versions() -> Record:
         "cuda": torch.version.cuda,
         "hip": torch.version.hip,
     }
+
+
+def one_line(text: str) -> str:
+    """Return a text, an error of CUDA's perhaps, on one line."""
+    return " ".join(text.split())
 
 
 def without_paths(text: str) -> str:
@@ -211,7 +216,7 @@ def section_lines(name: str, records: list[Record]) -> list[str]:
                 f"- {record['what']}: {record['reason']}" + (f" (next: {record['next']})" if "next" in record else "")
             ]
         if "error" in record:
-            lines += [f"- **{record['what']}**: {record['error']}"]
+            lines += [f"- **{record['what']}**: {one_line(record['error'])}"]
         if record.get("failed"):
             lines += [f"- failed: {', '.join(record['failed'])}"]
     ends = [record["seconds"] for record in records if record["what"] == "end" and "seconds" in record]
