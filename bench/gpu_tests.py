@@ -26,8 +26,8 @@ import gpu_page
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-TESTS = ("-v", "-rs", "--tb=short", "-p", "no:cacheprovider", "-m", "kernels")
-TESTS += ("tests/kernels", "tests/celo2/test_golden.py")
+OPTIONS = ("-v", "-rs", "--tb=short", "-p", "no:cacheprovider", "-m", "kernels")
+FOLDERS = ("tests/kernels", "tests/celo2/test_golden.py")
 # compiles for machines that are not here, which a GPU does not make more interesting
 LEFT_OUT = "not specialisation and not compiled_code"
 MOST_PROCESSES = 6
@@ -54,8 +54,8 @@ class Run:
         self.outcomes: dict[str, str] = {}
         self.printing = threading.Lock()
         chosen = "golden or constants" if dry else LEFT_OUT
-        command = [sys.executable, "-m", "pytest", *TESTS, "-k", chosen, "-o", f"faulthandler_timeout={HANGS}"]
-        command += ["-p", "gpu_tests"]
+        command = [sys.executable, "-m", "pytest", *OPTIONS, *FOLDERS, "-k", chosen]
+        command += ["-o", f"faulthandler_timeout={HANGS}", "-p", "gpu_tests"]
         self.processes = [
             subprocess.Popen(
                 command,
