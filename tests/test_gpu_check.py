@@ -132,6 +132,42 @@ def test_tools_that_fail_hang_or_find_something(tmp_path) -> None:
     assert "only administrators read counters" in (out / "page.md").read_text()
 
 
+def test_a_sanitizer_that_says_nothing_has_not_passed(tmp_path) -> None:
+    tool(tmp_path, "compute-sanitizer", "exit 0")
+    out = tmp_path / "out"
+    run("--dry", "--sections", "sanitizer", "--out", out, PATH=f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    assert "sanitizer: errors it has printed no summary" in (out / "page.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("prints", "status", "failed", "error"),
+    [
+        ("tests/a.py::test_x FAILED [ 50%]\ntests/a.py::test_y PASSED [100%]", 1, ["tests/a.py::test_x"], None),
+        ("tests/a.py::test_y PASSED [100%]", 0, [], None),
+        ("tests/a.py::test_y PASSED [ 10%]\nFatal Python error: Segmentation fault", 139, [], "ended with status 139"),
+        ("", 5, [], "no test was run"),
+    ],
+)
+def test_what_pytest_says_and_how_it_ends_is_on_record(prints, status, failed, error, tmp_path) -> None:
+    fake = tmp_path / "fake"
+    fake.mkdir()
+    program = f"if __name__ == '__main__':\n    import sys\n    print({prints!r})\n    sys.exit({status})\n"
+    (fake / "pytest.py").write_text("def hookimpl(**options):\n    return lambda hook: hook\n\n" + program)
+    command = [sys.executable, str(ROOT / "bench" / "gpu_tests.py"), "--out", str(tmp_path), "--seconds", "20", "--dry"]
+    environment = {**os.environ, "PYTHONPATH": str(fake)}
+    assert subprocess.run(command, env=environment, capture_output=True, timeout=60, check=False).returncode == 0
+    (record,) = records(tmp_path)
+    assert record["failed"] == failed and record["passed"] == (status == 0)
+    assert error is None or error in record["error"]
+
+
+def test_a_nan_is_the_largest_of_errors() -> None:
+    program = "from gpu_lab import largest; print(largest(0.0, float('nan')), largest(1.0, 2.0, 0.5))"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "bench")}
+    found = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
+    assert found.stdout.split() == ["nan", "2.0"]
+
+
 def test_sections_are_left_out_when_there_is_no_time(tmp_path) -> None:
     status, _, _ = run("--dry", "--minutes", "0.01", "--out", tmp_path)
     skipped = [r["section"] for r in records(tmp_path) if r["what"] == "skipped" and "s are left" in r["reason"]]

@@ -144,7 +144,7 @@ def test_directions_in_bfloat16_are_near_the_oracle(device, random_theta):
             error = (old - p.detach().cpu() - oracle.update(old, p.grad)).square().mean().sqrt()
             print(tuple(p.shape), f"{float(error):.1e}")
             # of an update whose RMS is 1; float32 would be below 1e-5
-            assert 1e-4 < float(error) < 2e-2
+            assert 1e-4 < float(error) < 3e-2
 
 
 def test_options_of_newton_schulz_are_checked(random_theta):
