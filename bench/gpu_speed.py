@@ -250,7 +250,7 @@ def sweep(lab: Lab) -> None:
         {"rows": 32},
         {"rows": 128},
         {"rows": 128, "warps": 8, "step_rows": 8},
-        {"apply_rows": 8},
+        {"apply_rows": 16},
         {"apply_rows": 32},
     ]
     for variant in variants[: 2 if lab.dry else None]:

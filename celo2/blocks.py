@@ -24,7 +24,7 @@ class Blocks:
     rows: int = 64
     columns: int = WIDEST
     step_rows: int = 4
-    apply_rows: int = 16
+    apply_rows: int = 8
     parts: int = 16
     """Partial sums of rows or columns that are read at once."""
     sums: int = 1024

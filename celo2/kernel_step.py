@@ -27,7 +27,7 @@ from celo2.batched_newton_schulz import orthogonalize_, rehearse_products
 from celo2.blocks import CONTROL_BLOCK, NARROWEST, VECTOR_BLOCK, WIDEST, Blocks
 from celo2.compilation import can_rehearse, launch, rehearsal
 from celo2.kernels import layout
-from celo2.kernels.apply_update import apply_registers, apply_update_kernel
+from celo2.kernels.apply_update import apply_update_kernel
 from celo2.kernels.feature_moments import feature_moments_kernel, normalisers_kernel
 from celo2.kernels.gradient_moments import control_kernel, factors_kernel, gradient_moments_kernel
 from celo2.kernels.learned_update import learned_update_kernel
@@ -566,7 +566,6 @@ class MatrixBatch:
         launch(apply_update_kernel, (self.tiles,),
             self.table, self.tile_list, control, rates, self.p_like, self.d_like, BLOCK_ROWS=blocks.rows,
             STEP_ROWS=blocks.apply_rows, **self.shape, num_warps=blocks.warps,
-            maxnreg=apply_registers(self.p_like.element_size()),
         )  # fmt: skip
 
     def update(self, control: Tensor, rates: Tensor) -> None:

@@ -12,11 +12,6 @@ import triton.language as tl
 from celo2.kernels import layout, rounding
 
 
-def apply_registers(parameter_size: int) -> int | None:
-    """Return the limit on registers for parameters of that many bytes; rounding into bfloat16 would spill under it."""
-    return 40 if parameter_size == 4 else None
-
-
 @triton.jit
 def apply_update_kernel(
     table_ptr,

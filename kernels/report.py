@@ -26,7 +26,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from celo2.kernels import layout
-from celo2.kernels.apply_update import apply_registers, apply_update_kernel
+from celo2.kernels.apply_update import apply_update_kernel
 from celo2.kernels.feature_moments import feature_moments_kernel, normalisers_kernel
 from celo2.kernels.gradient_moments import control_kernel, factors_kernel, gradient_moments_kernel
 from celo2.kernels.learned_update import learned_update_kernel
@@ -100,8 +100,6 @@ def specialisations(
     vector = {"ALIGNED": aligned, "BLOCK_COLUMNS": columns}
     step = {"STEP_ROWS": 512 // columns}
     mlp = {"HIDDEN": weights(UNITS * UNITS), "BIAS": weights(UNITS), "OUTPUT": weights(UNITS), "OUTPUT_BIAS": 0.1}
-    limit = apply_registers(BYTES[dtypes.p])
-    registers = {} if limit is None else {"maxnreg": limit}
     constants: list[tuple[Any, dict[str, Any], dict[str, int]]] = [
         (gradient_moments_kernel, {**tile, "CLIP": clip}, {}),
         (sum_gradients_kernel, {"CLIP": clip, "BLOCK": 1024}, {}),
@@ -116,7 +114,7 @@ def specialisations(
             {"maxnreg": 128},
         ),
         (sum_directions_kernel, {"EPS": 1e-8, "BLOCK": 1024}, {}),
-        (apply_update_kernel, {**tile, "STEP_ROWS": 16}, registers),
+        (apply_update_kernel, {**tile, "STEP_ROWS": 8}, {}),
         *(
             (
                 vector_update_kernel,
