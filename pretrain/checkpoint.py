@@ -198,8 +198,8 @@ class Checkpoints:
 
         Returns its state (None when the folder has no checkpoint) and a line for whatever deserves one: each newer
         folder that was passed over, each entry of the identity in `may_differ` that does. Raises ValueError when the
-        checkpoint is of a run with another identity, naming what differs, or when there are checkpoints and none is
-        usable; OSError when one cannot be read.
+        checkpoint is of a run with another identity or of tensors with other shapes, naming what differs, or when there
+        are checkpoints and none is usable; OSError when one cannot be read.
         """
         notes: list[str] = []
         world, folders = self.world, self.world.shared(self._folders())
@@ -225,7 +225,13 @@ class Checkpoints:
                 _quietly(load_distributed, tensors, checkpoint_id=path, process_group=group, no_dist=group is None)
                 set_optimizer_state_dict(model, optimizers.members, optim_state_dict=tensors["optimizer"])
             except (RuntimeError, ValueError, OSError, CheckpointException) as error:
-                raise OSError(f"{path} is whole but cannot be read: {_describe(error)}; run the same again") from error
+                problem = _describe(error)
+                if "Size mismatch" in problem:
+                    raise ValueError(
+                        f"{path} is of a model with other shapes, as from before the vocabulary was padded: {problem}; "
+                        "give another --out-dir"
+                    ) from error
+                raise OSError(f"{path} is whole but cannot be read: {problem}; run the same again") from error
             torch.set_rng_state(tensors["rng"])
             notes += [f"{text}: the run goes on, no longer to the bit" for text in different.values()]
             return state, notes

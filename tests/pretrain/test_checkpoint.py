@@ -146,6 +146,21 @@ def test_checkpoints_of_which_none_is_usable_are_not_forgotten(tmp_path) -> None
         checkpoints.load(*build(), IDENTITY)
 
 
+@pytest.mark.parametrize("opt", OPTS)
+def test_a_checkpoint_from_before_the_padding_is_refused(tmp_path, monkeypatch, opt: str) -> None:
+    monkeypatch.setattr(sys.modules[__name__], "CONFIG", dataclasses.replace(CONFIG, vocab_size=383))
+    with monkeypatch.context() as before:
+        before.setattr(GPTConfig, "padded_vocab_size", property(lambda config: config.vocab_size))
+        model, optimizers = build(opt)
+        steps(model, optimizers, range(1))
+        Checkpoints(tmp_path).save(model, optimizers, state_at(1))
+    other, others = build(opt, seed=9)
+    expected = [parameter.detach().clone() for parameter in other.parameters()]
+    with pytest.raises(ValueError, match=r"before the vocabulary was padded: .*383.*384.*; give another --out-dir"):
+        Checkpoints(tmp_path).load(other, others, IDENTITY)
+    assert all(torch.equal(p, q) for p, q in zip(other.parameters(), expected, strict=True))
+
+
 def test_a_disk_that_does_not_read_is_no_damage(tmp_path, monkeypatch) -> None:
     checkpoints = Checkpoints(tmp_path)
     for step in (1, 2):
