@@ -7,13 +7,13 @@ import torch
 import torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from celo2.pretrain.model import GPT, model_config
+from celo2.pretrain.model import ARCHS, GPT, GPTConfig, model_config
 from celo2.pretrain.parallel import Parallel, World, micro_step, shard
 
 
 @pytest.fixture
-def eight_ranks():
-    dist.init_process_group("fake", rank=0, world_size=8, store=FakeStore())
+def eight_ranks(request):
+    dist.init_process_group("fake", rank=getattr(request, "param", 0), world_size=8, store=FakeStore())
     yield
     dist.destroy_process_group()
 
@@ -67,6 +67,23 @@ def test_a_model_is_cut_before_it_has_memory(eight_ranks) -> None:
         part = parameter.to_local()
         assert torch.equal(part, whole.get_parameter(name)[: len(part)]), name
     assert model.lm_head.weight is model.token_embedding.weight
+
+
+@pytest.mark.parametrize("eight_ranks", [7], indirect=True)
+@pytest.mark.parametrize("arch", ARCHS)
+def test_the_last_rank_has_the_padding(eight_ranks, arch: str) -> None:
+    config = GPTConfig(arch, n_layer=1, n_head=2, head_dim=8, context=16, vocab_size=383)
+    with torch.device("meta"):
+        model = GPT(config)
+    shard(model, Parallel.choose("fsdp", 8, 8, "cpu"), "float32")
+    model.to_empty(device="cpu")
+    model.init_weights(3)
+    whole = GPT(config)
+    whole.init_weights(3)
+    for name in ("token_embedding.weight", "lm_head.weight"):
+        part = model.get_parameter(name).to_local()
+        assert torch.equal(part, whole.get_parameter(name)[-48:]) and not part[-1].any() and part[-2].any(), name
+    assert model.num_params() == whole.num_params() and sum(model.padding().values()) == sum(whole.padding().values())
 
 
 def test_gradients_wait_for_the_last_micro_batch(eight_ranks) -> None:
