@@ -26,7 +26,6 @@ MODELS = {
 }
 BASELINE = "AdamW(fused=True)"
 ROUNDS = 20
-BYTES_PER_PARAMETER = 84
 
 
 def parameters(model: str) -> list[torch.nn.Parameter]:
