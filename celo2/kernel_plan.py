@@ -1,10 +1,16 @@
-"""Which parameters of an optimizer the kernels step, and a step through them."""
+"""Which parameters of an optimizer the kernels step, and a step through them.
+
+A plan is made for each set of parameters that have gradients, and the last few are kept: where other gradients come in
+every step, as with layers that are skipped or experts, none is made twice. They share the scratch memory and the count
+of skipped steps. A CUDA graph that captured a step goes on reading its plan's tables: when a parameter or its state has
+moved, or steps with `KEPT` other sets came in between, it must be captured again.
+"""
 
 from __future__ import annotations
 
 import importlib.util
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -13,6 +19,7 @@ from celo2.adamw import AdamWJob, round_on_host, step_adamw
 from celo2.groups import group_view
 from celo2.jobs import MatrixJob, VectorJob
 from celo2.phases import gradient_moments
+from celo2.scratch import Scratch, padded
 from celo2.state import is_dtensor, local, placing_of
 
 if TYPE_CHECKING:
@@ -21,20 +28,74 @@ if TYPE_CHECKING:
     from celo2.sharded_step import ShardedStep
 
 NS_DTYPES = {"auto": None, "bfloat16": torch.bfloat16, "float32": torch.float32}
+# plans of an optimizer, each with about 600 bytes a matrix of its own, and 12 a tile or chunk
+KEPT = 8
+
+
+class Signature(NamedTuple):
+    """What a plan depends on; gradients may move, unless their alignment changes.
+
+    Of each parameter with a gradient `memory` is where it is and its state, and `gradients` what its gradient is like.
+    """
+
+    options: list[object]
+    memory: list[object]
+    gradients: list[object]
+
+    def contradicts(self, other: Signature) -> bool:
+        """Whether a parameter that has a gradient in both, or its state, is not where it was."""
+        pairs = zip(self.memory, other.memory, strict=False)
+        return any(a is not None and b is not None and a != b for a, b in pairs)
+
+
+class Shared:
+    """What the plans of an optimizer have in common, and those that are kept, the last one that was taken first."""
+
+    def __init__(self) -> None:
+        self.plans: list[KernelPlan] = []
+        self.scratch: Scratch | None = None
+        self.skipped: Tensor | None = None  # skipped steps counted on the device, int64 [1]
+        self._counted = 0  # how many of them the groups have already
+
+    def take_skipped(self) -> int:
+        """Return how many steps were skipped since this was last asked for; waits for the device."""
+        if self.skipped is None:
+            return 0
+        before, self._counted = self._counted, int(self.skipped)
+        return self._counted - before
+
+    def move(self, device: torch.device) -> None:
+        """Leave memory on other devices; what was counted there must be taken before."""
+        if self.scratch is None or self.scratch.device != device:
+            self.scratch = Scratch(device)
+        if self.skipped is not None and self.skipped.device != device:
+            self.skipped, self._counted = None, 0
+
+    def find(self, signature: Signature) -> KernelPlan | None:
+        """Return the plan for a signature, which is then the last one taken."""
+        for index, plan in enumerate(self.plans):
+            if plan.signature == signature:
+                self.plans.insert(0, self.plans.pop(index))
+                return plan
+        return None
+
+    def keep(self, plan: KernelPlan) -> None:
+        """Add a new plan, and let go those that keep memory which is no parameter's any more, or were not taken."""
+        signature = plan.signature
+        kept = [old for old in self.plans if old.signature != signature and not old.signature.contradicts(signature)]
+        self.plans = [plan, *kept[: KEPT - 1]]
 
 
 class KernelPlan:
-    """What the kernels step and what is left, for as long as `signature` stays."""
+    """What the kernels step and what is left, wherever `signature` holds."""
 
-    def __init__(self, signature: list[object]) -> None:
-        self.signature = signature
+    def __init__(self, signature: Signature, shared: Shared) -> None:
+        self.signature, self.shared = signature, shared
         self.step: KernelStep | None = None  # None: nothing goes through the kernels
         self.refused: dict[Tensor, str] = {}  # learned parameters that PyTorch steps, and why
         self.adam: list[list[Tensor]] = []
         self.shards: set[int] = set()  # positions of the sharded ones among them
         self.rounding = round_on_host
-        self.skipped: Tensor | None = None  # skipped steps counted on the device, int64 [1]
-        self.counted = 0  # how many of them the groups have already
 
 
 def triton_is_installed() -> bool:
@@ -43,46 +104,47 @@ def triton_is_installed() -> bool:
 
 
 def take_kernels(optimizer: FusedCelo2) -> bool:
-    """Whether this step goes through the kernels, and for which parameters: planned again when anything moved."""
+    """Whether this step goes through the kernels, and for which parameters: by a plan that was kept or a new one."""
     if optimizer.backend == "torch":
         return False
-    signature = signature_of(optimizer)
-    if optimizer._kernels is None or optimizer._kernels.signature != signature:
-        old, optimizer._kernels = optimizer._kernels, None
-        optimizer._kernels = plan_kernels(optimizer, signature, old)
-    return optimizer._kernels.step is not None
+    signature, plan = signature_of(optimizer), optimizer._kernels
+    if plan is None or plan.signature != signature:
+        shared = Shared() if plan is None else plan.shared
+        plan = shared.find(signature)
+        if plan is None:
+            plan = plan_kernels(optimizer, signature, shared)
+            shared.keep(plan)
+        optimizer._kernels = plan
+    return plan.step is not None
 
 
-def signature_of(optimizer: FusedCelo2) -> list[object]:
-    """What the plan of the kernels depends on; gradients may move, unless their alignment changes."""
-    parts: list[object] = []
+def signature_of(optimizer: FusedCelo2) -> Signature:
+    """Describe the present parameters, their state and gradients, and the options of their groups."""
+    signature = Signature([], [], [])
     for group in optimizer.param_groups:
-        parts += [group[key] for key in ("weights", "orthogonalize", "ns_steps", "max_grad_norm", "state_dtype")]
-        parts += [group[key] for key in ("split", "heads", "axis", "flatten")]
+        options = ("weights", "orthogonalize", "ns_steps", "max_grad_norm", "state_dtype")
+        signature.options.extend(group[key] for key in (*options, "split", "heads", "axis", "flatten"))
         for parameter in group["params"]:
-            gradient = parameter.grad
+            gradient, placements = parameter.grad, None
             if gradient is None or gradient.layout != torch.strided:
-                parts.append(gradient)
+                signature.memory.append(None)
+                signature.gradients.append(None if gradient is None else gradient.layout)
                 continue
             values: Iterable[Tensor] = optimizer.state[parameter].values()
             if is_dtensor(parameter):
-                parts.append(getattr(gradient, "placements", None))
+                placements = getattr(gradient, "placements", None)
                 parameter, gradient, values = local(parameter), local(gradient), map(local, values)
-            parts.append((parameter.data_ptr(), parameter.dtype, parameter.stride()))
-            parts.append((gradient.dtype, gradient.stride(), gradient.data_ptr() % 16))
-            parts.append([value.data_ptr() for value in values])
-    return parts
+            addresses = [value.data_ptr() for value in values]
+            signature.memory.append(
+                (parameter.data_ptr(), parameter.device, parameter.dtype, parameter.stride(), addresses)
+            )
+            signature.gradients.append((gradient.dtype, gradient.stride(), gradient.data_ptr() % 16, placements))
+    return signature
 
 
-def plan_kernels(optimizer: FusedCelo2, signature: list[object], old: KernelPlan | None) -> KernelPlan:
-    """Plan for what `signature` describes; counters of the `old` plan go on. Raises as `kernels_run_on`."""
-    plan = KernelPlan(signature)
-    skipped = None
-    if old is not None:
-        skipped, plan.counted = old.skipped, old.counted
-        plan.skipped = skipped
-        # its memory is free for the new one
-        old.step = None
+def plan_kernels(optimizer: FusedCelo2, signature: Signature, shared: Shared) -> KernelPlan:
+    """Plan for what `signature` describes. Raises as `kernels_run_on`."""
+    plan = KernelPlan(signature, shared)
     learned, vectors, adam = optimizer._collect()
     # the collection may have moved state to its parameters
     plan.signature = signature_of(optimizer)
@@ -100,6 +162,9 @@ def plan_kernels(optimizer: FusedCelo2, signature: list[object], old: KernelPlan
     from celo2 import kernel_step
 
     device = next(iter(devices))
+    if shared.skipped is not None and shared.skipped.device != device:
+        optimizer._count_skipped()
+    shared.move(device)
     ns_dtype = NS_DTYPES[optimizer.ns_dtype] or (torch.bfloat16 if device.type == "cuda" else torch.float32)
     taken = []
     for job in jobs:
@@ -125,19 +190,34 @@ def plan_kernels(optimizer: FusedCelo2, signature: list[object], old: KernelPlan
         parameters = [parameter for group in plan.adam for parameter in group if is_dtensor(parameter)]
         plan.shards = {optimizer._position(p) for p in parameters if placing_of(p) is not None}
     # an inference tensor could not be written in a later step outside of inference mode
+    most = most_directions(optimizer, ns_dtype)
+    memory = shared.skipped, shared.scratch, most
     with torch.inference_mode(False):
         if sharded is not None:
             from celo2.sharded_kernel_step import ShardedKernelStep
 
-            plan.step = ShardedKernelStep(sharded, taken, optimizer.param_groups, ns_dtype, skipped)
+            plan.step = ShardedKernelStep(sharded, taken, optimizer.param_groups, ns_dtype, *memory)
         elif taken:
-            plan.step = kernel_step.KernelStep(taken, len(optimizer.param_groups), device, ns_dtype, skipped)
+            plan.step = kernel_step.KernelStep(taken, len(optimizer.param_groups), device, ns_dtype, *memory)
         if plan.step is not None:
             plan.step.compile()
     if plan.step is not None:
-        plan.skipped = plan.step.skipped
+        shared.skipped = plan.step.skipped
         plan.rounding = kernel_step.round_on_device
     return plan
+
+
+def most_directions(optimizer: FusedCelo2, ns_dtype: torch.dtype) -> dict[torch.dtype, int]:
+    """Elements of the directions, by dtype, of all whole matrices: what a plan with more gradients could ask for."""
+    most: dict[torch.dtype, int] = {}
+    for group in optimizer.param_groups:
+        dtype = ns_dtype if group["orthogonalize"] else torch.float32
+        for parameter in group["params"]:
+            is_sharded = is_dtensor(parameter) and placing_of(parameter) is not None
+            is_taken = parameter.requires_grad and parameter.ndim > 1 and parameter.dtype != torch.float64
+            if is_taken and not is_sharded and optimizer.rule_of(parameter) == "celo2":
+                most[dtype] = most.get(dtype, 0) + padded(parameter.numel())
+    return most
 
 
 def refuse_whole_step(optimizer: FusedCelo2, plan: KernelPlan, sharded: ShardedStep) -> bool:

@@ -4,15 +4,16 @@ Parameters that share dtypes, theta, options and the width of their tiles form a
 launches whatever its number of matrices. Four go over the elements: gradient moments, feature moments, learned update,
 and after Newton-Schulz the new parameters. Between them small ones add up what the tiles have left, decide on clipping
 and skipping (once for all batches), and make the factors and normalisers. Nothing waits for the device: the global norm
-and the decision to skip a step stay there. Addresses of gradients are refreshed when they move; all else is rebuilt
-when a parameter, its state or its layout changes. `celo2.sharded_kernel_step` makes the same launches on shards of
-matrices, and lets the ranks add up their sums in between.
+and the decision to skip a step stay there. Addresses of gradients are refreshed when they move; all else is built
+anew when a parameter, its state or its layout changes, and once for each set of parameters that have gradients
+(`celo2.kernel_plan`). `celo2.sharded_kernel_step` makes the same launches on shards of matrices, and lets the ranks add
+up their sums in between.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
@@ -38,6 +39,7 @@ from celo2.matrices import MatrixView
 from celo2.newton_schulz import EPS
 from celo2.norms import foreach_norm
 from celo2.phases import ELEMENT_ROWS, LONG_ROWS, SHORT_ROWS
+from celo2.scratch import Scratch, padded
 from celo2.state import MOMENTUM_KEYS, is_transposed, local
 from celo2.stochastic_rounding import mix64
 from celo2.theta import Theta
@@ -188,6 +190,7 @@ class Part(NamedTuple):
         factors: tuple[Tensor, Tensor] | None = None,
         whole: tuple[int, int] | None = None,
         seeds: NDArray[np.int64] | None = None,
+        scratch: Scratch | None = None,
     ) -> Part:
         """See a job as matrices: `matrices` views a tensor like its parameter so, and may raise; default, all of it.
 
@@ -215,7 +218,11 @@ class Part(NamedTuple):
         wide = job.gradient.dtype not in PARAMETER_DTYPES
         if wide or not fits:
             dtype = torch.float32 if wide else job.gradient.dtype
-            buffer = torch.empty_like(state["second_moment"], dtype=dtype)
+            like = torch.empty_like(state["second_moment"], dtype=dtype, device="meta")
+            scratch = Scratch(p.device) if scratch is None else scratch
+            # like all state it is dense
+            buffer = scratch.take(f"gradient {job.position}", like.numel(), dtype=dtype)
+            buffer = buffer.as_strided(like.shape, like.stride())
             g = oriented(buffer)
         return cls(
             job,
@@ -364,11 +371,19 @@ def seeds_of(position: int, count: int) -> NDArray[np.int64]:
 class MatrixBatch:
     """Tables and scratch memory of the matrices that one set of launches steps.
 
-    Directions go to `directions`, and sums of squares of the gradients to `totals`, float32 [matrices].
+    Directions go to `directions`, and sums of squares of the gradients to `totals`, float32 [matrices]. What grows with
+    the elements is in `scratch`, under names that begin with `name`.
     """
 
     def __init__(
-        self, parts: Sequence[Part], blocks: Blocks, aligned: bool, directions: Tensor, totals: Tensor
+        self,
+        parts: Sequence[Part],
+        blocks: Blocks,
+        aligned: bool,
+        directions: Tensor,
+        totals: Tensor,
+        scratch: Scratch,
+        name: str,
     ) -> None:
         first, device = parts[0].job, totals.device
         self.orthogonalize, self.ns_steps, self.clips = first.orthogonalize, first.ns_steps, first.clips
@@ -454,19 +469,20 @@ class MatrixBatch:
             )
         self.tiles, self.chunks = tile, chunk
 
-        def scratch(*shape: int) -> Tensor:
+        # of tiles and chunks
+        self.sums = scratch.take(f"{name} sums", sums)
+        self.tile_totals, self.clipped_tile_totals, self.squares = scratch.take(f"{name} tiles", 3, padded(tile))
+        self.vectors = scratch.take(f"{name} vectors", chunk, layout.UNIT.value + self.units, blocks.columns)
+        self.chunk_sums = scratch.take(f"{name} chunks", chunk, layout.CHUNK_STRIDE.value)
+        self.moments = scratch.take(f"{name} moments", tile, layout.ELEMENT_STRIDE.value)
+
+        def small(*shape: int) -> Tensor:
             return torch.empty(shape, dtype=torch.float32, device=device)
 
-        # of tiles and chunks
-        self.sums, self.tile_totals, self.clipped_tile_totals = scratch(sums), scratch(tile), scratch(tile)
-        self.vectors = scratch(chunk, layout.UNIT.value + self.units, blocks.columns)
-        self.chunk_sums = scratch(chunk, layout.CHUNK_STRIDE.value)
-        self.moments = scratch(tile, layout.ELEMENT_STRIDE.value)
-        self.squares = scratch(tile)
         # of matrices
-        self.clipped_totals, self.means = scratch(matrix), scratch(matrix, 4)
-        self.matrix_moments, self.normalisers = (scratch(matrix, layout.ELEMENT_STRIDE.value) for _ in range(2))
-        self.matrix_squares, self.starts = scratch(matrix), scratch(matrix)
+        self.clipped_totals, self.means = small(matrix), small(matrix, 4)
+        self.matrix_moments, self.normalisers = (small(matrix, layout.ELEMENT_STRIDE.value) for _ in range(2))
+        self.matrix_squares, self.starts = small(matrix), small(matrix)
 
         self._place_sums(table, parts)
         self.table = upload(table, device)
@@ -695,6 +711,9 @@ class KernelStep:
     `run` updates them and leaves on the device `grad_norm` (float32, before clipping), `skip` (float32, 1 when the
     step was skipped), `skipped` (int64 [1], how often that was) and `control`, whose row 1 + i has what the gradients
     of group i are multiplied by. Directions that Newton-Schulz takes are kept in `ns_dtype`.
+
+    Other steps of the same parameters may share `skipped` and `scratch`; `most` says how many elements all directions
+    of a dtype could have.
     """
 
     def __init__(
@@ -704,33 +723,43 @@ class KernelStep:
         device: torch.device,
         ns_dtype: torch.dtype,
         skipped: Tensor | None = None,
+        scratch: Scratch | None = None,
+        most: Mapping[torch.dtype, int] | None = None,
     ) -> None:
         self.device = device
+        self.scratch = Scratch(device) if scratch is None else scratch
         self.parameters = [job.parameter for job in jobs]
-        batches = batches_of([Part.of(job) for job in jobs if job.parameter.ndim > 1], device)
+        parts = [Part.of(job, scratch=self.scratch) for job in jobs if job.parameter.ndim > 1]
+        batches = batches_of(parts, device)
         *totals, self.totals = totals_of(batches, device)
-        self.batches = []
-        for (blocks, aligned, parts), total in zip(batches, totals, strict=True):
-            dtype = ns_dtype if parts[0].job.orthogonalize else torch.float32
-            directions = torch.empty(sum(part.p.numel() for part in parts), dtype=dtype, device=device)
-            self.batches.append(MatrixBatch(parts, blocks, aligned, directions, total))
+        sizes = [
+            (sum(part.p.numel() for part in batch), ns_dtype if batch[0].job.orthogonalize else torch.float32)
+            for _, _, batch in batches
+        ]
+        directions = self.scratch.take_all("directions", sizes, most or {})
+        self.batches = [
+            MatrixBatch(batch, blocks, aligned, direction, total, self.scratch, f"batch {index}")
+            for index, ((blocks, aligned, batch), direction, total) in enumerate(
+                zip(batches, directions, totals, strict=True)
+            )
+        ]
         self.vectors = [VectorBatch(batch) for batch in vector_batches(jobs)]
         self.vector_jobs = [job for batch in vector_batches(jobs) for job in batch]
 
-        def scratch(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        def zeros(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
             return torch.zeros(shape, dtype=dtype, device=device)
 
         self.groups = groups
-        self.control = scratch(1 + groups, layout.CONTROL.value)
+        self.control = zeros(1 + groups, layout.CONTROL.value)
         # on the device, and as last sent there
-        self.rates, self.limits = scratch(groups, layout.RATES.value), scratch(groups)
+        self.rates, self.limits = zeros(groups, layout.RATES.value), zeros(groups)
         self._rates: NDArray[np.float32] | None = None
         self._limits: NDArray[np.float32] | None = None
         self._captured: list[Tensor] = []
-        self.grad_norm = scratch()
-        self.skip = scratch()
-        self.skipped = scratch(1, dtype=torch.int64) if skipped is None else skipped
-        self.one, self.zero = torch.ones(1, dtype=torch.float32, device=device), scratch(1)
+        self.grad_norm = zeros()
+        self.skip = zeros()
+        self.skipped = zeros(1, dtype=torch.int64) if skipped is None else skipped
+        self.one, self.zero = torch.ones(1, dtype=torch.float32, device=device), zeros(1)
 
     def _set(self, groups: Sequence[dict[str, Any]]) -> None:
         """Bring learning rates, decays and limits to the device where they have changed."""

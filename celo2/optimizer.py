@@ -280,10 +280,8 @@ class FusedCelo2(Optimizer):
 
     def _count_skipped(self) -> None:
         """Add what the kernels have counted on the device to the groups."""
-        kernels = self._kernels
-        if kernels is not None and kernels.skipped is not None:
-            skipped = int(kernels.skipped) - kernels.counted
-            kernels.counted += skipped
+        if self._kernels is not None:
+            skipped = self._kernels.shared.take_skipped()
             for group in self.param_groups:
                 group["skipped_steps"] += skipped
 

@@ -9,7 +9,7 @@ agree on gradients are in its memory, and what the host has to know of them is c
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -41,6 +41,7 @@ from celo2.kernel_step import (
 from celo2.kernels import layout, sharing
 from celo2.matrices import MatrixView
 from celo2.newton_schulz import EPS
+from celo2.scratch import Scratch
 from celo2.sharded_step import HEADER, Member, ShardedJob, ShardedStep, padded
 from celo2.sharding import Layout
 from celo2.state import local
@@ -87,7 +88,7 @@ class _Owner:
     Directions are orthogonalised in `ns_dtype`, as without sharding.
     """
 
-    def __init__(self, plan: ShardedStep, ns_dtype: torch.dtype) -> None:
+    def __init__(self, plan: ShardedStep, ns_dtype: torch.dtype, scratch: Scratch) -> None:
         device = plan.device
         self.blocks = (512, 512) if device.type == "cpu" else (16, 128)
         places: dict[tuple[int, int], tuple[int, int, int, int]] = {}  # number, first element, rows, columns
@@ -99,7 +100,7 @@ class _Owner:
                 places[key] = number, element, m, n
                 number, element = number + 1, element + m * n
             element = padded(element)
-        self.matrices = torch.empty(element, dtype=ns_dtype, device=device)
+        self.matrices = scratch.take("owned", element, dtype=ns_dtype)
         self.squares = torch.empty(number, dtype=torch.float32, device=device)
         self.groups = [
             (
@@ -164,13 +165,15 @@ class ShardedKernelStep(KernelStep):
         groups: Sequence[dict[str, Any]],
         ns_dtype: torch.dtype,
         skipped: Tensor | None = None,
+        scratch: Scratch | None = None,
+        most: Mapping[torch.dtype, int] | None = None,
     ) -> None:
         device = self.device = plan.device
-        super().__init__(jobs, len(groups), device, ns_dtype, skipped)
+        super().__init__(jobs, len(groups), device, ns_dtype, skipped, scratch, most)
         self.plan = plan
         # one memory, so that one launch clears all messages
         starts = np.cumsum([0, *(-(-length // 64) * 64 for length in plan.lengths)]).tolist()
-        self.messages = torch.zeros(starts[-1], dtype=torch.float32, device=device)
+        self.messages = self.scratch.take("messages", starts[-1]).zero_()
         self.first, self.second, self.third = (
             self.messages[start : start + length] for start, length in zip(starts, plan.lengths, strict=False)
         )
@@ -184,7 +187,7 @@ class ShardedKernelStep(KernelStep):
 
         # phase 3 writes into the message, and directions of transposed storage behind it
         self._sent_size = sum(plan.send_counts)
-        size, scratch = self._sent_size, []
+        size, behind_it = self._sent_size, []
         parts: list[Part] = []
         for index, job in active.items():
             for number, part in self._parts(index, job) if job.parameter.ndim > 1 else ():
@@ -192,24 +195,34 @@ class ShardedKernelStep(KernelStep):
                     moves = sorted(plan.sends_of[index, number], key=lambda move: move.matrix)
                     offsets = [move.offset for move in moves]
                     for b, move in enumerate(moves) if part.swapped and min(part.p.shape[1:]) > 1 else ():
-                        scratch.append((move, size))
+                        behind_it.append((move, size))
                         offsets[b], size = size, size + padded(move.piece.rows * move.piece.columns)
                     part = part._replace(directions=np.array(offsets, dtype=np.int64))
                 parts.append(part)
-        self.sent = torch.zeros(size, dtype=plan.wire, device=device)
-        self.received = torch.zeros(sum(plan.receive_counts), dtype=plan.wire, device=device)
+        # every rank sends all parts; those without gradients come back to nobody
+        self.sent = self.scratch.take("sent", size, dtype=plan.wire).zero_()
+        self.received = self.scratch.take("received", sum(plan.receive_counts), dtype=plan.wire).zero_()
         self.transposed = []
-        for move, offset in scratch:
+        for move, offset in behind_it:
             rows, columns = move.piece.rows, move.piece.columns
             there, behind = (self.sent[start : start + rows * columns] for start in (move.offset, offset))
             self.transposed.append((there.view(rows, columns), behind.view(columns, rows).mT))
 
         batches = batches_of(parts, device)
         *totals, self.shard_totals = totals_of(batches, device)
-        self.shards = [self._shard_batch(*batch, total) for batch, total in zip(batches, totals, strict=True)]
+        sizes = [
+            # those for Newton-Schulz go into the message
+            (0 if batch[0].job.orthogonalize else sum(part.p.numel() for part in batch), torch.float32)
+            for _, _, batch in batches
+        ]
+        directions = self.scratch.take_all("shards' directions", sizes, {})
+        self.shards = [
+            self._shard_batch(index, *batch, *memory)
+            for index, (batch, *memory) in enumerate(zip(batches, directions, totals, strict=True))
+        ]
         self.shard_vectors = list(self._vector_batches(active))
         self.shard_vector_jobs = [job for job in active.values() if job.parameter.ndim < 2]
-        self.owner = _Owner(plan, ns_dtype)
+        self.owner = _Owner(plan, ns_dtype, self.scratch)
         # the same on every rank, with gradients or without
         self.shares_squares = bool(self.third.numel()) and not all(member.job.orthogonalize for member in plan.members)
 
@@ -238,6 +251,7 @@ class ShardedKernelStep(KernelStep):
                 (row_factors[number], column_factors[number]),
                 (m, n),
                 _seeds(job.position, plan.rank, matrices),
+                self.scratch,
             )
             sums = None if cut.kind == "whole" else self._sums(member, matrices, (cut.kind == "rows") != part.swapped)
             yield number, part._replace(counts=counts, sums=sums)
@@ -267,10 +281,12 @@ class ShardedKernelStep(KernelStep):
             None if member.job.orthogonalize else self.third.data_ptr() + 4 * (member.squares + matrices),
         )
 
-    def _shard_batch(self, blocks: Blocks, aligned: bool, parts: Sequence[Part], totals: Tensor) -> _ShardBatch:
-        orthogonal, size = parts[0].job.orthogonalize, sum(part.p.numel() for part in parts)
-        directions = self.sent if orthogonal else torch.empty(size, dtype=torch.float32, device=self.device)
-        batch = _ShardBatch(parts, blocks, aligned, directions, totals)
+    def _shard_batch(
+        self, index: int, blocks: Blocks, aligned: bool, parts: Sequence[Part], directions: Tensor, totals: Tensor
+    ) -> _ShardBatch:
+        orthogonal = parts[0].job.orthogonalize
+        directions = self.sent if orthogonal else directions
+        batch = _ShardBatch(parts, blocks, aligned, directions, totals, self.scratch, f"shards {index}")
         if orthogonal:
             # what comes back from the owners has an RMS of 1
             sizes = [np.full(part.p.shape[0], part.whole[0] * part.whole[1], np.float32) for part in parts]

@@ -15,7 +15,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
-from celo2 import FusedCelo2, kernel_step, sharded_kernel_step
+from celo2 import FusedCelo2, kernel_plan, kernel_step, sharded_kernel_step
 from celo2.sharded_kernel_step import ShardedKernelStep
 from celo2.sharded_step import ShardedStep
 
@@ -233,6 +233,30 @@ def launches_without_host_reads(mesh):
     return {"launches": counts, "collectives": collectives}
 
 
+def alternating_gradients(mesh):
+    """Largest difference from one process when every other step lacks gradients, and how many plans that makes."""
+    plans, original = [], kernel_plan.plan_kernels
+
+    def counted(*args):
+        plans.append(args)
+        return original(*args)
+
+    kernel_plan.plan_kernels = counted
+    (single, one), (several, optimizer) = (
+        ranks.build("celo2-base", where, mesh, backend=backend)
+        for where, backend in ((None, "torch"), ([Shard(0)], "triton"))
+    )
+    for step in range(6):
+        for params, stepper in ((single, one), (several, optimizer)):
+            ranks.set_gradients(params, step)
+            for p in params[:2] if step % 2 else params[1:]:
+                p.grad = None
+            stepper.step()
+    kernel_plan.plan_kernels = original
+    worst = max(float((ranks.whole(a) - ranks.whole(b)).abs().max()) for a, b in zip(single, several, strict=True))
+    return worst, len(plans)
+
+
 def refused(mesh):
     """Which parameters go through PyTorch, with a limit above the rule's clip and in float64."""
     found = {}
@@ -262,6 +286,7 @@ def main() -> None:
         report["missing"] = ranks.missing_gradients(mesh, (0, 2), "triton")
         report["skipped"] = ranks.skipped_steps(mesh, (0, 2, 3), "triton")
         report["refused"] = refused(mesh)
+        report["alternating"] = alternating_gradients(mesh)
         report["beside whole ones"] = beside_whole_ones(mesh)
         report["losses"] = fsdp2_losses(mesh)
     if world == 3:

@@ -56,6 +56,12 @@ def test_parameters_without_gradients(reports):
 
 
 @pytest.mark.dist
+def test_gradients_that_come_and_go_make_no_plan_twice(reports):
+    worst, plans = reports[2]["alternating"]
+    assert worst <= 2e-6 and plans == 2
+
+
+@pytest.mark.dist
 def test_matrices_without_gradients_do_not_move(reports):
     for worst, still, moved in reports[3]["idle"]:
         assert still and moved and worst <= 2e-6
