@@ -132,5 +132,6 @@ def test_table_prints_rule_rate_and_matrices():
     table = FusedCelo2(groups, lr=1e-3, weights="momentum", weight_decay=0.1).table()
     lines = {line.split()[0]: line for line in table.splitlines()}
     assert "6 x [4, 8]" in lines["blocks.0.qkv.weight"] and "celo2  0.001" in lines["blocks.0.qkv.weight"]
-    assert "adamw  0.02" in lines["wte.weight"] and lines["wte.weight"].endswith("0.1")
+    assert "adamw  0.02   0.1           0.002       nn.Embedding" in lines["wte.weight"]
+    assert "adamw  0.02   0             0  " in lines["norm.weight"]
     assert len(table.splitlines()) == 2 + len(list(model.parameters()))
