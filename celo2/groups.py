@@ -218,6 +218,11 @@ def check_parameters(parameters: list[Any]) -> None:
             raise ValueError(
                 f"{label} is an FSDP1 flat parameter, which has lost its matrices; use fully_shard (FSDP2)"
             )
+        if getattr(parameter, "_fsdp_flattened", False):
+            raise ValueError(
+                f"{label} is a rank's part of an FSDP1 flat parameter (use_orig_params=True), which has lost its "
+                "matrices; use fully_shard (FSDP2)"
+            )
         # a tensor can only be sharded by a module that is loaded; importing it costs half of `import celo2`
         sharded = sys.modules.get("torch.distributed.tensor")
         if sharded is not None and isinstance(parameter, sharded.DTensor):
