@@ -44,6 +44,7 @@ from celo2.phases import (
 )
 from celo2.routes import Route, route_module, route_name
 from celo2.routing import format_table, param_groups, view_options
+from celo2.skips import SkipWatch
 from celo2.state import (
     MOMENTUM_KEYS,
     LazyStates,
@@ -259,6 +260,7 @@ class FusedCelo2(Optimizer):
         self._routes = None
         self._bare = 0  # matrices of which nothing is known but the shape
         self._warned_of_rates = False
+        self._skips = SkipWatch()
         self._grad_norm: Tensor | None = None
         self._folded: dict[tuple[str, torch.dtype, torch.device], FoldedTheta] = {}
         self._unfolded: dict[tuple[str, torch.dtype, torch.device], dict[str, Tensor]] = {}
@@ -516,9 +518,14 @@ class FusedCelo2(Optimizer):
     @overload
     def step(self, closure: Callable[[], float]) -> float: ...
 
+    # launches and collectives are planned here: a compiler would trace the planning
+    @torch._disable_dynamo
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """Update every parameter that has a gradient; returns the closure's loss when there is one."""
+        """Update every parameter that has a gradient; returns the closure's loss when there is one.
+
+        `torch.compile` leaves it as it is.
+        """
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -584,10 +591,10 @@ class FusedCelo2(Optimizer):
         norm *= inverse_scale
         self._grad_norm = torch.tensor(norm, dtype=torch.float32)
         if not math.isfinite(norm) or (found_inf is not None and float(found_inf) != 0):
-            for group in self.param_groups:
-                group["skipped_steps"] += 1
+            self._skip()
             return
 
+        self._skips.note(False)
         scales = []
         for group in self.param_groups:
             limit = group["max_grad_norm"]
@@ -598,6 +605,12 @@ class FusedCelo2(Optimizer):
             self._step_vector(vector, scales[vector.group])
         for index, jobs in enumerate(adam):
             step_adamw(jobs, self.param_groups[index], scales[index])
+
+    def _skip(self) -> None:
+        """Count a step that was skipped, as known on the host."""
+        for group in self.param_groups:
+            group["skipped_steps"] += 1
+        self._skips.note(True, scaled=getattr(self, "grad_scale", None) is not None)
 
     def _collect(self) -> tuple[list[MatrixJob], list[VectorJob], list[list[AdamWJob]]]:
         """Return what to step: matrices and vectors by the learned rule, and each group's parameters by AdamW."""

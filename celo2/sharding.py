@@ -36,7 +36,8 @@ class Placing:
 def placing_of(parameter: Tensor, name: str = "parameter") -> Placing | None:
     """Return how a DTensor is sharded; None for a plain tensor, or one that every rank has whole.
 
-    Raises ValueError for a tensor sharded on two axes (tensor parallelism), unevenly strided or partial.
+    Raises ValueError for a tensor sharded on two axes (tensor parallelism), unevenly strided or partial, and for one
+    offloaded from its mesh's devices to the CPU.
     """
     if not isinstance(parameter, DTensor):
         return None
@@ -56,6 +57,13 @@ def placing_of(parameter: Tensor, name: str = "parameter") -> Placing | None:
             f"{name} of shape {tuple(parameter.shape)} has placements {parameter.placements}: sharded on "
             f"{len(shards)} mesh axes (tensor parallelism, or fully_shard over a 2-D mesh of shards), which is not "
             "supported; shard on one axis and replicate on the others"
+        )
+    where = parameter.to_local().device.type
+    if where not in (mesh.device_type, "meta"):
+        raise ValueError(
+            f"{name} of shape {tuple(parameter.shape)} is on the {where} and its mesh of {mesh.device_type} devices: "
+            "parameters offloaded by FSDP2 (CPUOffloadPolicy) are not supported; leave the policy out, or halve the "
+            "state with state_dtype='bfloat16'"
         )
     mesh_axis, axis = shards[0]
     group = mesh.get_group(mesh_axis)
