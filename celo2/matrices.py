@@ -18,8 +18,9 @@ class MatrixView:
     """How a parameter of two or more axes splits into matrices `[matrices, rows, columns]`.
 
     `split * heads` equal blocks are cut along `axis` (0: a fused q, k, v or per-head input projection; 1: an output
-    projection whose input is the concatenated heads), of every matrix of a batch along 0 alone. `flatten` folds all axes but the first into columns (a
-    convolution kernel `[out, in, kh, kw]` becomes `[out, in * kh * kw]`); None, the default, does so from four axes on.
+    projection whose input is the concatenated heads), of every matrix of a batch along 0 alone. `flatten` folds all
+    axes but the first into columns (a convolution kernel `[out, in, kh, kw]` becomes `[out, in * kh * kw]`); None, the
+    default, does so from four axes on.
     Otherwise the two trailing axes are the matrix and the leading ones batch matrices. Source: the authors' code of
     Celo2, whose attention shapes are `[3, heads, width, head_dim]` and `[heads, head_dim, width]`.
     """
