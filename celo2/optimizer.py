@@ -140,6 +140,12 @@ class FusedCelo2(Optimizer):
     momentum as well (`OneCycleLR`, `CyclicLR`) need `cycle_momentum=False`: the rule's momenta are part of what was
     learned.
 
+    A matrix (each of a batch or view) that never had a gradient but zeros does not move, nor does a vector; weight
+    decay acts on it as AdamW's does. One whose gradients end does not stop: the momenta and the parameter itself are
+    features, and the update has an RMS of `lr` whatever they are. At lr=1e-3 a [32, 32] of norm 1.9 that had gradients
+    for 100 steps goes 5.1 in 200 steps of zeros with `"celo2"`, and 6.0 with `"celo2-base"`, where 6.4 is the most
+    (norm 1.6 after one gradient: 6.0 and 5.9). A gradient of None stops it.
+
     Parameters sharded by `fully_shard` (FSDP2, HSDP) are stepped by their ranks together: `step` is collective then,
     and its results do not depend on the number of ranks but for the order of sums and `wire_dtype`. They go through the
     kernels when every rank can take all of its shards so, else through PyTorch. When ranks disagree on which parameters
@@ -677,7 +683,7 @@ class FusedCelo2(Optimizer):
         if values is not None:
             write_momenta(job.state, group_view(group), values, seed)
         direction, rms_scale = normalise_direction(
-            direction, orthogonalize=group["orthogonalize"], ns_steps=group["ns_steps"]
+            direction, step.moves, orthogonalize=group["orthogonalize"], ns_steps=group["ns_steps"]
         )
         options = {"lr": float(group["lr"]), "weight_decay": group["weight_decay"]}
         job.state["step"] += 1

@@ -235,6 +235,39 @@ def missing_gradients(mesh, places=(0, 4, 8), backend="auto"):
     return worst, message
 
 
+def idle_matrices(single, one, several, optimizer):
+    """Largest difference from one process when a gradient comes late, and to one element, which is on one rank alone.
+
+    And whether what never had a gradient is what it was: everything after the first step, later all but each
+    parameter's first matrix. `one` steps the parameters `single`, and all ranks' `optimizer` steps `several`.
+    """
+    before, still = [whole(p).clone() for p in several], True
+    for step in range(3):
+        for params, stepper in ((single, one), (several, optimizer)):
+            for p in params:
+                gradient = torch.zeros(p.shape, dtype=p.dtype)
+                if step == 1:
+                    gradient[(0,) * p.ndim] = 1e-2
+                p.grad = (
+                    distribute_tensor(gradient, p.device_mesh, p.placements) if hasattr(p, "placements") else gradient
+                )
+            stepper.step()
+        for p, old, (shape, group) in zip(several, before, SPECS, strict=True):
+            if step == 0:
+                still = still and torch.equal(whole(p), old)
+            elif len(shape) > 1 and "rule" not in group:
+                view = MatrixView(**group)
+                still = still and torch.equal(view.matrices(whole(p))[1:], view.matrices(old)[1:])
+    moved = all(not torch.equal(whole(p), old) for p, old in zip(several, before, strict=True))
+    return max(float((whole(a) - whole(b)).abs().max()) for a, b in zip(several, single, strict=True)), still, moved
+
+
+def idle_shards(variant, axis, mesh, backend="auto"):
+    """`idle_matrices` of sharded parameters."""
+    one = build(variant, None, mesh, weight_decay=0.0)
+    return idle_matrices(*one, *build(variant, [Shard(axis)], mesh, weight_decay=0.0, backend=backend))
+
+
 def other_parameters(mesh):
     params, _ = build("celo2", [Shard(0)], mesh)
     chosen = params[:2] if dist.get_rank() else [params[1], params[0]]
@@ -356,6 +389,7 @@ def main() -> None:
         "collectives": {variant: count_collectives(variant, mesh) for variant in ("celo2", "celo2-base")},
         "skipped": skipped_steps(mesh),
         "missing": missing_gradients(mesh),
+        "idle": [idle_shards(variant, axis, mesh) for variant in ("celo2", "celo2-base") for axis in (0, 1)],
         "other": other_parameters(mesh),
         "options": other_options(mesh),
         "offloaded": offloaded(mesh),

@@ -94,6 +94,13 @@ def test_parameters_without_gradients(ranks, reports):
 
 
 @pytest.mark.dist
+@pytest.mark.parametrize("ranks", [1, 2, 3, 4])
+def test_matrices_without_gradients_do_not_move(ranks, reports):
+    for worst, still, moved in reports[ranks]["idle"]:
+        assert still and moved and worst <= 2e-6
+
+
+@pytest.mark.dist
 @pytest.mark.parametrize("ranks", [2, 3, 4])
 def test_ranks_with_other_parameters_get_an_error(ranks, reports):
     assert "the set of sharded parameters differs between ranks" in reports[ranks]["other"]
