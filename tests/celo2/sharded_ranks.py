@@ -280,6 +280,41 @@ def other_parameters(mesh):
     return ""
 
 
+def other_options(mesh):
+    """One option at a time that rank 0 gives otherwise: every rank hears of it, and nobody waits for ever."""
+    messages = []
+    for options in ({"max_grad_norm": 1.0}, {"lr": 3e-3}, {"adam_betas": (0.8, 0.95)}, {"weight_decay": 0.2}):
+        params, _ = build("celo2", [Shard(0)], mesh)
+        optimizer = FusedCelo2([{"params": params[:2], "rule": "celo2"}], weights=theta("celo2"))
+        optimizer.param_groups[0].update(options if dist.get_rank() == 0 else {})
+        set_gradients(params, 0)
+        try:
+            optimizer.step()
+        except RuntimeError as error:
+            messages.append(str(error))
+    return messages
+
+
+def offloaded(mesh):
+    """What FSDP2's CPUOffloadPolicy leaves: a shard on the CPU of a mesh of GPUs."""
+    from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.tensor import DTensor
+    from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
+
+    from celo2.sharding import chunk
+
+    devices = DeviceMesh("cuda", mesh.mesh, _init_backend=False)
+    meta = TensorMeta(torch.Size((4, 4)), (4, 1), torch.float32)
+    start, stop = chunk(4, dist.get_world_size(), dist.get_rank())
+    shard = torch.zeros(stop - start, 4)
+    parameter = DTensor(shard, DTensorSpec(devices, (Shard(0),), tensor_meta=meta), requires_grad=True)
+    try:
+        FusedCelo2([parameter])
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
 class Tied(nn.Module):
     def __init__(self, width: int = 12) -> None:
         super().__init__()
@@ -356,6 +391,8 @@ def main() -> None:
         "missing": missing_gradients(mesh),
         "idle": [idle_shards(variant, axis, mesh) for variant in ("celo2", "celo2-base") for axis in (0, 1)],
         "other": other_parameters(mesh),
+        "options": other_options(mesh),
+        "offloaded": offloaded(mesh),
         "losses": train(Path(sys.argv[1]), world, mesh),
     }
     alone, several = wire_runs(mesh, split=False, low_rank=True)
