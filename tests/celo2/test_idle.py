@@ -112,7 +112,7 @@ def test_weight_decay_acts_as_adamw_s_does(backend, variant, device_of):
     shapes = [(4, 6), (7,)]
     values = [torch.randn(shape).to(device_of(backend)) for shape in shapes]
     theirs = [nn.Parameter(value.clone()) for value in values]
-    params, optimizer = build(values, variant, backend, weight_decay=0.5)
+    params, optimizer = build(values, variant, backend, weight_decay=0.5, vector_weight_decay=None)
     adamw = torch.optim.AdamW(theirs, lr=1e-2, weight_decay=0.5)
     for p in (*params, *theirs):
         p.grad = torch.zeros_like(p)
