@@ -22,10 +22,12 @@ from celo2.groups import (
     check_gradient,
     check_options,
     check_parameters,
+    check_rates,
     group_rule,
     group_view,
     list_parameters,
     named_parameters,
+    use_plain_numbers,
 )
 from celo2.jobs import MatrixJob, VectorJob, matrices_of
 from celo2.kernel_plan import NS_DTYPES, KernelPlan, triton_is_installed
@@ -134,7 +136,8 @@ class FusedCelo2(Optimizer):
 
     Parameters that are split over replicas go through PyTorch: all ranks of `split_over` step together, and have the
     same parameters afterwards, to the bit. Their state is sharded as FSDP2 shards it, and moves between both, one
-    process and other numbers of ranks through `torch.distributed.checkpoint`.
+    process and other numbers of ranks through `torch.distributed.checkpoint`. Before their first step
+    all parameters and gradients are compared by a hash: one that differs between ranks raises RuntimeError on all.
 
     Raises ValueError or TypeError for options out of range, unknown rules, duplicate, sparse, complex or integer
     parameters or gradients, parameters sharded on two axes, and with `split_over` for sharded parameters, for
@@ -209,6 +212,7 @@ class FusedCelo2(Optimizer):
             **view_options(MatrixView()),
             "skipped_steps": 0,
         }
+        use_plain_numbers(defaults)
         if isinstance(params, nn.Module):
             params = param_groups(params, variant=theta.variant)
         elif module is not None:
@@ -307,6 +311,7 @@ class FusedCelo2(Optimizer):
                 hint = f"; did you mean {close[0]!r}?" if close else ""
                 warnings.warn(f"parameter group option {key!r} is not used by FusedCelo2{hint}", stacklevel=3)
         group["params"] = list_parameters(group)
+        use_plain_numbers(group)
         options = {**self.defaults, **group}
         check_options(options)
         check_parameters(group["params"])
@@ -414,6 +419,8 @@ class FusedCelo2(Optimizer):
         After a first step there is state for every parameter that is not frozen, and before it none.
         """
         self._count_skipped()
+        for group in self.param_groups:
+            use_plain_numbers(group)
         if self.state:
             self._follow_groups()
         return super().state_dict()
@@ -518,6 +525,8 @@ class FusedCelo2(Optimizer):
 
     def _step(self) -> None:
         self._follow_groups()
+        for group in self.param_groups:
+            check_rates(group)
         dtensors = [p for group in self.param_groups for p in group["params"] if is_dtensor(p)]
         together = self.split_over is not None or self._sharded is not None
         if together or any(placing_of(parameter) is not None for parameter in dtensors):
