@@ -100,7 +100,6 @@ def _step(
         return
     lr = group["lr"]
     beta1, beta2 = group["adam_betas"]
-    decay = group["weight_decay"] if group["adam_weight_decay"] is None else group["adam_weight_decay"]
     adamw(
         parameters,
         gradients,
@@ -113,8 +112,8 @@ def _step(
         beta1=beta1,
         beta2=beta2,
         # a rate on a device stays there
-        lr=(lr if isinstance(lr, Tensor) and lr.device.type != "cpu" else float(lr)) * group["adam_lr_mult"],
-        weight_decay=decay,
+        lr=lr if isinstance(lr, Tensor) and lr.device.type != "cpu" else float(lr),
+        weight_decay=group["weight_decay"],
         eps=group["adam_eps"],
         maximize=False,
         found_inf=found_inf,

@@ -4,15 +4,25 @@ from __future__ import annotations
 
 import math
 import sys
+from collections.abc import Mapping
 from numbers import Integral, Real
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from celo2.matrices import MatrixView
-from celo2.routing import RULES, name_is_adamw
+from celo2.routes import Route, route_name
+from celo2.routing import (
+    RULES,
+    VECTORS,
+    describe,
+    kind_of_route,
+    rule_of_route,
+    view_of_route,
+    view_options,
+)
 from celo2.state import STATE_DTYPES
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -29,16 +39,86 @@ def group_view(group: dict[str, Any]) -> MatrixView:
     return MatrixView(group["split"], group["heads"], group["axis"], group["flatten"])
 
 
-def group_rule(group: dict[str, Any], name: str, parameter: Tensor, variant: str) -> str:
-    """Return the rule for a parameter of the group, `"celo2"` or `"adamw"`.
+class _Part(NamedTuple):
+    """What the parameters of one group have in common."""
 
-    `"auto"` goes by the number of axes and the name; with a theta of variant `"celo2-base"` it is the learned rule.
+    rule: str
+    kind: str
+    view: MatrixView
+
+
+def split_group(
+    group: dict[str, Any], defaults: dict[str, Any], variant: str, routes: Mapping[Tensor, Route] | None = None
+) -> list[dict[str, Any]]:
+    """Return a group as those of one rule and kind, with the learning rate and weight decay that they step with.
+
+    In a group with `rule="auto"` these two are the learned rule's, and of AdamW's parts they become
+    `adam_lr_mult * lr` and `adam_weight_decay`; a group with a rule that gives them is taken at its word. Vectors have
+    `vector_weight_decay`. `routes` are those of a module, for all parameters that it has; others go by name and shape.
     """
-    if group["rule"] != "auto":
-        return str(group["rule"])
-    if variant == "celo2-base":
-        return "celo2"
-    return "adamw" if parameter.ndim < 2 or name_is_adamw(name) else "celo2"
+    options = {**defaults, **group}
+    given = {key: value for key, value in group.items() if key not in ("params", "param_names", *DERIVING, "reasons")}
+    entries = [entry if isinstance(entry, tuple) else ("", entry) for entry in group["params"]]
+    rules_decide = options["rule"] == "auto"
+    parts: dict[_Part, dict[str, Any]] = {}
+    for entry, (name, parameter) in zip(group["params"], entries, strict=True):
+        if routes is not None and name == "" and parameter not in routes:
+            raise ValueError(
+                f"a group has a tensor of shape {tuple(parameter.shape)} that is not a parameter of the module given "
+                "as module=: pass the module that the trainer took them from"
+            )
+        part, reason = _part_of(name, parameter, options, variant, None if routes is None else routes.get(parameter))
+        if not rules_decide and ("weight_decay" in group or "kind" in group):
+            part = part._replace(kind=group.get("kind", ""))
+        added = parts.setdefault(part, {**given, **part._asdict(), "params": [], "reasons": {}})
+        if routes is not None and name == "":
+            name = routes[parameter].name
+            entry = (name, parameter)
+        added["params"].append(entry)
+        added["reasons"][name] = group.get("reasons", {}).get(name, reason)
+    for part, added in parts.items():
+        added.update(view_options(added.pop("view")))
+        derived = part.rule == "adamw" and (rules_decide or "lr" not in group)
+        lr = options["lr"]
+        added["lr"] = lr * options["adam_lr_mult"] if derived else lr
+        if not isinstance(lr, Tensor):
+            added["lr"] = float(added["lr"])
+        added.setdefault("lr_mult", float(options["adam_lr_mult"]) if derived else 1.0)
+        if rules_decide or "weight_decay" not in group:
+            decay = options["weight_decay"]
+            if part.rule == "adamw" and options["adam_weight_decay"] is not None:
+                decay = options["adam_weight_decay"]
+            if part.kind in VECTORS and options["vector_weight_decay"] is not None:
+                decay = options["vector_weight_decay"]
+            added["weight_decay"] = decay
+    # what others log is the first group's rate
+    return sorted(parts.values(), key=lambda added: (added["rule"] != "celo2", added["kind"] in VECTORS))
+
+
+def _part_of(
+    name: str, parameter: Tensor, options: dict[str, Any], variant: str, route: Route | None
+) -> tuple[_Part, str]:
+    """Return where a parameter of a group goes, and why."""
+    if route is None:
+        kind, rule, reason = route_name(name, parameter.shape)
+        route = Route(name, parameter, kind, rule, reason, None, None)
+    elif options["flatten"] is None:
+        options = {**options, "flatten": view_of_route(route).flatten}
+    rule = rule_of_route(route, variant) if options["rule"] == "auto" else options["rule"]
+    if options["rule"] != "auto":
+        # a rule was given: shape alone says what is a vector
+        kind = "vector" if parameter.ndim < 2 else "matrix"
+        reason = f"rule={rule!r}"
+    else:
+        kind, reason = kind_of_route(route, rule), describe(route, variant)
+    view = (
+        group_view(options) if rule == "celo2" and (parameter.ndim > 1 or options["rule"] != "auto") else MatrixView()
+    )
+    return _Part(rule, kind, view), reason
+
+
+# options that decide the rate and the decay of a group when it is added, and are not its own afterwards
+DERIVING = ("adam_lr_mult", "adam_weight_decay", "vector_weight_decay")
 
 
 def _check_number(name: str, value: Any, *, none: bool = False, positive: bool = False) -> None:
@@ -60,7 +140,8 @@ def check_options(group: dict[str, Any]) -> None:
     """Raise for an option out of range, naming it."""
     for name in ("lr", "weight_decay", "adam_lr_mult", "adam_eps"):
         _check_number(name, group[name])
-    _check_number("adam_weight_decay", group["adam_weight_decay"], none=True)
+    for name in ("adam_weight_decay", "vector_weight_decay"):
+        _check_number(name, group[name], none=True)
     _check_number("max_grad_norm", group["max_grad_norm"], none=True, positive=True)
     betas = group["adam_betas"]
     if not (isinstance(betas, (tuple, list)) and len(betas) == 2):
@@ -83,7 +164,7 @@ def check_options(group: dict[str, Any]) -> None:
 
 def check_rates(group: dict[str, Any]) -> None:
     """Raise ValueError for a number of a group that is not finite any more; those on a GPU are not read."""
-    for name in ("lr", "weight_decay", "adam_lr_mult", "adam_weight_decay", "adam_eps", "max_grad_norm"):
+    for name in ("lr", "weight_decay", "adam_eps", "max_grad_norm"):
         value = group[name]
         if isinstance(value, Tensor):
             if value.device.type != "cpu":
@@ -138,7 +219,11 @@ def list_parameters(group: dict[str, Any]) -> list[Any]:
             f"a parameter group needs params=, tensors or (name, tensor) pairs, got {type(parameters).__name__}; pass "
             "module.named_parameters(), or FusedCelo2(module)"
         )
-    return list(parameters)
+    listed, names = list(parameters), group.get("param_names")
+    if names is not None and not any(isinstance(entry, tuple) for entry in listed):
+        # a group of another optimizer
+        return list(zip(names, listed, strict=True))
+    return listed
 
 
 def check_parameters(parameters: list[Any]) -> None:
@@ -155,6 +240,11 @@ def check_parameters(parameters: list[Any]) -> None:
         if getattr(parameter, "_is_flat_param", False):
             raise ValueError(
                 f"{label} is an FSDP1 flat parameter, which has lost its matrices; use fully_shard (FSDP2)"
+            )
+        if getattr(parameter, "_fsdp_flattened", False):
+            raise ValueError(
+                f"{label} is a rank's part of an FSDP1 flat parameter (use_orig_params=True), which has lost its "
+                "matrices; use fully_shard (FSDP2)"
             )
         # a tensor can only be sharded by a module that is loaded; importing it costs half of `import celo2`
         sharded = sys.modules.get("torch.distributed.tensor")

@@ -219,6 +219,7 @@ def step_with_kernels(optimizer: FusedCelo2) -> None:
         step_adam()
     # the plan's own is overwritten by the next step
     optimizer._grad_norm = step.grad_norm.clone()
+    optimizer._skips.look(step.skipped, scaled=grad_scale is not None)
     if (rest or rest_vectors) and not float(step.skip):
         scales = step.control[1:, 0].tolist()
         for job in rest:

@@ -18,8 +18,9 @@ class MatrixView:
     """How a parameter of two or more axes splits into matrices `[matrices, rows, columns]`.
 
     `split * heads` equal blocks are cut along `axis` (0: a fused q, k, v or per-head input projection; 1: an output
-    projection whose input is the concatenated heads). `flatten` folds all axes but the first into columns (a
-    convolution kernel `[out, in, kh, kw]` becomes `[out, in * kh * kw]`); None, the default, does so from four axes on.
+    projection whose input is the concatenated heads), of every matrix of a batch along 0 alone. `flatten` folds all
+    axes but the first into columns (a convolution kernel `[out, in, kh, kw]` becomes `[out, in * kh * kw]`); None, the
+    default, does so from four axes on.
     Otherwise the two trailing axes are the matrix and the leading ones batch matrices. Source: the authors' code of
     Celo2, whose attention shapes are `[3, heads, width, head_dim]` and `[heads, head_dim, width]`.
     """
@@ -47,6 +48,10 @@ class MatrixView:
         """Whether a parameter of that many axes is folded into one matrix of rows and columns."""
         return axes > 2 and (axes > 3 if self.flatten is None else self.flatten)
 
+    def batches(self, axes: int) -> bool:
+        """Whether the leading of that many axes batch matrices."""
+        return axes > 2 and not self.flattens(axes)
+
     def check(self, shape: torch.Size, name: str = "parameter") -> None:
         """Raise ValueError when a parameter of `shape` cannot be viewed like this."""
         if len(shape) < 2:
@@ -56,11 +61,13 @@ class MatrixView:
                 )
             return
         if self.blocks > 1:
-            if len(shape) != 2 and not self.flattens(len(shape)):
+            if self.batches(len(shape)) and self.axis == 1:
                 raise ValueError(
-                    f"{name} of shape {tuple(shape)}: split/heads apply to parameters of two axes (or flatten=True)"
+                    f"{name} of shape {tuple(shape)}: a batch of matrices is cut into blocks along axis 0; the columns "
+                    "of one (axis=1) lie too far apart for a view"
                 )
-            length = shape[0] if self.axis == 0 else shape[1:].numel()
+            matrix = shape[-2:] if self.batches(len(shape)) else torch.Size((shape[0], shape[1:].numel()))
+            length = matrix[self.axis]
             if length % self.blocks:
                 raise ValueError(
                     f"{name} of shape {tuple(shape)}: axis {self.axis} of length {length} does not divide into "
@@ -69,8 +76,8 @@ class MatrixView:
 
     def shape(self, shape: torch.Size) -> tuple[int, int, int]:
         """Return the shape [matrices, rows, columns] of a parameter of `shape` seen like this."""
-        if len(shape) > 2 and not self.flattens(len(shape)):
-            return shape[:-2].numel(), shape[-2], shape[-1]
+        if self.batches(len(shape)):
+            return shape[:-2].numel() * self.blocks, shape[-2] // self.blocks, shape[-1]
         rows, columns = shape[0], shape[1:].numel()
         if self.axis == 0:
             return self.blocks, rows // self.blocks, columns
@@ -85,7 +92,10 @@ class MatrixView:
             if self.flattens(tensor.ndim):
                 tensor = tensor.view(tensor.shape[0], -1)
             if tensor.ndim > 2:
-                return tensor.view(-1, *tensor.shape[-2:])
+                m, n = tensor.shape[-2:]
+                if self.blocks > 1:
+                    tensor = tensor.view(*tensor.shape[:-2], self.blocks, m // self.blocks, n)
+                return tensor.view(tensor.shape[:-2].numel(), *tensor.shape[-2:])
         except RuntimeError as error:
             raise ValueError(
                 f"a tensor of shape {tuple(tensor.shape)} and strides {tensor.stride()} has no matrix view without a "
@@ -104,8 +114,10 @@ class MatrixView:
         They have the parameter's own axes where they can, so that they shard as it does: an axis that is cut into
         blocks stays whole, and leading axes stay.
         """
-        if len(shape) > 2 and not self.flattens(len(shape)):
-            return (*shape[:-1], 3), (*shape[:-2], shape[-1], 3)
+        if self.batches(len(shape)):
+            if self.blocks == 1:
+                return (*shape[:-1], 3), (*shape[:-2], shape[-1], 3)
+            return (*shape[:-1], 3), (*shape[:-2], self.blocks, shape[-1], 3)
         rows, columns = shape[0], shape[1:].numel()
         if self.blocks == 1:
             return (rows, 3), (columns, 3)

@@ -8,7 +8,7 @@ import math
 import os
 import warnings
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple, overload
 
 import torch
@@ -18,19 +18,21 @@ from torch.optim import Optimizer
 from celo2 import kernel_plan, reference, sharded_plan
 from celo2.adamw import AdamWJob, step_adamw
 from celo2.groups import (
+    DERIVING,
     check_foreign_options,
     check_gradient,
     check_options,
     check_parameters,
     check_rates,
-    group_rule,
     group_view,
     list_parameters,
     named_parameters,
+    split_group,
     use_plain_numbers,
 )
 from celo2.jobs import MatrixJob, VectorJob, matrices_of
 from celo2.kernel_plan import NS_DTYPES, KernelPlan, triton_is_installed
+from celo2.loading import match
 from celo2.matrices import MatrixView
 from celo2.norms import global_norm
 from celo2.phases import (
@@ -42,7 +44,9 @@ from celo2.phases import (
     gradient_moments,
     normalise_direction,
 )
-from celo2.routing import format_table, param_groups, route_groups, view_options
+from celo2.routes import Route, route_module, route_name
+from celo2.routing import format_table, param_groups, view_options
+from celo2.skips import SkipWatch
 from celo2.state import (
     MOMENTUM_KEYS,
     LazyStates,
@@ -68,7 +72,9 @@ if TYPE_CHECKING:
     from celo2.split_step import SplitStep
 
 # set by learning-rate schedulers and by torch.optim itself
-_FOREIGN_KEYS = frozenset({"params", "param_names", "initial_lr", "max_lr", "min_lr", "swa_lr"})
+_FOREIGN_KEYS = frozenset(
+    {"params", "param_names", "initial_lr", "max_lr", "min_lr", "swa_lr", "kind", "lr_mult", "reasons"}
+)
 
 
 BACKENDS = ("auto", "triton", "torch")
@@ -76,7 +82,7 @@ WIRE_DTYPES = ("auto", "bfloat16", "float32")
 
 
 class Place(NamedTuple):
-    """Where a parameter is, and the rule that its group, name and shape give it."""
+    """Where a parameter is, and the rule of its group."""
 
     group: int
     name: str
@@ -88,8 +94,13 @@ class FusedCelo2(Optimizer):
 
     `params` is a module (routed by `celo2.param_groups`, following the theta's variant), tensors, (name, tensor) pairs,
     or groups. A group may override every option below and set `rule`: `"celo2"`, `"adamw"`, or `"auto"` (the default:
-    AdamW for fewer than two axes and for the names of embeddings and output heads, the learned rule for the rest, or
-    for everything with a theta of variant `"celo2-base"`), and its matrix view: `split`, `heads`, `axis`, `flatten`.
+    by name and shape, AdamW for embeddings, output heads and vectors and the learned rule for the rest, or for
+    everything with a theta of variant `"celo2-base"`), and its matrix view: `split`, `heads`, `axis`, `flatten`.
+
+    Every group is split by rule and kind when it is added, the learned rule's parts first, and `lr` and `weight_decay`
+    of `param_groups` are those that its parameters step with. In a group with `rule="adamw"` they are taken as given;
+    else AdamW's parts get `adam_lr_mult * lr`. `lr_mult` of a group is that factor, for a loop that sets the rate
+    itself: `group["lr"] = lr * group["lr_mult"]`. Schedulers scale every group's own rate.
 
     Args:
         lr: learning rate on Adam's scale, at least 0; a float or a 0-d tensor.
@@ -97,7 +108,9 @@ class FusedCelo2(Optimizer):
         weight_decay: decoupled, `p <- p - lr * weight_decay * p`.
         orthogonalize: Newton-Schulz on the direction of each matrix; None takes what the weights were trained with.
         adam_lr_mult: the AdamW side's learning rate is `adam_lr_mult * lr`.
-        adam_weight_decay: decay of the AdamW side, None for `weight_decay`.
+        adam_weight_decay: decay of embeddings, heads and tables on the AdamW side, None for `weight_decay`.
+        vector_weight_decay: decay of gains, biases and other vectors under either rule; None decays them as the
+            matrices of their rule, as the authors do.
         max_grad_norm: scale a group's gradients when the norm over all parameters of the optimizer exceeds this.
         ns_steps: Newton-Schulz iterations.
         ns_dtype: what the kernels keep directions and iterate in: `"bfloat16"`, `"float32"`, or `"auto"`: bfloat16 on a
@@ -116,6 +129,7 @@ class FusedCelo2(Optimizer):
             split over them by rows.
         module: routes tensors or groups that have no names, from a trainer that hands over nothing else: each group is
             split by the rule that the module gives its members, and keeps its options.
+        overrides: patterns of names to rules, `{"*.router.*": "adamw"}`, for a module (either way): `param_groups`.
 
     `fused=` and `foreach=` of PyTorch's optimizers are accepted, and make no difference.
 
@@ -127,6 +141,12 @@ class FusedCelo2(Optimizer):
     through PyTorch, which does wait; `table()` names it. Learning-rate schedulers that cycle a
     momentum as well (`OneCycleLR`, `CyclicLR`) need `cycle_momentum=False`: the rule's momenta are part of what was
     learned.
+
+    A matrix (each of a batch or view) that never had a gradient but zeros does not move, nor does a vector; weight
+    decay acts on it as AdamW's does. One whose gradients end does not stop: the momenta and the parameter itself are
+    features, and the update has an RMS of `lr` whatever they are. At lr=1e-3 a [32, 32] of norm 1.9 that had gradients
+    for 100 steps goes 5.1 in 200 steps of zeros with `"celo2"`, and 6.0 with `"celo2-base"`, where 6.4 is the most
+    (norm 1.6 after one gradient: 6.0 and 5.9). A gradient of None stops it.
 
     Parameters sharded by `fully_shard` (FSDP2, HSDP) are stepped by their ranks together: `step` is collective then,
     and its results do not depend on the number of ranks but for the order of sums and `wire_dtype`. They go through the
@@ -146,6 +166,7 @@ class FusedCelo2(Optimizer):
 
     # GradScaler hands over `grad_scale` and `found_inf` instead of unscaling the gradients itself
     _step_supports_amp_scaling = True
+    _routes: dict[Tensor, Route] | None  # while the optimizer is constructed with module=
 
     def __init__(
         self,
@@ -159,6 +180,7 @@ class FusedCelo2(Optimizer):
         adam_betas: tuple[float, float] = (0.9, 0.95),
         adam_eps: float = 1e-8,
         adam_weight_decay: float | None = None,
+        vector_weight_decay: float | None = 0.0,
         max_grad_norm: float | None = None,
         ns_steps: int = 5,
         ns_dtype: str = "auto",
@@ -167,6 +189,7 @@ class FusedCelo2(Optimizer):
         wire_dtype: str = "auto",
         split_over: DeviceMesh | None = None,
         module: nn.Module | None = None,
+        overrides: Mapping[str, str] | None = None,
         **others: Any,
     ) -> None:
         check_foreign_options(others)
@@ -194,6 +217,7 @@ class FusedCelo2(Optimizer):
                 )
         self.split_over = split_over
         theta = load_weights(weights)
+        self._reasons: dict[str, str] = {}  # by name, for the table
         self._thetas: dict[str, Theta] = {theta.label.rpartition("@")[2]: theta}
         self._reset_caches()
         defaults = {
@@ -205,6 +229,7 @@ class FusedCelo2(Optimizer):
             "adam_betas": adam_betas,
             "adam_eps": adam_eps,
             "adam_weight_decay": adam_weight_decay,
+            "vector_weight_decay": vector_weight_decay,
             "max_grad_norm": max_grad_norm,
             "ns_steps": ns_steps,
             "state_dtype": state_dtype,
@@ -214,27 +239,21 @@ class FusedCelo2(Optimizer):
         }
         use_plain_numbers(defaults)
         if isinstance(params, nn.Module):
-            params = param_groups(params, variant=theta.variant)
+            params = param_groups(params, variant=theta.variant, overrides=overrides)
         elif module is not None:
-            params = route_groups(params, module, variant=theta.variant)
+            self._routes = {route.parameter: route for route in route_module(module, overrides=overrides)}
+        elif overrides is not None:
+            raise ValueError("overrides= goes by a module's names: pass the module, or module= as well")
         super().__init__(params, defaults)
         self._own_states()
-        self._warn_of_bare_tensors(theta.variant)
-
-    def _warn_of_bare_tensors(self, variant: str) -> None:
-        """Warn where embeddings and output heads cannot be told from hidden matrices."""
-        bare = [
-            parameter
-            for group in self.param_groups
-            for parameter in group["params"]
-            if group["rule"] == "auto" and "param_names" not in group and parameter.ndim > 1
-        ]
-        if variant == "celo2" and len(bare) > 1:
+        # a wrapper may replace the parameters: what is left of these must be free then
+        self._routes = None
+        if theta.variant == "celo2" and self._bare > 1:
             warnings.warn(
-                f"{len(bare)} matrices came without names: embeddings and output heads among them go through the "
+                f"{self._bare} matrices came without names: embeddings and output heads among them go through the "
                 "learned rule, at a twentieth of their rate. Pass the module, module.named_parameters(), or "
                 "module=model as well; for groups of hidden matrices say so: 'rule': 'celo2'",
-                stacklevel=3,
+                stacklevel=2,
             )
 
     def _own_states(self) -> None:
@@ -248,6 +267,10 @@ class FusedCelo2(Optimizer):
         self.state = LazyStates(make, self.state)
 
     def _reset_caches(self) -> None:
+        self._routes = None
+        self._bare = 0  # matrices of which nothing is known but the shape
+        self._warned_of_rates = False
+        self._skips = SkipWatch()
         self._grad_norm: Tensor | None = None
         self._folded: dict[tuple[str, torch.dtype, torch.device], FoldedTheta] = {}
         self._unfolded: dict[tuple[str, torch.dtype, torch.device], dict[str, Tensor]] = {}
@@ -297,7 +320,7 @@ class FusedCelo2(Optimizer):
         return theta
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a copy of a group after checking its options and parameters, and create its state.
+        """Add a copy of a group after checking its options and parameters, as a group for each rule and kind in it.
 
         When the other groups have names and this one has none, its parameters are named by position.
         """
@@ -321,41 +344,53 @@ class FusedCelo2(Optimizer):
             group["orthogonalize"] = theta.orthogonalize
         if "skipped_steps" not in group and self.param_groups:
             group["skipped_steps"] = self.skipped_steps
-        if self.param_groups and "param_names" in self.param_groups[0]:
+        if self._routes is None and self.param_groups and "param_names" in self.param_groups[0]:
             index = len(self.param_groups)
             group["params"] = [
                 entry if isinstance(entry, tuple) else (f"group {index}, parameter {position}", entry)
                 for position, entry in enumerate(group["params"])
             ]
-        super().add_param_group(group)
-        added = self.param_groups[-1]
+        if options["rule"] == "auto" and self._routes is None:
+            self._bare += sum(not isinstance(entry, tuple) and entry.ndim > 1 for entry in group["params"])
+        parts = split_group(group, self.defaults, theta.variant, self._routes) or [group]
+        before = len(self.param_groups)
         try:
-            if any(added["lr"] is other["lr"] for other in self.param_groups[:-1]) and isinstance(added["lr"], Tensor):
-                # schedulers write into a tensor: every group needs its own
-                added["lr"] = added["lr"].clone()
-            rules, view = set(), group_view(added)
-            for name, parameter in named_parameters(added):
-                rule = group_rule(added, name, parameter, theta.variant)
-                rules.add(rule)
-                if rule == "celo2":
-                    view.check(parameter.shape, name)
-                try:
-                    if self.split_over is not None:
-                        from celo2 import split_step
-
-                        split_step.check_parameter(parameter, self.split_over)
-                        if self._is_split(parameter, rule):
-                            split_step.check_split_state(parameter, view, added["state_dtype"])
-                    check_state(parameter, rule, view, added["state_dtype"])
-                except ValueError as error:
-                    raise ValueError(f"{name}: {error}") from error
+            for part in parts:
+                self._add_part(part)
         except BaseException:
-            self.param_groups.pop()
+            del self.param_groups[before:]
             raise
-        if view != MatrixView() and rules == {"adamw"}:
+        finally:
+            self._forget_places()
+        if group_view(options) != MatrixView() and all(part["rule"] == "adamw" for part in parts):
+            name = named_parameters(self.param_groups[before])[0][0]
             warnings.warn(f"the matrix view of {name} is not used: AdamW steps it whole", stacklevel=3)
         self._count_skipped()
-        self._forget_places()
+
+    def _add_part(self, part: dict[str, Any]) -> None:
+        """Add a group of one rule; raises ValueError for a parameter that it cannot step, naming it."""
+        self._reasons.update(part.pop("reasons", {}))
+        super().add_param_group(part)
+        added = self.param_groups[-1]
+        for key in DERIVING:
+            del added[key]
+        if any(added["lr"] is other["lr"] for other in self.param_groups[:-1]) and isinstance(added["lr"], Tensor):
+            # schedulers write into a tensor: every group needs its own
+            added["lr"] = added["lr"].clone()
+        rule, view = added["rule"], group_view(added)
+        for name, parameter in named_parameters(added):
+            if rule == "celo2":
+                view.check(parameter.shape, name)
+            try:
+                if self.split_over is not None:
+                    from celo2 import split_step
+
+                    split_step.check_parameter(parameter, self.split_over)
+                    if self._is_split(parameter, rule):
+                        split_step.check_split_state(parameter, view, added["state_dtype"])
+                check_state(parameter, rule, view, added["state_dtype"])
+            except ValueError as error:
+                raise ValueError(f"{name}: {error}") from error
 
     def _forget_places(self) -> None:
         self._positions, self._places, self._kernels, self._sharded = {}, {}, None, None
@@ -364,9 +399,8 @@ class FusedCelo2(Optimizer):
         """Return where a parameter is among the groups and which rule that gives it; None for somebody else's."""
         if not self._places:
             for index, group in enumerate(self.param_groups):
-                variant = self._theta(group["weights"]).variant
                 for name, member in named_parameters(group):
-                    self._places[member] = Place(index, name, group_rule(group, name, member, variant))
+                    self._places[member] = Place(index, name, group["rule"])
         return self._places.get(parameter)
 
     def _new_state(self, parameter: Tensor) -> dict[str, Tensor] | None:
@@ -419,17 +453,17 @@ class FusedCelo2(Optimizer):
         After a first step there is state for every parameter that is not frozen, and before it none.
         """
         self._count_skipped()
-        for group in self.param_groups:
-            use_plain_numbers(group)
+        self._plain_rates()
         if self.state:
             self._follow_groups()
         return super().state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a state dict of `state_dict()`; state keeps its own dtype (float32 for a bfloat16 parameter).
+        """Load a state dict of `state_dict()`: by name where both sides have names, else by position.
 
-        Raises ValueError when it was saved with other weights, rules or views, or for parameters of other shapes; then
-        nothing has changed.
+        State keeps its own dtype, also where it was saved in another, and a tensor `lr` stays the same tensor. Raises
+        ValueError when it was saved with other weights, rules or views, or for parameters of other names or shapes;
+        then nothing has changed.
         """
         # the last pre-hook: what the caller's hooks made of the state dict is checked, and kept before torch casts it
         handle = self.register_load_state_dict_pre_hook(lambda _, last: self._prepare_load(last))
@@ -439,40 +473,16 @@ class FusedCelo2(Optimizer):
             handle.remove()
             self._loading = None
 
-    def _prepare_load(self, state_dict: dict[str, Any]) -> dict[str, Any] | None:
-        saved_groups = state_dict["param_groups"]
-        if len(saved_groups) != len(self.param_groups) or any(
-            len(saved["params"]) != len(group["params"])
-            for saved, group in zip(saved_groups, self.param_groups, strict=True)
-        ):
-            return None  # torch.optim.Optimizer.load_state_dict has the message for these
-        merged = []
-        for index, (saved, group) in enumerate(zip(saved_groups, self.param_groups, strict=True)):
-            # an option that the saving version did not have keeps its value here
-            options = {**{key: group[key] for key in self.defaults if key in group}, **saved}
-            check_options(options)
-            for key in ("weights", "rule", "split", "heads", "axis", "flatten", "state_dtype"):
-                there, here = options[key], group[key]
-                if key == "weights":
-                    there, here = str(there).rpartition("@")[2], here.rpartition("@")[2]
-                if key == "flatten":
-                    # what it comes to for these parameters: the default was False once
-                    there, here = (
-                        [MatrixView(flatten=value).flattens(p.ndim) for p in group["params"]] for value in (there, here)
-                    )
-                if there != here:
-                    raise ValueError(
-                        f"state dict of another optimizer: group {index} was saved with {key}={options[key]!r}, this "
-                        f"optimizer has {group[key]!r}; construct FusedCelo2 with the saved value"
-                    )
-            for key, (name, parameter) in zip(saved["params"], named_parameters(group), strict=True):
-                if not state_dict["state"] or (not parameter.requires_grad and key not in state_dict["state"]):
+    def _prepare_load(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        loading = match(state_dict, self.param_groups, self.defaults)
+        for saved, group in zip(loading["param_groups"], self.param_groups, strict=True):
+            for position, (name, parameter) in zip(saved["params"], named_parameters(group), strict=True):
+                if not loading["state"] or (not parameter.requires_grad and position not in loading["state"]):
                     # saved before the first step, or of a frozen parameter
                     continue
-                check_saved_state(name, parameter, state_dict["state"].get(key), self.state[parameter])
-            merged.append(options)
-        self._loading = {**state_dict, "param_groups": merged}
-        return self._loading
+                check_saved_state(name, parameter, loading["state"].get(position), self.state[parameter])
+        self._loading = loading
+        return loading
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what pickling and copying keep: groups, state, defaults and the thetas, not the scratch memory."""
@@ -484,6 +494,7 @@ class FusedCelo2(Optimizer):
             "backend": self.backend,
             "wire_dtype": self.wire_dtype,
             "ns_dtype": self.ns_dtype,
+            "_reasons": self._reasons,
             "split_over": self.split_over,
         }
 
@@ -491,13 +502,20 @@ class FusedCelo2(Optimizer):
         loading = self.__dict__.get("_loading")
         if loading is not None:
             # torch cast the values to the parameters' dtype; take the exact ones, into the tensors that are there
-            keys = (key for group in loading["param_groups"] for key in group["params"])
-            parameters = (parameter for group in state["param_groups"] for parameter in group["params"])
             if not loading["state"]:
                 self.state.clear()
-            for key, parameter in zip(keys, parameters, strict=True):
-                if key in loading["state"]:
-                    copy_saved_state(loading["state"][key], self.state[parameter])
+            position = 0
+            for group, there in zip(state["param_groups"], self.param_groups, strict=True):
+                for parameter in group["params"]:
+                    if position in loading["state"]:
+                        copy_saved_state(loading["state"][position], self.state[parameter], group_view(there))
+                    position += 1
+                if isinstance(there["lr"], Tensor):
+                    # a captured graph reads this one
+                    there["lr"].fill_(group["lr"])
+                    group["lr"] = there["lr"]
+                elif isinstance(group["lr"], Tensor):
+                    group["lr"] = float(group["lr"])
             state = {**state, "state": self.state}
         super().__setstate__(state)
         self._reset_caches()
@@ -511,9 +529,14 @@ class FusedCelo2(Optimizer):
     @overload
     def step(self, closure: Callable[[], float]) -> float: ...
 
+    # launches and collectives are planned here: a compiler would trace the planning
+    @torch._disable_dynamo
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """Update every parameter that has a gradient; returns the closure's loss when there is one."""
+        """Update every parameter that has a gradient; returns the closure's loss when there is one.
+
+        `torch.compile` leaves it as it is.
+        """
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -523,10 +546,40 @@ class FusedCelo2(Optimizer):
             self._step()
         return loss
 
-    def _step(self) -> None:
-        self._follow_groups()
+    def _plain_rates(self) -> None:
+        """Make floats of rates, and plain numbers of NumPy's, which `torch.load` would not read by default."""
         for group in self.param_groups:
+            use_plain_numbers(group)
+            if type(group["lr"]) is not float and not isinstance(group["lr"], Tensor):
+                group["lr"] = float(group["lr"])
+
+    def _check_rates(self) -> None:
+        """Raise ValueError for a rate that cannot be used; warn of a loop that gives all groups the same one."""
+        learned, derived = set(), set()
+        for index, group in enumerate(self.param_groups):
+            lr = group["lr"]
+            if not isinstance(lr, Tensor) and not 0 <= lr < math.inf:
+                raise ValueError(f"lr={lr!r} of group {index}: must be finite and at least 0")
             check_rates(group)
+            if isinstance(lr, Tensor):
+                continue
+            if group["rule"] == "celo2":
+                learned.add(lr)
+            elif group.get("lr_mult", 1.0) != 1.0:
+                derived.add(lr)
+        same = (learned & derived) - {0.0}
+        if same and not self._warned_of_rates:
+            self._warned_of_rates = True
+            warnings.warn(
+                f"all groups have lr={same.pop():g}: those of AdamW were made to step at a multiple of the learned "
+                'rule\'s. In a loop that sets rates write group["lr"] = lr * group["lr_mult"]',
+                stacklevel=6,
+            )
+
+    def _step(self) -> None:
+        self._plain_rates()
+        self._check_rates()
+        self._follow_groups()
         dtensors = [p for group in self.param_groups for p in group["params"] if is_dtensor(p)]
         together = self.split_over is not None or self._sharded is not None
         if together or any(placing_of(parameter) is not None for parameter in dtensors):
@@ -551,10 +604,10 @@ class FusedCelo2(Optimizer):
         norm *= inverse_scale
         self._grad_norm = torch.tensor(norm, dtype=torch.float32)
         if not math.isfinite(norm) or (found_inf is not None and float(found_inf) != 0):
-            for group in self.param_groups:
-                group["skipped_steps"] += 1
+            self._skip()
             return
 
+        self._skips.note(False)
         scales = []
         for group in self.param_groups:
             limit = group["max_grad_norm"]
@@ -565,6 +618,12 @@ class FusedCelo2(Optimizer):
             self._step_vector(vector, scales[vector.group])
         for index, jobs in enumerate(adam):
             step_adamw(jobs, self.param_groups[index], scales[index])
+
+    def _skip(self) -> None:
+        """Count a step that was skipped, as known on the host."""
+        for group in self.param_groups:
+            group["skipped_steps"] += 1
+        self._skips.note(True, scaled=getattr(self, "grad_scale", None) is not None)
 
     def _collect(self) -> tuple[list[MatrixJob], list[VectorJob], list[list[AdamWJob]]]:
         """Return what to step: matrices and vectors by the learned rule, and each group's parameters by AdamW."""
@@ -631,7 +690,7 @@ class FusedCelo2(Optimizer):
         if values is not None:
             write_momenta(job.state, group_view(group), values, seed)
         direction, rms_scale = normalise_direction(
-            direction, orthogonalize=group["orthogonalize"], ns_steps=group["ns_steps"]
+            direction, step.moves, orthogonalize=group["orthogonalize"], ns_steps=group["ns_steps"]
         )
         options = {"lr": float(group["lr"]), "weight_decay": group["weight_decay"]}
         job.state["step"] += 1
@@ -676,24 +735,23 @@ class FusedCelo2(Optimizer):
         return self._positions[parameter]
 
     def table(self, *, collapse: bool = False) -> str:
-        """Return the routing as text: a line a parameter with name, shape, matrices, rule, learning rate and decay.
+        """Return the routing as text: a line a parameter with its rule, rate and decay, and why that is its rule.
 
-        With `collapse`, numbered blocks that are alike share a line. Below it is what the kernels could not take in the
-        last step, and why.
+        `lr * decay` is the part of a parameter that a step takes off. With `collapse`, numbered blocks that are alike
+        share a line. Below it is what the kernels could not take in the last step, and why.
         """
-        header = ("parameter", "shape", "matrices", "rule", "lr", "weight decay")
+        header = ("parameter", "shape", "matrices", "rule", "lr", "weight decay", "lr * decay", "why")
         rows: list[tuple[str, ...]] = []
         for group in self.param_groups:
+            rule, lr, decay = group["rule"], float(group["lr"]), group["weight_decay"]
             for name, parameter in named_parameters(group):
-                rule, lr, decay = self.rule_of(parameter), float(group["lr"]), group["weight_decay"]
                 matrices = "-"
-                if rule == "adamw":
-                    lr *= group["adam_lr_mult"]
-                    decay = decay if group["adam_weight_decay"] is None else group["adam_weight_decay"]
-                elif parameter.ndim > 1:
+                if rule == "celo2" and parameter.ndim > 1:
                     batch, m, n = group_view(group).shape(parameter.shape)
                     matrices = f"{batch} x [{m}, {n}]"
-                rows.append((name, str(list(parameter.shape)), matrices, rule, f"{lr:.3g}", f"{decay:g}"))
+                numbers = (f"{lr:.3g}", f"{decay:g}", f"{lr * decay:.3g}")
+                why = self._reasons.get(name) or route_name("", parameter.shape)[2]
+                rows.append((name, str(list(parameter.shape)), matrices, rule, *numbers, why))
         refused = {} if self._kernels is None else self._kernels.refused
         notes = [
             f"{name}: stepped by PyTorch, {refused[parameter]}"

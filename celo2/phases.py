@@ -30,6 +30,7 @@ from celo2.reference import (
     RMS_EPS,
     SECOND_MOMENT_DECAY,
     SQUARE_EPS,
+    had_gradient,
 )
 from celo2.stochastic_rounding import mix64, round_stochastically_
 from celo2.theta import Theta
@@ -149,10 +150,19 @@ class Factors:
     short_mean: Tensor
 
 
-def advance_factor(old: Tensor, square_sum: Tensor, length: int, square_scale: float) -> Tensor:
-    """Return the new factor [..., L, 3], given sums of g^2 [..., L] over an axis of `length` elements."""
+def has_started(old: Tensor, square_sum: Tensor) -> Tensor:
+    """Whether matrices have a gradient now or had one, bool [B, 1, 1], by a whole factor [B, L, 3] and its sums [B, L].
+
+    The factors of those that never had one stay zero (`celo2.reference`).
+    """
+    return (square_sum.sum(-1)[:, None, None] > 0) | had_gradient(old)
+
+
+def advance_factor(old: Tensor, square_sum: Tensor, length: int, square_scale: float, started: Tensor) -> Tensor:
+    """Return the new factor [B, L, 3], given sums of g^2 [B, L] over an axis of `length` elements."""
     decay = torch.tensor(FACTOR_DECAYS, dtype=old.dtype, device=old.device)
-    return decay * old + (1 - decay) * (square_sum[..., None] / length * square_scale + SQUARE_EPS)
+    new = decay * old + (1 - decay) * (square_sum[..., None] / length * square_scale + SQUARE_EPS)
+    return torch.where(started, new, 0.0)
 
 
 def _scaled_gradient(g: Tensor, scale: float, clip: bool, out: Tensor) -> Tensor:
@@ -228,10 +238,13 @@ class MatrixStep:
             # moments of a clipped gradient are taken after scaling
             square_scale = 1.0 if clip else scale * scale
             m, n = matrices.p.shape[-2:]
-            row = advance_factor(matrices.row_factor, moments.row_sum, n, square_scale)
-            column = advance_factor(matrices.column_factor, moments.column_sum, m, square_scale)
+            started = has_started(matrices.row_factor, moments.row_sum)
+            row = advance_factor(matrices.row_factor, moments.row_sum, n, square_scale, started)
+            column = advance_factor(matrices.column_factor, moments.column_sum, m, square_scale, started)
             factors = Factors(row, column, (m, n), (row if m <= n else column).mean(-2, keepdim=True))
         self.row_factor, self.column_factor = factors.row, factors.column
+        # what the learned part of the step is multiplied by, [B, 1, 1]: 0 for matrices that never had a gradient
+        self.moves = had_gradient(factors.short_mean).to(factors.short_mean.dtype)
         # the shorter axis carries R, the longer one C; a square matrix counts axis 0 as the shorter
         m, n = self.shape = factors.shape
         short, long = (self.row_factor, self.column_factor) if m <= n else (self.column_factor, self.row_factor)
@@ -362,15 +375,20 @@ def _vector_contribution(factor: Tensor, scale: Tensor, weights: Tensor) -> Tens
     return ((_vector_columns(factor) * scale[:, None]) @ weights).permute(2, 0, 1).contiguous()
 
 
-def normalise_direction(direction: Tensor, *, orthogonalize: bool, ns_steps: int) -> tuple[Tensor, Tensor]:
-    """Between phases 3 and 4: Newton-Schulz when asked, and the factor [B, 1, 1] that gives each matrix an RMS of 1."""
+def normalise_direction(
+    direction: Tensor, moves: Tensor, *, orthogonalize: bool, ns_steps: int
+) -> tuple[Tensor, Tensor]:
+    """Between phases 3 and 4: Newton-Schulz when asked, and the factor [B, 1, 1] that gives each matrix an RMS of 1.
+
+    It is 0 for matrices that `moves` (`MatrixStep.moves`) keeps where they are.
+    """
     if orthogonalize:
         direction = newton_schulz(direction, ns_steps)
     size = direction.shape[-2] * direction.shape[-1]
     # row by row: one float32 sum over all elements loses digits
     norms = torch.linalg.vector_norm(direction, dim=-1, keepdim=True)
     square = torch.linalg.vector_norm(norms, dim=-2, keepdim=True).square()
-    return direction, torch.rsqrt(square / size + NORM_EPS)
+    return direction, torch.rsqrt(square / size + NORM_EPS) * moves
 
 
 def apply_update(p: Tensor, direction: Tensor, rms_scale: Tensor, *, lr: float, weight_decay: float) -> None:

@@ -4,6 +4,11 @@ Nothing is folded, fused or chunked here: 30 feature columns are materialised, n
 the order of the paper (arXiv 2602.19142). It runs in the dtype of its inputs, float32 or float64, slow on purpose.
 The one-dimensional form of the rule is short enough that `FusedCelo2` uses it as it stands.
 
+One deviation from the authors' code: a matrix or a vector that never had a gradient (an expert to which nothing was
+routed) does not move. There it moves at the full rate, because the parameter itself is a feature, and the MLP has
+biases. Here the factors stay exactly zero until a gradient comes; from then on the 1e-30 of every step keeps them above
+zero, so they tell for good, and where they are zero the direction is zero. Nothing else differs by a bit.
+
 Shapes: a batch of matrices is [..., m, n]; the three decays are a last axis of size 3.
 """
 
@@ -63,6 +68,11 @@ def _normalise(columns: Tensor, dims: tuple[int, ...]) -> Tensor:
     return columns * torch.rsqrt(columns.square().mean(dims, keepdim=True) + NORM_EPS)
 
 
+def had_gradient(factor: Tensor) -> Tensor:
+    """Whether a gradient was ever there, bool [..., 1, 1], given a factor [..., length, 3] of the matrix or vector."""
+    return factor.sum((-2, -1), keepdim=True) > 0
+
+
 def mlp(theta: Mapping[str, Tensor], features: Tensor) -> Tensor:
     """Map normalised columns [..., 15 or 30] to the direction [...]; only the first output is used (exp_mult = 0)."""
     first = torch.cat([theta[f"w0__{group}"] for group in range(14)])[: features.shape[-1]]
@@ -80,6 +90,9 @@ def matrix_columns(p: Tensor, g: Tensor, state: MatrixState) -> tuple[Tensor, Ma
     square = g * g + SQUARE_EPS
     row = _ema(state.row_factor, square.mean(-1)[..., None], FACTOR_DECAYS)
     column = _ema(state.column_factor, square.mean(-2)[..., None], FACTOR_DECAYS)
+    started = (g * g).sum((-2, -1))[..., None, None] > 0
+    started = started | had_gradient(state.row_factor)
+    row, column = torch.where(started, row, 0.0), torch.where(started, column, 0.0)
     new_state = MatrixState(momentum, v, row, column)
 
     # the shorter axis carries R, the longer one C; a square matrix counts axis 0 as the shorter
@@ -119,17 +132,19 @@ def matrix_update(
 ) -> tuple[Tensor, MatrixState]:
     """Return the update direction u [..., m, n] of RMS 1 and the new accumulators; inputs are left untouched.
 
-    `theta` maps the 19 names to tensors of p's dtype. Apply as `p - lr * (u + weight_decay * p)`.
+    It is zero for a matrix that never had a gradient. `theta` maps the 19 names to tensors of p's dtype. Apply as
+    `p - lr * (u + weight_decay * p)`.
     """
     columns, new_state = matrix_columns(p, g, state)
     direction = mlp(theta, _normalise(columns, (-3, -2)))
     if orthogonalize:
         direction = newton_schulz(direction, ns_steps)
+    direction = torch.where(had_gradient(new_state.row_factor), direction, 0.0)
     return _normalise(direction, (-2, -1)), new_state
 
 
 def vector_columns(p: Tensor, g: Tensor, state: VectorState) -> tuple[Tensor, VectorState]:
-    """Return the 15 feature columns [n, 15] of a vector, not normalised, and the new accumulators."""
+    """Return the 15 feature columns [n, 15] of a vector, not normalised, and its accumulators after a gradient."""
     g = g.clamp(-GRADIENT_CLIP, GRADIENT_CLIP)
     momentum = _ema(state.momentum, g[..., None], MOMENTUM_DECAYS)
     v = SECOND_MOMENT_DECAY * state.second_moment + (1 - SECOND_MOMENT_DECAY) * g * g
@@ -153,8 +168,18 @@ def vector_columns(p: Tensor, g: Tensor, state: VectorState) -> tuple[Tensor, Ve
     return columns, VectorState(momentum, v, factor)
 
 
+def vector_has_started(old_factor: Tensor, square: Tensor) -> Tensor:
+    """Whether a vector has a gradient now or had one, bool [1], given its factor [n, 3] and the sum of g^2."""
+    return (square > 0) | had_gradient(old_factor)[..., 0]
+
+
 def vector_update(theta: Mapping[str, Tensor], p: Tensor, g: Tensor, state: VectorState) -> tuple[Tensor, VectorState]:
-    """Return the update direction u [n] of RMS 1 and the new accumulators of a vector (0-D counts as [1])."""
+    """Return the update direction u [n] of RMS 1 and the new accumulators of a vector (0-D counts as [1]).
+
+    It is zero for a vector that never had a gradient in any element: as for a matrix, a whole is what the rule takes
+    its means over.
+    """
     columns, new_state = vector_columns(p, g, state)
-    direction = mlp(theta, _normalise(columns, (-2,)))
-    return _normalise(direction, (-1,)), new_state
+    started = vector_has_started(state.factor, columns[..., 0].square().sum(-1))
+    direction = torch.where(started, mlp(theta, _normalise(columns, (-2,))), 0.0)
+    return _normalise(direction, (-1,)), new_state._replace(factor=new_state.factor * started)

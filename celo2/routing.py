@@ -1,138 +1,103 @@
-"""Which parameter gets which rule: embeddings, heads, norms and biases to AdamW, hidden matrices to the learned rule.
+"""Parameter groups of a module: embeddings, heads, norms and biases for AdamW, hidden matrices for the learned rule.
 
 Source: Celo2, deployment rule (the authors route `ndim <= 1 or "embed" in path` to AdamW, input and output embeddings
-both). `param_groups` does it for a module by type and name; `FusedCelo2.table()` prints the result.
+both). `celo2.routes` decides for each parameter, `FusedCelo2.table()` prints the result.
 """
 
 from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from celo2.matrices import MatrixView
+from celo2.routes import Route, route_module
 from celo2.theta import VARIANTS
 
 RULES = ("auto", "celo2", "adamw")
-
-_EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
-_NORMS = (
-    nn.LayerNorm,
-    nn.RMSNorm,
-    nn.GroupNorm,
-    nn.LocalResponseNorm,
-    nn.modules.batchnorm._NormBase,
-)
-_CONVOLUTIONS = (nn.modules.conv._ConvNd,)
-# a path component that names an embedding: token_embedding, embed_tokens, pos_embed, wte, wpe, cls_token
-_EMBEDDING_NAME = re.compile(r"embed|^wte$|^wpe$|_token$")
-# the module that owns an output head; only outside repeated blocks (no numbered component), since blocks may have an
-# `output` projection of their own
-_HEAD_NAMES = frozenset(
-    {"lm_head", "head", "heads", "output", "embed_out", "unembed", "unembedding", "classifier", "logits", "score", "fc"}
-)
+# of parameters without weight decay, unless told otherwise
+VECTORS = frozenset({"vector"})
 
 
-def name_is_adamw(path: str) -> bool:
-    """Whether a parameter's name, as in `module.named_parameters()`, is that of an embedding or an output head."""
-    components = path.split(".")
-    if any(_EMBEDDING_NAME.search(component) for component in components):
-        return True
-    numbered = any(component.isdecimal() for component in components)
-    owner = components[-2] if len(components) > 1 else ""
-    return not numbered and owner in _HEAD_NAMES
+def check_variant(variant: str) -> None:
+    """Raise ValueError for an unknown variant."""
+    if variant not in VARIANTS:
+        raise ValueError(f"variant={variant!r}, allowed: {', '.join(VARIANTS)}")
 
 
 def param_groups(
-    module: nn.Module, *, variant: str = "celo2", views: Mapping[str, MatrixView] | None = None
+    module: nn.Module,
+    *,
+    variant: str = "celo2",
+    views: Mapping[str, MatrixView] | None = None,
+    overrides: Mapping[str, str] | None = None,
 ) -> list[dict[str, Any]]:
-    """Return parameter groups for `FusedCelo2`, one per rule and matrix view, with every parameter of `module` once.
+    """Return parameter groups for `FusedCelo2`, with every parameter of `module` once.
 
-    `variant="celo2"` sends embeddings, the output head, norms and parameters of fewer than two axes to AdamW and the
-    rest to the learned rule; `"celo2-base"` sends everything to the learned rule. A tied weight counts once, under its
-    first name, and goes to AdamW when any of its uses does. Frozen parameters are kept, for when they are unfrozen:
-    they have no state until then. `views` maps parameter names to their `MatrixView`; convolution kernels are flattened
-    to `[out, in * kh * kw]` without one.
-    Raises ValueError for an unknown variant, an unknown name in `views`, or a view that does not fit.
+    One group for each rule, kind (hidden matrices, embeddings, heads, vectors) and matrix view, the learned rule's
+    first. `variant="celo2"` routes by `celo2.routes.route_module`; `"celo2-base"` sends everything to the learned rule.
+    A tied weight counts once, under its first name, and goes to AdamW when any of its uses does. Frozen parameters are
+    kept, for when they are unfrozen: they have no state until then. `views` maps parameter names to their `MatrixView`;
+    convolution kernels are flattened to `[out, in * kh * kw]` without one. `overrides` maps patterns of names to a
+    rule, `{"*.router.*": "adamw"}`; the last that matches wins. A group's `reasons` say by name why a parameter is
+    there.
+
+    Raises ValueError for an unknown variant, rule or name in `views`, for a pattern without a match, and for a view
+    that does not fit.
     """
     if not isinstance(module, nn.Module):
         raise TypeError(f"param_groups takes a torch.nn.Module, got {type(module).__name__}")
-    if variant not in VARIANTS:
-        raise ValueError(f"variant={variant!r}, allowed: {', '.join(VARIANTS)}")
+    check_variant(variant)
     views = dict(views or {})
-    owners = dict(module.named_modules(remove_duplicate=False))
-    first_name: dict[int, str] = {}
-    adamw: set[int] = set()
-    convolution: set[int] = set()
-    parameters = {}
-    for name, parameter in module.named_parameters(remove_duplicate=False):
-        owner = owners[name.rpartition(".")[0]]
-        first_name.setdefault(id(parameter), name)
-        parameters[id(parameter)] = parameter
-        if parameter.ndim < 2 or isinstance(owner, (*_EMBEDDINGS, *_NORMS)) or name_is_adamw(name):
-            adamw.add(id(parameter))
-        if isinstance(owner, _CONVOLUTIONS) and parameter.ndim > 2:
-            convolution.add(id(parameter))
-    unknown = sorted(set(views) - set(first_name.values()))
+    routes = route_module(module, overrides=overrides)
+    unknown = sorted(set(views) - {route.name for route in routes})
     if unknown:
         raise ValueError(f"views for unknown parameters {unknown}; names are those of module.named_parameters()")
-
-    groups: dict[tuple[str, MatrixView], dict[str, Any]] = {}
-    for key, name in first_name.items():
-        parameter = parameters[key]
-        rule = "adamw" if variant == "celo2" and key in adamw else "celo2"
-        if rule == "adamw" and name in views:
-            warnings.warn(f"the matrix view of {name} is not used: AdamW steps it whole", stacklevel=2)
-        view = (
-            views.get(name, MatrixView(flatten=True if key in convolution else None))
-            if rule == "celo2"
-            else MatrixView()
-        )
-        view.check(parameter.shape, name)
-        group = groups.setdefault((rule, view), {"params": [], "rule": rule, **view_options(view)})
-        group["params"].append((name, parameter))
-    if not any(parameter.requires_grad for parameter in parameters.values()):
+    if not any(route.parameter.requires_grad for route in routes):
         raise ValueError(f"{type(module).__name__} has no parameter that requires a gradient")
-    return list(groups.values())
+
+    groups: dict[tuple[str, str, MatrixView], dict[str, Any]] = {}
+    for route in routes:
+        rule = rule_of_route(route, variant)
+        if rule == "adamw" and route.name in views:
+            warnings.warn(f"the matrix view of {route.name} is not used: AdamW steps it whole", stacklevel=2)
+        view = views.get(route.name, view_of_route(route)) if rule == "celo2" else MatrixView()
+        view.check(route.parameter.shape, route.name)
+        kind = kind_of_route(route, rule)
+        group = groups.setdefault(
+            (rule, kind, view), {"params": [], "rule": rule, "kind": kind, **view_options(view), "reasons": {}}
+        )
+        group["params"].append((route.name, route.parameter))
+        group["reasons"][route.name] = describe(route, variant, viewed=route.name in views)
+    # what others log is the first group's rate
+    return sorted(groups.values(), key=lambda group: (group["rule"] != "celo2", group["kind"] in VECTORS))
 
 
-def route_groups(params: Iterable[Any], module: nn.Module, *, variant: str = "celo2") -> list[dict[str, Any]]:
-    """Return the groups of a trainer that knows nothing of rules, each split by the rules of `module` for its members.
+def rule_of_route(route: Route, variant: str) -> str:
+    """Return the rule of a parameter under a theta's variant: everything is learned by one of `"celo2-base"`."""
+    return "celo2" if variant == "celo2-base" and route.kind != "override" else route.rule
 
-    `params` are tensors, (name, tensor) pairs or groups; a group keeps its options, and one with a `rule` its rule.
-    Names and matrix views are the module's. Raises ValueError for a tensor that is not a parameter of the module.
-    """
-    routed = {
-        parameter: (name, group)
-        for group in param_groups(module, variant=variant)
-        for name, parameter in group["params"]
-    }
-    groups = list(params)
-    if not groups or not isinstance(groups[0], dict):
-        groups = [{"params": groups}]
-    result: list[dict[str, Any]] = []
-    for index, group in enumerate(groups):
-        given = {key: value for key, value in group.items() if key not in ("params", "param_names")}
-        if given.get("rule") == "auto":
-            del given["rule"]
-        members = group["params"]
-        split: dict[int, dict[str, Any]] = {}
-        for entry in [members] if isinstance(members, Tensor) else members:
-            parameter = entry[1] if isinstance(entry, tuple) else entry
-            if parameter not in routed:
-                raise ValueError(
-                    f"group {index} has a tensor of shape {tuple(parameter.shape)} that is not a parameter of the "
-                    f"{type(module).__name__} given as module=: pass the module that the trainer took them from"
-                )
-            name, place = routed[parameter]
-            options = {key: value for key, value in place.items() if key != "params"}
-            part = split.setdefault(0 if "rule" in given else id(place), {"params": [], **options, **given})
-            part["params"].append((name, parameter))
-        result += split.values()
-    return result
+
+def kind_of_route(route: Route, rule: str) -> str:
+    """Return the kind that a group is of: vectors are those of either rule."""
+    if route.parameter.ndim < 2 or route.kind in VECTORS:
+        return "vector"
+    return "matrix" if rule == "celo2" else route.kind
+
+
+def view_of_route(route: Route) -> MatrixView:
+    """Return the matrix view that the type of a parameter's module asks for."""
+    return MatrixView(flatten=route.flatten)
+
+
+def describe(route: Route, variant: str, *, viewed: bool = False) -> str:
+    """Return why a parameter goes where it goes, and what could be better about it."""
+    if variant == "celo2-base" and route.kind != "override":
+        return "celo2-base: everything is learned"
+    return route.reason if route.hint is None or viewed or route.rule == "adamw" else f"{route.reason}; {route.hint}"
 
 
 def view_options(view: MatrixView) -> dict[str, Any]:

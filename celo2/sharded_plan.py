@@ -25,6 +25,20 @@ if TYPE_CHECKING:
     from celo2.split_step import SplitStep
 
 
+# options of a group that all ranks must give alike: they decide what is exchanged, or what replicas become
+COMPARED = (
+    *("lr", "weight_decay", "adam_betas", "adam_eps", "max_grad_norm", "ns_steps", "orthogonalize"),
+    *("rule", "state_dtype", "weights", "split", "heads", "axis", "flatten"),
+)
+
+
+def _plain(value: object) -> object:
+    """Return an option as it is compared; a rate on a device is not waited for."""
+    if isinstance(value, Tensor):
+        return float(value) if value.device.type == "cpu" else None
+    return list(value) if isinstance(value, tuple) else value
+
+
 def step_sharded(optimizer: FusedCelo2) -> None:
     """Step all parameters, the sharded or split ones together with the other ranks; collective."""
     from celo2.sharded_step import ShardedStep
@@ -79,8 +93,9 @@ def step_sharded(optimizer: FusedCelo2) -> None:
     if any(parameter.grad is not None for parameter in optimizer._everything()):
         optimizer._grad_norm = torch.tensor(norm, dtype=torch.float32)
     if scales is None:
-        for group in optimizer.param_groups:
-            group["skipped_steps"] += 1
+        optimizer._skip()
+    else:
+        optimizer._skips.note(False)
 
 
 def plan_sharded(optimizer: FusedCelo2) -> ShardedStep | SplitStep:
@@ -89,6 +104,7 @@ def plan_sharded(optimizer: FusedCelo2) -> ShardedStep | SplitStep:
     Raises ValueError for parameters on several meshes, RuntimeError when ranks have different ones.
     """
     from celo2.sharded_step import ShardedJob, ShardedStep
+    from celo2.sharding import agree
 
     jobs, process_groups = [], []
     device = optimizer.param_groups[0]["params"][0].device
@@ -116,6 +132,15 @@ def plan_sharded(optimizer: FusedCelo2) -> ShardedStep | SplitStep:
                         group["ns_steps"],
                     )
                 )
+    if optimizer.split_over is not None:
+        process_groups = [optimizer.split_over.get_group(0)]
+    if len(process_groups) == 1:
+        # a rank that clips makes a message more than one that does not
+        agree(
+            [[_plain(group[key]) for key in COMPARED] for group in optimizer.param_groups],
+            process_groups[0],
+            "an option of the parameter groups",
+        )
     wire_dtype = optimizer.wire_dtype
     if wire_dtype == "auto":
         wire_dtype = "float32" if device.type == "cpu" else "bfloat16"

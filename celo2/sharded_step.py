@@ -36,6 +36,7 @@ from celo2.phases import (
     advance_factor,
     apply_update,
     gradient_moments,
+    has_started,
     vector_sums,
 )
 from celo2.reference import NORM_EPS
@@ -85,6 +86,7 @@ class Member:
     new_factors: list[tuple[Tensor, Tensor]] = field(default_factory=list)
     directions: list[Tensor] = field(default_factory=list)
     columns: Tensor | None = None  # of a vector
+    factor: Tensor | None = None  # of a vector: what becomes of it after a gradient
 
     @property
     def kind(self) -> str:
@@ -394,7 +396,7 @@ class ShardedStep:
                 round_stochastically_(target, new.momentum[:, k].view(target.shape), mix64(seed + k) >> 32)
             target = local(state["second_moment"])
             round_stochastically_(target, new.second_moment.view(target.shape), mix64(seed + 3) >> 32)
-            local(state["factor"]).copy_(new.factor)
+            member.factor = new.factor
             return
         batch, m, n = layout.matrices
         square_scale = 1.0 if clip else scale * scale
@@ -403,30 +405,34 @@ class ShardedStep:
         old_rows = layout.factor_views(row, rows_cut, self.ranks, self.rank)
         old_columns = layout.factor_views(column, columns_cut, self.ranks, self.rank)
         whole: Tensor | None = None
+        started: Tensor | None = None
         if layout.kind == "rows":
             sums = first[member.sums : member.sums + batch * n].view(batch, n)
-            whole = advance_factor(MatrixView.factors(column, batch), sums, m, square_scale)
+            started = has_started(MatrixView.factors(column, batch), sums)
+            whole = advance_factor(MatrixView.factors(column, batch), sums, m, square_scale, started)
             MatrixView.factors(column, batch).copy_(whole)
         elif layout.kind == "columns":
             sums = first[member.sums : member.sums + batch * m].view(batch, m)
-            whole = advance_factor(MatrixView.factors(row, batch), sums, n, square_scale)
+            started = has_started(MatrixView.factors(row, batch), sums)
+            whole = advance_factor(MatrixView.factors(row, batch), sums, n, square_scale, started)
             MatrixView.factors(row, batch).copy_(whole)
         p, g = self._views(member, job.parameter), self._views(member, gradient)
         momenta = [self._views(member, job.state[name]) for name in MOMENTUM_KEYS]
         second_moments = self._views(member, job.state["second_moment"])
         for number, piece in enumerate(member.pieces):
             here = slice(piece.matrix, piece.matrix + piece.count)
+            starts = has_started(old_rows[number], member.row_sums[number]) if started is None else started[here]
             if layout.kind == "columns":
                 assert whole is not None
                 new_row = whole[here]
             else:
-                new_row = advance_factor(old_rows[number], member.row_sums[number], n, square_scale)
+                new_row = advance_factor(old_rows[number], member.row_sums[number], n, square_scale, starts)
                 old_rows[number].copy_(new_row)
             if layout.kind == "rows":
                 assert whole is not None
                 new_column = whole[here]
             else:
-                new_column = advance_factor(old_columns[number], member.column_sums[number], m, square_scale)
+                new_column = advance_factor(old_columns[number], member.column_sums[number], m, square_scale, starts)
                 old_columns[number].copy_(new_column)
             # the means of both factors are the moving average of the matrix's mean g^2: take the one that is whole
             short = new_row if layout.kind == "columns" or (layout.kind == "whole" and m <= n) else new_column
@@ -463,7 +469,11 @@ class ShardedStep:
             total = second[member.moments : member.moments + 15]
             scale = torch.rsqrt(total / max(1, job.parameter.numel()) + NORM_EPS).to(member.columns.dtype)
             theta = job.theta.tensors(member.columns.dtype, member.columns.device)
-            d = reference.mlp(theta, member.columns * scale)
+            factor = local(job.state["factor"])
+            started = reference.vector_has_started(factor, total[0])
+            d = torch.where(started, reference.mlp(theta, member.columns * scale), 0.0)
+            assert member.factor is not None
+            factor.copy_(member.factor * started)
             member.directions = [d]
             third[member.squares] += d.square().sum()
             return
@@ -536,7 +546,7 @@ class ShardedStep:
                     for move in self.sends_of[index, number]:
                         values = returned[move.offset : move.offset + piece.rows * piece.columns]
                         u[move.matrix - piece.matrix] = values.view(piece.rows, piece.columns)
-                    scale = torch.ones((), dtype=dtype, device=p.device)
+                    scale = member.steps[number].moves
                 else:
                     u = member.directions[number]
                     if layout.kind == "whole":
@@ -545,11 +555,11 @@ class ShardedStep:
                         square = third[member.squares : member.squares + batch][
                             piece.matrix : piece.matrix + piece.count
                         ].to(dtype)
-                    scale = torch.rsqrt(square / (m * n) + NORM_EPS)[:, None, None]
+                    scale = torch.rsqrt(square / (m * n) + NORM_EPS)[:, None, None] * member.steps[number].moves
                 apply_update(p, u, scale, **options)
         if wide is not shard:
             round_stochastically_(shard, wide, mix64(self._seed(job) + 8) >> 32)
-        member.steps, member.directions, member.columns = [], [], None
+        member.steps, member.directions, member.columns, member.factor = [], [], None, None
 
 
 def _part_of(matrix: Tensor, piece: Piece) -> Tensor:

@@ -36,7 +36,8 @@ class Placing:
 def placing_of(parameter: Tensor, name: str = "parameter") -> Placing | None:
     """Return how a DTensor is sharded; None for a plain tensor, or one that every rank has whole.
 
-    Raises ValueError for a tensor sharded on two axes (tensor parallelism), unevenly strided or partial.
+    Raises ValueError for a tensor sharded on two axes (tensor parallelism), unevenly strided or partial, and for one
+    offloaded from its mesh's devices to the CPU.
     """
     if not isinstance(parameter, DTensor):
         return None
@@ -56,6 +57,13 @@ def placing_of(parameter: Tensor, name: str = "parameter") -> Placing | None:
             f"{name} of shape {tuple(parameter.shape)} has placements {parameter.placements}: sharded on "
             f"{len(shards)} mesh axes (tensor parallelism, or fully_shard over a 2-D mesh of shards), which is not "
             "supported; shard on one axis and replicate on the others"
+        )
+    where = parameter.to_local().device.type
+    if where not in (mesh.device_type, "meta"):
+        raise ValueError(
+            f"{name} of shape {tuple(parameter.shape)} is on the {where} and its mesh of {mesh.device_type} devices: "
+            "parameters offloaded by FSDP2 (CPUOffloadPolicy) are not supported; leave the policy out, or halve the "
+            "state with state_dtype='bfloat16'"
         )
     mesh_axis, axis = shards[0]
     group = mesh.get_group(mesh_axis)
@@ -106,9 +114,14 @@ class Layout:
 
     @classmethod
     def of(cls, shape: torch.Size, view: MatrixView, axis: int, name: str = "parameter") -> Layout:
-        """Raises ValueError for a flattened parameter that is sharded along a flattened axis."""
-        if len(shape) > 2 and not view.flattens(len(shape)):
+        """Raises ValueError for a flattened parameter sharded along a flattened axis, and for a batch cut twice."""
+        if view.batches(len(shape)):
             kind = "columns" if axis == len(shape) - 1 else "rows" if axis == len(shape) - 2 else "whole"
+            if kind != "whole" and view.blocks > 1:
+                raise ValueError(
+                    f"{name} of shape {tuple(shape)}, a batch of matrices cut into {view.blocks} blocks, is sharded "
+                    f"along axis {axis}: shard a leading axis"
+                )
             return cls(shape, view, axis, view.shape(shape), kind)
         if len(shape) > 2 and axis > 0:
             raise ValueError(
@@ -124,7 +137,7 @@ class Layout:
         if start == stop or not batch * m * n:
             return []
         if self.kind == "whole":
-            inner = self.shape[self.axis + 1 : -2].numel()
+            inner = self.shape[self.axis + 1 : -2].numel() * self.view.blocks
             if self.axis > 0:
                 # each outer index has its own stretch of matrices
                 outer, length = self.shape[: self.axis].numel(), self.shape[self.axis]
@@ -158,9 +171,9 @@ class Layout:
         pieces = self.pieces(ranks, rank)
         if not pieces:
             return []
-        if len(self.shape) > 2 and not self.view.flattens(len(self.shape)):
+        if self.view.batches(len(self.shape)):
             # one batch over the leading axes; with several stretches, each is a run of it
-            matrices = shard.view(-1, *shard.shape[-2:])
+            matrices = self.view.matrices(shard)
             counts = [piece.count for piece in pieces]
             return list(torch.split(matrices, counts))
         flat = shard.view(shard.shape[0], -1)
@@ -196,13 +209,14 @@ class Layout:
         if len(pieces) <= 1:
             return [factor.view(piece.count, -1, 3) for piece in pieces]
         if self.kind == "whole":
-            return list(torch.split(factor.view(-1, *factor.shape[-2:]), [piece.count for piece in pieces]))
+            counts = [piece.count for piece in pieces]
+            return list(torch.split(factor.view(sum(counts), -1, 3), counts))
         lengths = [piece.count * (piece.rows if self.kind == "rows" else piece.columns) for piece in pieces]
         return [part.view(piece.count, -1, 3) for part, piece in zip(torch.split(factor, lengths), pieces, strict=True)]
 
     def factor_axes(self) -> tuple[int | None, int | None]:
         """Return the axes along which the row and the column factor (`MatrixView.factor_shapes`) are sharded."""
-        if len(self.shape) > 2 and not self.view.flattens(len(self.shape)):
+        if self.view.batches(len(self.shape)):
             if self.kind == "whole":
                 return self.axis, self.axis
             return (len(self.shape) - 2, None) if self.kind == "rows" else (None, len(self.shape) - 2)

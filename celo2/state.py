@@ -228,6 +228,9 @@ def check_saved_state(name: str, parameter: Tensor, saved: dict[str, Any] | None
             raise ValueError(f"state dict has no state for parameter {name}: it is incomplete")
         return
     for entry, value in state.items():
+        if entry == "momentum_scale":
+            # momenta of 8 bits are converted, and to them
+            continue
         if entry not in saved:
             raise ValueError(
                 f"state dict of another optimizer: {name} has {', '.join(sorted(saved))} and no {entry}; construct "
@@ -244,11 +247,28 @@ def _tensor(value: Any) -> Tensor:
     return value if isinstance(value, Tensor) else torch.as_tensor(value)
 
 
-def copy_saved_state(saved: dict[str, Any] | None, state: dict[str, Tensor]) -> None:
-    """Copy checked saved values into the state, which keeps its dtypes, devices and strides."""
-    for entry, value in state.items() if saved is not None else ():
-        assert saved is not None
-        value.copy_(_placed(_tensor(saved[entry]), value))
+def copy_saved_state(saved: dict[str, Any], state: dict[str, Tensor], view: MatrixView) -> None:
+    """Copy checked saved values into the state, which keeps its dtypes, devices and strides.
+
+    Momenta saved in another `state_dtype` are converted, 8-bit ones by their scales.
+    """
+    values = {entry: _tensor(saved[entry]) for entry in state if entry in saved and entry != "momentum_scale"}
+    if _same_levels(saved, state):
+        values["momentum_scale"] = saved["momentum_scale"]
+    elif "momentum_scale" in saved:
+        values.update(zip(MOMENTUM_KEYS, read_momenta({**saved, **values}, view), strict=True))
+    if "momentum_scale" in state and "momentum_scale" not in values:
+        momenta = [torch.empty_like(state[key], dtype=torch.float32).copy_(values.pop(key)) for key in MOMENTUM_KEYS]
+        write_momenta(state, view, momenta, seed=0)
+    for entry, value in values.items():
+        state[entry].copy_(_placed(value, state[entry]))
+
+
+def _same_levels(saved: dict[str, Any], state: dict[str, Tensor]) -> bool:
+    """Whether both are 8-bit momenta in the same order in memory, which the scales go by."""
+    if "momentum_scale" not in saved or "momentum_scale" not in state:
+        return False
+    return all(saved[key].stride() == state[key].stride() for key in MOMENTUM_KEYS)
 
 
 def _placed(saved: Tensor, like: Tensor) -> Tensor:

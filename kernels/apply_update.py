@@ -1,6 +1,7 @@
 """Phase 4: p <- p - lr (u + weight_decay p), u = d rsqrt(mean(d^2) + 1e-9), one pass.
 
-Reads p and d, writes p: 12 bytes an element in float32. A bfloat16 parameter is rounded stochastically.
+Reads p and d, writes p: 12 bytes an element in float32. A bfloat16 parameter is rounded stochastically. The direction
+counts for nothing where the factored second moments are zero: the matrix never had a gradient.
 Source: Celo2 (arXiv 2602.19142).
 """
 
@@ -41,6 +42,8 @@ def apply_update_kernel(
     whole_rows = layout.entry(table_ptr, matrix, layout.WHOLE_ROWS)
     whole_columns = layout.entry(table_ptr, matrix, layout.WHOLE_COLS)
     scale = tl.rsqrt(square / (whole_rows.to(tl.float32) * whole_columns.to(tl.float32)) + layout.NORM_EPS)
+    # this step's: `normalisers_kernel` has written them
+    scale = tl.where(tl.load(layout.sums_at(table_ptr, matrix, layout.ROW_FACTOR)) > 0, scale, 0.0)
 
     p_stride = layout.length_of(table_ptr, matrix, layout.P_STRIDE, ALIGNED)
     p_ptr = layout.tensor_at(table_ptr, matrix, layout.P, p_like, ALIGNED) + column

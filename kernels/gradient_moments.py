@@ -3,6 +3,7 @@
     R_k <- d_k R_k + (1 - d_k) (mean over the longer axis of g^2 + 1e-30), C_k likewise over the shorter one
     rf_k = rsqrt(max(R_k / (mean(R_k) + 1e-9), 1e-9))        cf_k = rsqrt(max(C_k, 1e-9))
 
+The factors of a matrix that never had a gradient stay zero, and `apply_update_kernel` leaves it where it is.
 Three kernels: `gradient_moments_kernel` reads g once (4 bytes an element in float32) and leaves partial sums for each
 tile; `control_kernel`, one program, adds up the norm of all matrices and decides on clipping and on the step;
 `factors_kernel` adds up the partial sums of rows or columns in order, a chunk of them a program. No atomics, so two
@@ -190,13 +191,16 @@ def factors_kernel(
     squares_ptr = layout.sums_at(table_ptr, matrix, layout.SQUARES)
     square_parts = layout.entry(table_ptr, matrix, layout.SQUARE_PARTS)
     size = rows.to(tl.float32) * columns.to(tl.float32)
-    matrix_mean = sum_of(squares_ptr, square_parts, 256) / size * square_scale + layout.SQUARE_EPS
+    square = sum_of(squares_ptr, square_parts, 256)
+    matrix_mean = square / size * square_scale + layout.SQUARE_EPS
+    # a factor that is not zero has 1e-30 of every step, so it does not return to zero
+    started = (square > 0) | (tl.load(means_ptr + 4 * matrix) > 0)
 
     planes_ptr = vectors_ptr + chunk.to(tl.int64) * ((layout.UNIT + UNITS) * BLOCK_COLUMNS)
     planes_ptr += tl.arange(0, BLOCK_COLUMNS)
     for k in tl.static_range(3):
         old = tl.load(factor_ptr + offset * 3 + k, mask=inside, other=0.0)
-        factor = layout.DECAYS[k] * old + (1 - layout.DECAYS[k]) * mean
+        factor = tl.where(started, layout.DECAYS[k] * old + (1 - layout.DECAYS[k]) * mean, 0.0)
         scale = factor
         if is_short:
             factor_mean = layout.DECAYS[k] * tl.load(means_ptr + 4 * matrix + k) + (1 - layout.DECAYS[k]) * matrix_mean

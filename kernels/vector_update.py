@@ -2,7 +2,8 @@
 
 The first 15 columns of the rule, with an unfactored accumulator V_k in the place of R_k and C_k. Three passes: sums of
 squares; accumulators and direction; the parameter. A model's vectors are short beside its matrices. Each pass over a
-sharded vector is a launch of its own, and the ranks add up the sums of the first two in between.
+sharded vector is a launch of its own, and the ranks add up the sums of the first two in between. A vector that never
+had a gradient in any element keeps V_k = 0 and does not move.
 Source: the authors' code of Celo2 (arXiv 2602.19142), parameters of fewer than two axes.
 """
 
@@ -70,6 +71,11 @@ def vector_update_kernel(
     count = tl.load(counter_ptr) + 1
     seed = rounding.seed_at(layout.entry(table_ptr, vector, layout.SEED).to(tl.uint32), count)
 
+    # V_k is zero until there is a gradient, and has 1e-30 of every step from then on, so any of its elements tells; one
+    # that is read after it was written says the same. An empty shard has none
+    started = tl.load(factor_ptr, mask=length > 0, other=0.0) > 0
+    if FIRST == 1:
+        started = started | (tl.load(moments_ptr) > 0)
     # pass 1 only sums, pass 2 advances the accumulators by the same formulas
     scales = ()
     for c in tl.static_range(VECTOR_COLUMNS):
@@ -129,7 +135,7 @@ def vector_update_kernel(
                 rounding.store(m1_ptr + offset, m1, mask, noise, False, True)
                 rounding.store(m2_ptr + offset, m2, mask, noise, True, True)
                 for k in tl.static_range(3):
-                    tl.store(factor_ptr + offset * 3 + k, factors[k], mask=mask)
+                    tl.store(factor_ptr + offset * 3 + k, tl.where(started, factors[k], 0.0), mask=mask)
                 tl.store(d_ptr + offset, d, mask=mask)
                 squares += tl.where(mask, d * d, 0.0)
         if WRITES == 0:
@@ -138,6 +144,8 @@ def vector_update_kernel(
                 moment = tl.sum(sums[c])
                 if STOP == 1:
                     tl.store(moments_ptr + c, moment)
+                if c == 0:
+                    started = started | (moment > 0)
                 scales = scales + (tl.rsqrt(moment / whole_length + layout.NORM_EPS),)
         else:
             square = tl.sum(squares)
@@ -146,7 +154,7 @@ def vector_update_kernel(
     if STOP == 3:
         if FIRST == 2:
             square = tl.load(square_ptr)
-        scale = tl.rsqrt(square / whole_length + layout.NORM_EPS)
+        scale = tl.where(started, tl.rsqrt(square / whole_length + layout.NORM_EPS), 0.0)
         for first in range(0, length, BLOCK):
             offset = first + tl.arange(0, BLOCK).to(tl.int64)
             mask = offset < length

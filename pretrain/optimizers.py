@@ -70,9 +70,12 @@ class Optimizers:
         elif opt == "adamw":
             self.members.append(_adamw(model.named_parameters(), recipe.lr, recipe))
         else:
-            groups = {group["rule"]: group["params"] for group in param_groups(model)}
-            self.members.append(Muon(groups["celo2"], lr=recipe.lr, weight_decay=recipe.weight_decay))
-            self.members.append(_adamw(groups["adamw"], recipe.adam_lr or recipe.lr, recipe))
+            rules = {name: group["rule"] for group in param_groups(model) for name, _ in group["params"]}
+            pairs = list(model.named_parameters())
+            hidden = [pair for pair in pairs if rules[pair[0]] == "celo2"]
+            rest = [pair for pair in pairs if rules[pair[0]] == "adamw"]
+            self.members.append(Muon(hidden, lr=recipe.lr, weight_decay=recipe.weight_decay))
+            self.members.append(_adamw(rest, recipe.adam_lr or recipe.lr, recipe))
         for group in self._groups():
             group["initial_lr"] = group["lr"]
         for member in self.members:

@@ -252,6 +252,11 @@ def main() -> None:
     ranks.SPECS, ranks.HIDDEN = SPECS, 2
     start = time.monotonic()
     report = {"differences": differences(world, mesh)}
+    if world == 3:
+        report["idle"] = [
+            ranks.idle_shards("celo2", 0, mesh, "triton"),
+            ranks.idle_shards("celo2-base", 1, mesh, "triton"),
+        ]
     if world == 2:
         ranks.SPECS = FEW
         report["missing"] = ranks.missing_gradients(mesh, (0, 2), "triton")

@@ -235,6 +235,39 @@ def missing_gradients(mesh, places=(0, 4, 8), backend="auto"):
     return worst, message
 
 
+def idle_matrices(single, one, several, optimizer):
+    """Largest difference from one process when a gradient comes late, and to one element, which is on one rank alone.
+
+    And whether what never had a gradient is what it was: everything after the first step, later all but each
+    parameter's first matrix. `one` steps the parameters `single`, and all ranks' `optimizer` steps `several`.
+    """
+    before, still = [whole(p).clone() for p in several], True
+    for step in range(3):
+        for params, stepper in ((single, one), (several, optimizer)):
+            for p in params:
+                gradient = torch.zeros(p.shape, dtype=p.dtype)
+                if step == 1:
+                    gradient[(0,) * p.ndim] = 1e-2
+                p.grad = (
+                    distribute_tensor(gradient, p.device_mesh, p.placements) if hasattr(p, "placements") else gradient
+                )
+            stepper.step()
+        for p, old, (shape, group) in zip(several, before, SPECS, strict=True):
+            if step == 0:
+                still = still and torch.equal(whole(p), old)
+            elif len(shape) > 1 and "rule" not in group:
+                view = MatrixView(**group)
+                still = still and torch.equal(view.matrices(whole(p))[1:], view.matrices(old)[1:])
+    moved = all(not torch.equal(whole(p), old) for p, old in zip(several, before, strict=True))
+    return max(float((whole(a) - whole(b)).abs().max()) for a, b in zip(several, single, strict=True)), still, moved
+
+
+def idle_shards(variant, axis, mesh, backend="auto"):
+    """`idle_matrices` of sharded parameters."""
+    one = build(variant, None, mesh, weight_decay=0.0)
+    return idle_matrices(*one, *build(variant, [Shard(axis)], mesh, weight_decay=0.0, backend=backend))
+
+
 def other_parameters(mesh):
     params, _ = build("celo2", [Shard(0)], mesh)
     chosen = params[:2] if dist.get_rank() else [params[1], params[0]]
@@ -243,6 +276,41 @@ def other_parameters(mesh):
     try:
         optimizer.step()
     except RuntimeError as error:
+        return str(error)
+    return ""
+
+
+def other_options(mesh):
+    """One option at a time that rank 0 gives otherwise: every rank hears of it, and nobody waits for ever."""
+    messages = []
+    for options in ({"max_grad_norm": 1.0}, {"lr": 3e-3}, {"adam_betas": (0.8, 0.95)}, {"weight_decay": 0.2}):
+        params, _ = build("celo2", [Shard(0)], mesh)
+        optimizer = FusedCelo2([{"params": params[:2], "rule": "celo2"}], weights=theta("celo2"))
+        optimizer.param_groups[0].update(options if dist.get_rank() == 0 else {})
+        set_gradients(params, 0)
+        try:
+            optimizer.step()
+        except RuntimeError as error:
+            messages.append(str(error))
+    return messages
+
+
+def offloaded(mesh):
+    """What FSDP2's CPUOffloadPolicy leaves: a shard on the CPU of a mesh of GPUs."""
+    from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.tensor import DTensor
+    from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
+
+    from celo2.sharding import chunk
+
+    devices = DeviceMesh("cuda", mesh.mesh, _init_backend=False)
+    meta = TensorMeta(torch.Size((4, 4)), (4, 1), torch.float32)
+    start, stop = chunk(4, dist.get_world_size(), dist.get_rank())
+    shard = torch.zeros(stop - start, 4)
+    parameter = DTensor(shard, DTensorSpec(devices, (Shard(0),), tensor_meta=meta), requires_grad=True)
+    try:
+        FusedCelo2([parameter])
+    except ValueError as error:
         return str(error)
     return ""
 
@@ -321,7 +389,10 @@ def main() -> None:
         "collectives": {variant: count_collectives(variant, mesh) for variant in ("celo2", "celo2-base")},
         "skipped": skipped_steps(mesh),
         "missing": missing_gradients(mesh),
+        "idle": [idle_shards(variant, axis, mesh) for variant in ("celo2", "celo2-base") for axis in (0, 1)],
         "other": other_parameters(mesh),
+        "options": other_options(mesh),
+        "offloaded": offloaded(mesh),
         "losses": train(Path(sys.argv[1]), world, mesh),
     }
     alone, several = wire_runs(mesh, split=False, low_rank=True)

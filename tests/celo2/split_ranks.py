@@ -13,7 +13,16 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from sharded_ranks import SPECS, Tied, collectives_of, relative_differences, set_gradients, theta, wire_runs
+from sharded_ranks import (
+    SPECS,
+    Tied,
+    collectives_of,
+    idle_matrices,
+    relative_differences,
+    set_gradients,
+    theta,
+    wire_runs,
+)
 from torch import nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -443,6 +452,10 @@ def main() -> None:
         "collectives": {variant: count_collectives(variant, mesh) for variant in ("celo2", "celo2-base")},
         "skipped": skipped_steps(mesh),
         "missing": missing_gradients(mesh),
+        "idle": [
+            idle_matrices(*build(variant, None, weight_decay=0.0), *build(variant, mesh, weight_decay=0.0))
+            for variant in ("celo2", "celo2-base")
+        ],
         "state": state_bytes(mesh),
         "losses": losses,
         "trained": parameters,

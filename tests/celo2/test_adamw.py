@@ -83,6 +83,7 @@ def test_options_reach_the_kernel():
         "adam_betas": (0.5, 0.7),
         "weight_decay": 9.0,
         "adam_weight_decay": 0.2,
+        "vector_weight_decay": None,
         "adam_lr_mult": 3.0,
     }
     ours = FusedCelo2([p], lr=1e-2, weights="momentum", **options)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 
 import numpy as np
 import pytest
@@ -319,24 +320,24 @@ def test_bare_tensors_are_warned_of_once_and_routed_by_the_module():
         {"params": list(model["hidden"].parameters()), "weight_decay": 0.1},
         {"params": list(model["lm_head"].parameters())},
     ]
-    import warnings
-
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         for params in (model.parameters(), list(model.named_parameters()), layers):
             optimizer = FusedCelo2(params, module=model)
             found = rules_of(optimizer)
             assert {p: rule for p, (rule, _) in found.items()} == {p: rule for p, (rule, _) in expected.items()}
-        assert found[model["embedding"].weight] == ("adamw", 3e-4)
+        # a trainer's rate is the learned rule's
+        assert found[model["embedding"].weight] == ("adamw", 20 * 3e-4)
         decays = {p: group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
         assert decays[model["hidden"].weight] == 0.1 and decays[model["lm_head"].weight] == 0.0
-        assert "lm_head.weight" in optimizer.table() and len(optimizer.param_groups) == 4
+        # a matrix or table of each, and the biases of two
+        assert "lm_head.weight" in optimizer.table() and len(optimizer.param_groups) == 5
         # what a group says of its rule stands
         said = FusedCelo2([{"params": model.parameters(), "rule": "celo2"}], module=model)
-        assert {rule for rule, _ in rules_of(said).values()} == {"celo2"} and len(said.param_groups) == 1
+        assert {rule for rule, _ in rules_of(said).values()} == {"celo2"}
         FusedCelo2(model.parameters(), weights="celo2-base")
     with pytest.raises(
-        ValueError, match=r"group 0 has a tensor of shape \(2, 2\) that is not a parameter of the ModuleDict"
+        ValueError, match=r"a group has a tensor of shape \(2, 2\) that is not a parameter of the module given"
     ):
         FusedCelo2([nn.Parameter(torch.zeros(2, 2))], module=model)
 
@@ -367,10 +368,10 @@ def test_a_rate_that_was_set_to_no_number_is_refused_and_changes_nothing(rate):
     parameter.grad = torch.randn(8, 8)
     optimizer.step()
     before = [value.clone() for value in (parameter.detach(), *optimizer.state[parameter].values())]
-    for name, value in (("lr", rate), ("weight_decay", math.nan), ("adam_lr_mult", math.inf)):
+    for name, value in (("lr", rate), ("weight_decay", math.nan), ("max_grad_norm", math.inf)):
         kept = optimizer.param_groups[0][name]
         optimizer.param_groups[0][name] = value
-        with pytest.raises(ValueError, match=f"{name}=.* in a parameter group: must be finite"):
+        with pytest.raises(ValueError, match=f"{name}=.*: must be finite"):
             optimizer.step()
         optimizer.param_groups[0][name] = kept
     after = (parameter.detach(), *optimizer.state[parameter].values())
@@ -399,3 +400,72 @@ def test_numbers_of_numpy_become_plain_ones(tmp_path):
     assert kinds == {"lr": float, "weight_decay": float, "ns_steps": int, "max_grad_norm": float}
     assert [type(beta) for beta in group["adam_betas"]] == [float, float]
     assert group["lr"] == 1e-2 * math.cos(0.1) and group["weight_decay"] == 0.5
+
+
+@pytest.mark.parametrize("backend", ["torch", pytest.param("triton", marks=pytest.mark.kernels)])
+def test_steps_that_are_skipped_in_a_row_are_warned_of_once(backend):
+    # the interpreter runs the kernels where there is no GPU
+    p = nn.Parameter(torch.zeros(4, 4, device="cuda" if torch.cuda.is_available() and backend == "triton" else "cpu"))
+    optimizer = FusedCelo2([p], backend=backend)
+
+    def step(value):
+        p.grad = torch.full_like(p, value)
+        optimizer.step()
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for value in (math.nan, 1.0, math.nan, math.nan, 1.0, math.nan, math.nan):
+            step(value)
+    with pytest.warns(UserWarning, match="steps in a row were skipped: a gradient is not finite") as caught:
+        for _ in range(50):
+            step(math.nan)
+    assert len(caught) == 1 and optimizer.skipped_steps == 55
+
+
+def test_a_grad_scaler_that_looks_for_its_scale_is_not_warned_of():
+    p = nn.Parameter(torch.zeros(4, 4))
+    optimizer = FusedCelo2([p])
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**60)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(8):
+            p.grad = torch.full_like(p, math.inf)
+            scaler.scale(torch.ones(()))
+            scaler.step(optimizer)
+            scaler.update()
+
+
+def test_the_compiler_leaves_the_step_as_it_is():
+    import torch._dynamo.utils as dynamo
+
+    def trained(compiled):
+        torch.manual_seed(0)
+        model = routed()
+        optimizer = FusedCelo2(model, lr=1e-2)
+        step = torch.compile(optimizer.step) if compiled else optimizer.step
+        for number in range(3):
+            set_gradients(model, number)
+            step()
+        return [p.detach() for p in model.parameters()]
+
+    torch._dynamo.reset()
+    dynamo.counters.clear()
+    found = trained(True)
+    # no graph of a part of it
+    assert not dynamo.counters["stats"]["unique_graphs"]
+    assert all(torch.equal(one, two) for one, two in zip(trained(False), found, strict=True))
+
+
+def test_fsdp1_is_refused_with_its_original_parameters(tmp_path):
+    import torch.distributed as dist
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        for original, expected in ((True, "use_orig_params=True.*fully_shard"), (False, "FSDP1 flat parameter")):
+            wrapped = FullyShardedDataParallel(nn.Linear(8, 8), use_orig_params=original, device_id=torch.device("cpu"))
+            for params in (wrapped, list(wrapped.parameters()), list(wrapped.named_parameters())):
+                with pytest.raises(ValueError, match=expected):
+                    FusedCelo2(params)
+    finally:
+        dist.destroy_process_group()

@@ -111,13 +111,15 @@ def test_deployed_optimizer_reproduces_golden_parameters(backend, golden):
         weights=_theta(data),
         weight_decay=float(data["weight_decay"]),
         adam_lr_mult=float(data["adam_lr_mult"]),
+        # as the authors do
+        vector_weight_decay=None,
         adam_betas=tuple(float(beta) for beta in data["adam_betas"]),
         backend=backend,
         ns_dtype="float32",
     )
     for step, lr in enumerate(data["lr"]):
         for group in optimizer.param_groups:
-            group["lr"] = float(lr)
+            group["lr"] = float(lr) * group["lr_mult"]
         for name, parameter in params:
             parameter.grad = torch.tensor(data[f"grad/{name}"][step], device=device)
         optimizer.step()

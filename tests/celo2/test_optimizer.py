@@ -83,7 +83,7 @@ def test_group_options_override_the_defaults():
         [
             {"params": [first], "lr": 0.5, "weights": "adam", "orthogonalize": False},
             {"params": [second], "rule": "adamw", "adam_lr_mult": 3.0, "weight_decay": 0.0},
-            {"params": [vector], "rule": "celo2"},
+            {"params": [vector], "rule": "celo2", "weight_decay": 0.1},
         ],
         lr=0.01,
         weights="momentum",
@@ -193,7 +193,7 @@ def test_adam_is_adamws_direction():
 
 def test_adamw_side_is_torch_adamw():
     p, q = (nn.Parameter(torch.linspace(-1, 1, 7)) for _ in range(2))
-    ours = FusedCelo2([p], lr=1e-3, weights="momentum", weight_decay=0.1, adam_lr_mult=5.0)
+    ours = FusedCelo2([p], lr=1e-3, weights="momentum", weight_decay=0.1, adam_lr_mult=5.0, vector_weight_decay=None)
     adamw = torch.optim.AdamW([q], lr=5e-3, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1, fused=True)
     for _ in range(5):
         p.grad = torch.randn(7)
@@ -475,7 +475,9 @@ def test_found_inf_alone_skips():
 @pytest.mark.parametrize(
     "make",
     [
-        lambda o: torch.optim.lr_scheduler.OneCycleLR(o, max_lr=1e-3, total_steps=6, cycle_momentum=False),
+        lambda o: torch.optim.lr_scheduler.OneCycleLR(
+            o, max_lr=[group["lr"] for group in o.param_groups], total_steps=6, cycle_momentum=False
+        ),
         lambda o: torch.optim.lr_scheduler.LambdaLR(o, lambda step: 1 / (1 + step)),
         lambda o: torch.optim.lr_scheduler.SequentialLR(
             o,
@@ -493,7 +495,10 @@ def test_other_schedulers(make):
         _train(model, optimizer, range(step, step + 1))
         rates.append(optimizer.param_groups[0]["lr"])
         schedule.step()
-    assert len(set(rates)) >= 4 and len({group["lr"] for group in optimizer.param_groups}) == 1
+    assert len(set(rates)) >= 4
+    # AdamW's groups follow, at their multiple
+    base = {round(group["lr"] / group["lr_mult"], 12) for group in optimizer.param_groups}
+    assert len(base) == 1 and {group["lr_mult"] for group in optimizer.param_groups} == {1.0, 20.0}
 
 
 def test_huge_float64_gradients_are_finite():

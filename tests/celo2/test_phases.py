@@ -38,7 +38,7 @@ def _run(matrices, theta, block, *, scale=1.0, clip=False, dtype=torch.float64):
     )
     direction = step.learned_update(step.feature_scales())
     step.commit_factors()
-    direction, rms_scale = phases.normalise_direction(direction, orthogonalize=False, ns_steps=5)
+    direction, rms_scale = phases.normalise_direction(direction, step.moves, orthogonalize=False, ns_steps=5)
     return direction * rms_scale
 
 

@@ -94,7 +94,8 @@ def test_views_split_into_matrices_on_the_same_storage():
     [
         ({"heads": 3}, (8, 4), "axis 0 of length 8 does not divide"),
         ({"heads": 2, "axis": 1}, (8, 5), "axis 1 of length 5 does not divide"),
-        ({"heads": 2}, (8, 4, 2), "split/heads apply to parameters of two axes"),
+        ({"heads": 2, "axis": 1}, (8, 4, 2), "cut into blocks along axis 0; the columns"),
+        ({"heads": 3}, (8, 4, 2), "axis 0 of length 4 does not divide"),
         ({"heads": 2}, (8,), "fewer than two axes"),
     ],
 )
@@ -132,5 +133,52 @@ def test_table_prints_rule_rate_and_matrices():
     table = FusedCelo2(groups, lr=1e-3, weights="momentum", weight_decay=0.1).table()
     lines = {line.split()[0]: line for line in table.splitlines()}
     assert "6 x [4, 8]" in lines["blocks.0.qkv.weight"] and "celo2  0.001" in lines["blocks.0.qkv.weight"]
-    assert "adamw  0.02" in lines["wte.weight"] and lines["wte.weight"].endswith("0.1")
+    assert "adamw  0.02   0.1           0.002       nn.Embedding" in lines["wte.weight"]
+    assert "adamw  0.02   0             0  " in lines["norm.weight"]
     assert len(table.splitlines()) == 2 + len(list(model.parameters()))
+
+
+def test_views_split_every_matrix_of_a_batch():
+    """The fused gate and up projections of experts, [E, 2 d, n]: what steps them apart steps them together."""
+    torch.manual_seed(0)
+    experts = torch.randn(3, 10, 8)
+    fused = nn.Parameter(experts.clone())
+    apart = [nn.Parameter(experts[e, 5 * h : 5 * (h + 1)].clone()) for e in range(3) for h in range(2)]
+    view = MatrixView(split=2)
+    assert view.shape(fused.shape) == (6, 5, 8) and view.factor_shapes(fused.shape) == ((3, 10, 3), (3, 2, 8, 3))
+    assert torch.equal(view.matrices(fused)[3], apart[3])
+    one = FusedCelo2([{"params": [fused], "rule": "celo2", "split": 2}], lr=1e-2)
+    many = FusedCelo2([{"params": apart, "rule": "celo2"}], lr=1e-2)
+    for _ in range(3):
+        fused.grad = torch.randn(3, 10, 8)
+        for index, p in enumerate(apart):
+            p.grad = view.matrices(fused.grad)[index].clone()
+        one.step()
+        many.step()
+    torch.testing.assert_close(view.matrices(fused.detach()), torch.stack([p.detach() for p in apart]))
+
+
+@pytest.mark.parametrize("axes", [(3, 10, 8), (2, 3, 10, 8)])
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+def test_shards_of_a_batch_in_blocks_are_its_matrices(axes, ranks):
+    from celo2.sharding import Layout, chunk
+
+    view = MatrixView(split=2, flatten=False)
+    whole = torch.randn(axes)
+    rows, columns = (torch.randn(shape) for shape in view.factor_shapes(whole.shape))
+    for axis in range(len(axes) - 2):
+        layout = Layout.of(whole.shape, view, axis)
+        assert layout.factor_axes() == (axis, axis)
+        for rank in range(ranks):
+            start, stop = chunk(axes[axis], ranks, rank)
+            shard = whole.narrow(axis, start, stop - start).contiguous()
+            pieces, views = layout.pieces(ranks, rank), layout.views(shard, ranks, rank)
+            local = [factor.narrow(axis, start, stop - start).contiguous() for factor in (rows, columns)]
+            factors = [layout.factor_views(factor, True, ranks, rank) for factor in local]
+            for index, piece in enumerate(pieces):
+                there = slice(piece.matrix, piece.matrix + piece.count)
+                assert torch.equal(views[index], view.matrices(whole)[there])
+                for factor, parts in zip((rows, columns), factors, strict=True):
+                    assert torch.equal(parts[index], MatrixView.factors(factor, 12 if len(axes) > 3 else 6)[there])
+    with pytest.raises(ValueError, match="cut into 2 blocks, is sharded along axis"):
+        Layout.of(whole.shape, view, len(axes) - 2)

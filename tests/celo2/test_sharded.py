@@ -94,9 +94,24 @@ def test_parameters_without_gradients(ranks, reports):
 
 
 @pytest.mark.dist
+@pytest.mark.parametrize("ranks", [1, 2, 3, 4])
+def test_matrices_without_gradients_do_not_move(ranks, reports):
+    for worst, still, moved in reports[ranks]["idle"]:
+        assert still and moved and worst <= 2e-6
+
+
+@pytest.mark.dist
 @pytest.mark.parametrize("ranks", [2, 3, 4])
 def test_ranks_with_other_parameters_get_an_error(ranks, reports):
     assert "the set of sharded parameters differs between ranks" in reports[ranks]["other"]
+    messages = reports[ranks]["options"]
+    assert len(messages) == 4 and all("an option of the parameter groups differs" in text for text in messages)
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_offloaded_shards_are_refused_by_name(ranks, reports):
+    assert "is on the cpu and its mesh of cuda devices" in reports[ranks]["offloaded"]
 
 
 @pytest.mark.dist

@@ -56,6 +56,12 @@ def test_parameters_without_gradients(reports):
 
 
 @pytest.mark.dist
+def test_matrices_without_gradients_do_not_move(reports):
+    for worst, still, moved in reports[3]["idle"]:
+        assert still and moved and worst <= 2e-6
+
+
+@pytest.mark.dist
 def test_nothing_is_read_on_the_host_and_launches_do_not_grow(reports):
     launches, collectives = reports[3]["launches"], reports[3]["collectives"]
     assert launches == [13, 13]

@@ -50,6 +50,13 @@ def test_a_bfloat16_wire_stays_within_a_thousandth(ranks, reports):
 
 @pytest.mark.dist
 @pytest.mark.parametrize("ranks", RANKS)
+def test_matrices_without_gradients_do_not_move(ranks, reports):
+    for worst, still, moved in reports[ranks]["idle"]:
+        assert still and moved and worst <= 2e-6
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("ranks", RANKS)
 def test_every_rank_gets_all_rows(ranks, reports):
     assert reports[ranks]["gathered"]
 
