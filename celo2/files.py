@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import re
 import secrets
 from collections.abc import Iterable
 from pathlib import Path
 
 PathLike = str | os.PathLike[str]
+_TEMPORARY = re.compile(r"\..+\.[0-9a-f]{8}\.tmp")
 
 
 def write_atomic(path: PathLike, chunks: Iterable[bytes | memoryview]) -> None:
@@ -32,3 +34,10 @@ def write_atomic(path: PathLike, chunks: Iterable[bytes | memoryview]) -> None:
         ) from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def remove_temporary(folder: PathLike) -> None:
+    """Remove the temporary files that killed calls of `write_atomic` left in a folder; nobody may be writing there."""
+    for path in Path(folder).glob(".*.tmp"):
+        if _TEMPORARY.fullmatch(path.name) and path.is_file():
+            path.unlink(missing_ok=True)

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from numbers import Integral, Real
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -159,6 +160,28 @@ def check_options(group: dict[str, Any]) -> None:
     if group["state_dtype"] not in STATE_DTYPES:
         raise ValueError(f"state_dtype={group['state_dtype']!r}, allowed: {', '.join(STATE_DTYPES)}")
     group_view(group)
+
+
+def check_rates(group: dict[str, Any]) -> None:
+    """Raise ValueError for a number of a group that is not finite any more; those on a GPU are not read."""
+    for name in ("lr", "weight_decay", "adam_eps", "max_grad_norm"):
+        value = group[name]
+        if isinstance(value, Tensor):
+            if value.device.type != "cpu":
+                continue
+            value = float(value)
+        if value is not None and not math.isfinite(value):
+            raise ValueError(f"{name}={value!r} in a parameter group: must be finite; nothing was stepped")
+
+
+def use_plain_numbers(options: dict[str, Any]) -> None:
+    """Turn NumPy's scalars among the options into Python's, which `torch.load` reads by default."""
+    for name, value in options.items():
+        if isinstance(value, np.generic):
+            options[name] = value.item()
+        elif isinstance(value, (tuple, list)) and any(isinstance(entry, np.generic) for entry in value):
+            plain = (entry.item() if isinstance(entry, np.generic) else entry for entry in value)
+            options[name] = type(value)(plain)
 
 
 # options of other optimizers: what to write instead

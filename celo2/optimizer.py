@@ -23,10 +23,12 @@ from celo2.groups import (
     check_gradient,
     check_options,
     check_parameters,
+    check_rates,
     group_view,
     list_parameters,
     named_parameters,
     split_group,
+    use_plain_numbers,
 )
 from celo2.jobs import MatrixJob, VectorJob, matrices_of
 from celo2.kernel_plan import NS_DTYPES, KernelPlan, triton_is_installed
@@ -154,7 +156,8 @@ class FusedCelo2(Optimizer):
 
     Parameters that are split over replicas go through PyTorch: all ranks of `split_over` step together, and have the
     same parameters afterwards, to the bit. Their state is sharded as FSDP2 shards it, and moves between both, one
-    process and other numbers of ranks through `torch.distributed.checkpoint`.
+    process and other numbers of ranks through `torch.distributed.checkpoint`. Before their first step
+    all parameters and gradients are compared by a hash: one that differs between ranks raises RuntimeError on all.
 
     Raises ValueError or TypeError for options out of range, unknown rules, duplicate, sparse, complex or integer
     parameters or gradients, parameters sharded on two axes, and with `split_over` for sharded parameters, for
@@ -234,6 +237,7 @@ class FusedCelo2(Optimizer):
             **view_options(MatrixView()),
             "skipped_steps": 0,
         }
+        use_plain_numbers(defaults)
         if isinstance(params, nn.Module):
             params = param_groups(params, variant=theta.variant, overrides=overrides)
         elif module is not None:
@@ -328,6 +332,7 @@ class FusedCelo2(Optimizer):
                 hint = f"; did you mean {close[0]!r}?" if close else ""
                 warnings.warn(f"parameter group option {key!r} is not used by FusedCelo2{hint}", stacklevel=3)
         group["params"] = list_parameters(group)
+        use_plain_numbers(group)
         options = {**self.defaults, **group}
         check_options(options)
         check_parameters(group["params"])
@@ -540,8 +545,9 @@ class FusedCelo2(Optimizer):
         return loss
 
     def _plain_rates(self) -> None:
-        """Make a float of a rate that is a NumPy scalar, which `torch.load` would not read by default."""
+        """Make floats of rates, and plain numbers of NumPy's, which `torch.load` would not read by default."""
         for group in self.param_groups:
+            use_plain_numbers(group)
             if type(group["lr"]) is not float and not isinstance(group["lr"], Tensor):
                 group["lr"] = float(group["lr"])
 
@@ -550,10 +556,11 @@ class FusedCelo2(Optimizer):
         learned, derived = set(), set()
         for index, group in enumerate(self.param_groups):
             lr = group["lr"]
+            if not isinstance(lr, Tensor) and not 0 <= lr < math.inf:
+                raise ValueError(f"lr={lr!r} of group {index}: must be finite and at least 0")
+            check_rates(group)
             if isinstance(lr, Tensor):
                 continue
-            if not 0 <= lr < math.inf:
-                raise ValueError(f"lr={lr!r} of group {index}: must be finite and at least 0")
             if group["rule"] == "celo2":
                 learned.add(lr)
             elif group.get("lr_mult", 1.0) != 1.0:

@@ -45,6 +45,11 @@ def step_sharded(optimizer: FusedCelo2) -> None:
 
     if optimizer._sharded is None:
         optimizer._collect()  # what can be refused is refused before any rank waits for another
+        if optimizer.split_over is not None:
+            from celo2.split_step import check_replicas
+
+            named = [pair for group in optimizer.param_groups for pair in named_parameters(group)]
+            check_replicas(named, optimizer.split_over)
         optimizer._sharded = plan_sharded(optimizer)
         if isinstance(optimizer._sharded, ShardedStep):
             optimizer._shards_refused = refuse_shards(optimizer, optimizer._sharded)

@@ -20,6 +20,7 @@ from celo2.matrices import MatrixView
 from celo2.sharded_step import ShardedJob, ShardedStep
 from celo2.sharding import Placing, chunk
 from celo2.state import compute_dtype, create_state
+from celo2.stochastic_rounding import mix64
 
 # of what one all-gather brings from all ranks together; two are under way at a time
 BUCKET_BYTES = 64 << 20
@@ -94,6 +95,40 @@ def check_split(parameter: Tensor, state: dict[str, Tensor], view: MatrixView) -
             "convert the module before FusedCelo2(split_over=...) is constructed"
         )
     view.matrices(parameter.detach())
+
+
+def check_replicas(named: Sequence[tuple[str, Tensor]], mesh: DeviceMesh) -> None:
+    """Raise RuntimeError on every rank of the mesh when a parameter or a gradient differs between them; collective."""
+    mine = [(fingerprint(p), None if p.grad is None else fingerprint(p.grad)) for _, p in named]
+    all_ranks: list[Any] = [None] * mesh.size(0)
+    dist.all_gather_object(all_ranks, mine, group=mesh.get_group(0))
+    if any(len(other) != len(mine) for other in all_ranks):
+        return  # the plan has the message for these
+    for index, what in ((0, "parameter"), (1, "gradient of")):
+        for position, (name, _) in enumerate(named):
+            values = [other[position][index] for other in all_ranks]
+            # which parameters have gradients is compared in the step itself
+            if len({value for value in values if value is not None}) > 1:
+                cause = "a seed or weights of its own" if index == 0 else "no reduction, or one of its own"
+                raise RuntimeError(
+                    f"split_over: {what} {name} differs between ranks, as after {cause} on each; wrap the model in "
+                    "DistributedDataParallel, and run backward through it. Nothing was stepped"
+                )
+
+
+def fingerprint(tensor: Tensor) -> int:
+    """Return a hash of a tensor's bits in their order, 64 bits; the same for any number of threads."""
+    bits = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
+    flat = tensor.detach().reshape(-1).view(bits)
+    total, length = 0, 1 << 20
+    odd = 2 * torch.arange(min(length, flat.numel()), device=flat.device) + 1
+    for number, start in enumerate(range(0, flat.numel(), length)):
+        part = flat[start : start + length].long()
+        # integers wrap, so the order of the sum makes no difference
+        mixed = (part + 0x632BE59BD9B4E019) * odd[: part.numel()]
+        mixed ^= mixed >> 29
+        total = mix64(total ^ mix64(int(mixed.sum()) + number))
+    return total
 
 
 def placing_on(mesh: DeviceMesh) -> Placing:

@@ -25,6 +25,7 @@ import torch
 from celo2.meta import horizon, report
 from celo2.meta.images import load_image_sets
 from celo2.meta.language_model import Method, Settings, Text, log_spaced, train_once
+from celo2.pretrain import options
 from celo2.pretrain.device import device_name
 from celo2.pretrain.prepare_data import prepare_embedded
 from celo2.pretrain.runlog import versions
@@ -50,9 +51,13 @@ PARTS = ("horizon", "language-model", "report")
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Evaluate the bundled thetas; writes docs/results.md.")
     parser.add_argument("--only", choices=PARTS, action="append", help="a part of it (default: all three)")
-    parser.add_argument("--out", type=Path, default=Path("docs/results.md"), help="the page (default: docs/results.md)")
-    parser.add_argument("--data", type=Path, metavar="DIR", help="byte shards (default: the embedded text)")
-    parser.add_argument("--images", default="embedded", metavar="SOURCE", help="as celo2.meta.train --data")
+    parser.add_argument(
+        "--out", type=options.path, default=Path("docs/results.md"), help="the page (default: docs/results.md)"
+    )
+    parser.add_argument("--data", type=options.path, metavar="DIR", help="byte shards (default: the embedded text)")
+    parser.add_argument(
+        "--images", type=options.given, default="embedded", metavar="SOURCE", help="as celo2.meta.train --data"
+    )
     parser.add_argument("--horizon-steps", type=int, default=horizon.STEPS, metavar="N", help="inner steps")
     parser.add_argument("--steps", type=int, default=Settings().steps, metavar="N", help="language-model steps")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), metavar="N", help="runs at once, a thread each")

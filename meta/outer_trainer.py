@@ -31,6 +31,7 @@ from celo2.meta.randomness import Purpose, generator
 from celo2.meta.recipes import Recipe
 from celo2.meta.tasks import TaskFamily, truncated_normal
 from celo2.meta.truncated_step import Arrays, TruncatedStep
+from celo2.pretrain.device import device_name
 from celo2.theta import GROUP_COLUMNS, OUTPUTS, Theta
 
 FORMAT = "celo2-meta-checkpoint-v1"
@@ -115,6 +116,9 @@ class OuterTrainer:
         )
         self.estimator = PES(recipe, self.truncated_step, start.numel(), self._sum_over_ranks)
         self.outer_step = 0
+        self.notes: list[str] = []
+        """What of the setting was another when the checkpoint was written that this run goes on from."""
+        self._compiled = compiled
         self.curve: NDArray[np.float64] = np.zeros((0, len(CURVE)))
 
     @property
@@ -168,6 +172,15 @@ class OuterTrainer:
         """What a checkpoint must agree with: recipe, seed and data."""
         return {"recipe": self.recipe.identity, "seed": self.seed, "data": self.family.fingerprint}
 
+    def setting(self) -> dict[str, Any]:
+        """What changes the numbers of a run by rounding alone."""
+        return {
+            "compiled": self._compiled,
+            "device": device_name(self.device),
+            "ranks": self.world,
+            "torch": str(torch.__version__),
+        }
+
     def _gather(self, arrays: Arrays) -> Arrays:
         """Concatenate the arrays of all ranks along the particles, axis 1, on rank 0."""
         if self.world == 1:
@@ -194,6 +207,7 @@ class OuterTrainer:
                 "format": FORMAT,
                 "outer_step": str(self.outer_step),
                 "identity": json.dumps(self.identity()),
+                "setting": json.dumps(self.setting()),
                 "sha256": _digest(contiguous, self.outer_step),
             }
             write_atomic(path, [save_safetensors(contiguous, metadata=card)])
@@ -215,6 +229,8 @@ class OuterTrainer:
                 f"{path} belongs to another run: {', '.join(differing) or 'recipe'} differ; use another --out-dir, or "
                 "the same recipe, data, seed and number of steps"
             )
+        there, here = json.loads(card.get("setting", "{}")), self.setting()
+        self.notes = [f"{k} is {v!r} there and {here[k]!r} here" for k, v in there.items() if here.get(k, v) != v]
         share = self.truncated_step.particles
         particles = {
             name: array[:, share.start : share.stop]

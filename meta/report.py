@@ -13,6 +13,8 @@ import numpy as np
 
 from celo2.files import write_atomic
 from celo2.meta.language_model import Method, Settings
+from celo2.pretrain.runlog import write_png
+from celo2.pretrain.terminal import attempt
 from celo2.theta import Theta
 
 Record = dict[str, Any]
@@ -195,19 +197,23 @@ def _horizon_section(records: Sequence[Record]) -> list[str]:
 
 def _thetas_section(thetas: Sequence[Theta]) -> list[str]:
     shown = ("recipe", "data", "seed", "outer_steps", "inner_steps", "seconds", "machine", "torch", "git", "selection")
-    rows = [[key, *(theta.card.get(key, "-") for theta in thetas)] for key in shown]
+    rows = [[key, *(theta.card.get(key, "-").replace("|", "\\|") for theta in thetas)] for key in shown]
     rows.append(["sha256", *(theta.sha256[:16] for theta in thetas)])
     return _table(["", *(theta.name for theta in thetas)], rows)
 
 
+def _legend(axis: Any) -> None:
+    for text in axis.legend().get_texts():
+        # a name is no formula
+        text.set_parse_math(False)
+
+
 def draw(comparisons: Sequence[Comparison], folder: Path) -> None:
     """Draw the mean validation curves and the sweeps into `folder`."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     complete = [c for c in comparisons if c.complete]
     figure = Figure(figsize=(8, 5), layout="constrained")
-    FigureCanvasAgg(figure)
     axis = figure.subplots()
     for c in complete:
         runs = np.array([record["curve"] for record in c.finals])
@@ -215,20 +221,19 @@ def draw(comparisons: Sequence[Comparison], folder: Path) -> None:
         axis.fill_between(runs[0, :, 0], runs[..., 1].min(0), runs[..., 1].max(0), alpha=0.2, color=line.get_color())
     lowest = min(c.mean for c in complete)
     axis.set(xlabel="step", ylabel="validation loss, nats a byte", ylim=(lowest - 0.03, lowest + 0.9))
-    axis.legend()
+    _legend(axis)
     axis.grid(alpha=0.3)
-    figure.savefig(folder / CURVES, dpi=110)
+    write_png(figure, folder / CURVES, dpi=110)
 
     figure = Figure(figsize=(8, 4), layout="constrained")
-    FigureCanvasAgg(figure)
     axis = figure.subplots()
     for c in complete:
         axis.plot([r["lr"] for r in c.sweep], [r["final"] for r in c.sweep], marker="o", label=c.method.name)
     best = min(r["final"] for c in complete for r in c.sweep)
     axis.set(xscale="log", xlabel="learning rate", ylabel="final validation loss", ylim=(best - 0.05, best + 1.0))
-    axis.legend()
+    _legend(axis)
     axis.grid(alpha=0.3)
-    figure.savefig(folder / SWEEPS, dpi=110)
+    write_png(figure, folder / SWEEPS, dpi=110)
 
 
 def write(
@@ -243,7 +248,7 @@ def write(
     """Write the page at `path` and its pictures into `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
     if any(c.complete for c in comparisons):
-        draw(comparisons, folder)
+        attempt("picture", lambda: draw(comparisons, folder))
     machine = ", ".join(f"{key} {value}" for key, value in facts.items())
     lines = [
         "# Results",

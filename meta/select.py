@@ -20,6 +20,7 @@ import torch
 
 from celo2.meta.language_model import SELECTION, Method, Text, log_spaced, selection_shards, train_once
 from celo2.meta.train import THETA
+from celo2.pretrain import options
 from celo2.pretrain.prepare_data import prepare_embedded
 from celo2.pretrain.terminal import unfailing_streams
 from celo2.theta import Theta
@@ -30,8 +31,10 @@ LEARNING_RATES = {"celo2": log_spaced(1e-3, 4e-3, 3), "celo2-base": log_spaced(2
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Choose a theta by a small language model.")
-    parser.add_argument("run", type=Path, help="folder of a finished meta-training run")
-    parser.add_argument("--out", type=Path, help="where the chosen theta goes (default: RUN/selected.safetensors)")
+    parser.add_argument("run", type=options.path, help="folder of a finished meta-training run")
+    parser.add_argument(
+        "--out", type=options.path, help="where the chosen theta goes (default: RUN/selected.safetensors)"
+    )
     parser.add_argument(
         "--steps",
         type=int,
@@ -39,7 +42,9 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         metavar="N",
         help="outer steps of the checkpoints that compete (default: last 4)",
     )
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), metavar="N", help="CPU threads")
+    parser.add_argument(
+        "--threads", type=options.threads, default=torch.get_num_threads(), metavar="N", help="CPU threads"
+    )
     return parser.parse_args(argv)
 
 

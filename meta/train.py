@@ -4,35 +4,37 @@
     torchrun --standalone --nproc-per-node 2 -m celo2.meta.train --recipe celo2
 
 Leaves in `--out-dir`: the last two checkpoints, one theta a checkpoint, `curve.jsonl` and `curve.png`, and at the end
-`theta.safetensors` with its card.
+`theta.safetensors` with its card. SIGHUP saves and goes on; SIGTERM, SIGUSR1 and SIGINT save and stop.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
-import shutil
 import signal
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
-from types import FrameType
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
 
-from celo2.files import write_atomic
+from celo2.files import remove_temporary, write_atomic
 from celo2.meta.images import load_image_sets
 from celo2.meta.outer_trainer import CURVE, OuterTrainer
 from celo2.meta.recipes import RECIPES, get_recipe
-from celo2.pretrain import require
-from celo2.pretrain.device import device_name, select_device
-from celo2.pretrain.runlog import duration, versions
-from celo2.pretrain.terminal import unfailing_streams
+from celo2.pretrain import options, require
+from celo2.pretrain.device import device_name
+from celo2.pretrain.failures import explain, require_compiler
+from celo2.pretrain.folder_lock import locked
+from celo2.pretrain.interruption import HELP, Interruption, signals_restored
+from celo2.pretrain.parallel import World
+from celo2.pretrain.runlog import duration, versions, write_png
+from celo2.pretrain.terminal import attempt, printable, unfailing_streams
 from celo2.theta import Theta
 
 THETA = "theta.safetensors"
@@ -41,26 +43,43 @@ SMOOTHING = 50
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Meta-train Celo2's theta on small image tasks.")
-    parser.add_argument("--recipe", default="celo2", metavar="NAME", help=f"{' | '.join(RECIPES)} (default: celo2)")
-    parser.add_argument("--outer-steps", type=int, metavar="N", help="outer steps; the schedule stretches with them")
-    parser.add_argument("--seed", type=int, default=0, help="theta's start, data order, perturbations (default: 0)")
-    parser.add_argument(
-        "--data", default="embedded", metavar="SOURCE", help="embedded | official | an .npz (default: embedded)"
+    parser = argparse.ArgumentParser(
+        description="Meta-train Celo2's theta on small image tasks.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog=HELP,
     )
-    parser.add_argument("--out-dir", type=Path, metavar="DIR", help="folder of this run (default: runs/meta/RECIPE)")
+    parser.add_argument(
+        "--recipe", type=options.given, default="celo2", metavar="NAME", help=f"{' | '.join(RECIPES)} (default: celo2)"
+    )
+    parser.add_argument("--outer-steps", type=int, metavar="N", help="outer steps; the schedule stretches with them")
+    parser.add_argument(
+        "--seed",
+        type=options.whole_number(0, 2**64 - 1, ", which 64 bits hold"),
+        default=0,
+        help="theta's start, data order, perturbations (default: 0)",
+    )
+    parser.add_argument(
+        "--data",
+        type=options.given,
+        default="embedded",
+        metavar="SOURCE",
+        help="embedded | official | an .npz (default: embedded)",
+    )
+    parser.add_argument(
+        "--out-dir", type=options.path, metavar="DIR", help="folder of this run (default: runs/meta/RECIPE)"
+    )
     parser.add_argument(
         "--resume", choices=("auto", "never"), default="never", help="auto: go on where --out-dir stands"
     )
     parser.add_argument("--save-every", type=int, default=250, metavar="N", help="outer steps (default: 250)")
     parser.add_argument("--log-every", type=int, default=25, metavar="N", help="outer steps (default: 25)")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 (default: auto)")
-    parser.add_argument("--threads", type=int, metavar="N", help="CPU threads of a rank (default: PyTorch's choice)")
+    parser.add_argument("--device", type=options.given, default="auto", help="auto, cpu, cuda, cuda:1 (default: auto)")
+    parser.add_argument(
+        "--threads", type=options.threads, metavar="N", help="CPU threads of a rank (default: PyTorch's choice)"
+    )
     parser.add_argument("--no-compile", action="store_true", help="run eagerly, several times slower")
     arguments = parser.parse_args(argv)
-    if arguments.seed < 0:
-        parser.error(f"--seed {arguments.seed}: must be at least 0")
-    for name in ("outer_steps", "save_every", "log_every", "threads"):
+    for name in ("outer_steps", "save_every", "log_every"):
         value = getattr(arguments, name)
         if value is not None and value < 1:
             parser.error(f"--{name.replace('_', '-')} {value}: must be at least 1")
@@ -69,7 +88,6 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def draw_curve(curve: NDArray[np.float64], path: Path, title: str) -> None:
     """Draw meta-loss, imitation loss where there is one, horizon and gradient norm over the outer steps."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     columns = dict(zip(CURVE, curve.T, strict=True))
@@ -77,7 +95,6 @@ def draw_curve(curve: NDArray[np.float64], path: Path, title: str) -> None:
     if columns["imitation"].any():
         shown.insert(1, "imitation")
     figure = Figure(figsize=(8, 2.2 * len(shown)), layout="constrained")
-    FigureCanvasAgg(figure)
     for axis, name in zip(figure.subplots(len(shown), 1, sharex=True), shown, strict=True):
         values = columns[name]
         width = min(SMOOTHING, len(values))
@@ -88,9 +105,9 @@ def draw_curve(curve: NDArray[np.float64], path: Path, title: str) -> None:
         if name == "gradient_norm":
             axis.set_yscale("log")
         axis.grid(alpha=0.3)
-    figure.axes[0].set_title(title)
+    figure.axes[0].set_title(printable(title), parse_math=False)
     figure.axes[-1].set_xlabel("outer step")
-    figure.savefig(path, dpi=110)
+    write_png(figure, path, dpi=110)
 
 
 def write_curve(trainer: OuterTrainer, out_dir: Path) -> None:
@@ -100,7 +117,8 @@ def write_curve(trainer: OuterTrainer, out_dir: Path) -> None:
         for step, row in enumerate(trainer.curve, start=1)
     ]
     write_atomic(out_dir / "curve.jsonl", [line.encode() for line in lines])
-    draw_curve(trainer.curve, out_dir / "curve.png", f"{trainer.recipe.name}, seed {trainer.seed}")
+    title = f"{trainer.recipe.name}, seed {trainer.seed}"
+    attempt("picture", lambda: draw_curve(trainer.curve, out_dir / "curve.png", title))
 
 
 def card(trainer: OuterTrainer, data: str, seconds: float) -> dict[str, str]:
@@ -112,7 +130,7 @@ def card(trainer: OuterTrainer, data: str, seconds: float) -> dict[str, str]:
         "orthogonalize": "true" if recipe.variant == "celo2" else "false",
         "recipe": recipe.name,
         "recipe_fields": json.dumps(recipe.identity),
-        "data": data,
+        "data": printable(data),
         "data_sha256": trainer.family.fingerprint,
         "seed": str(trainer.seed),
         "outer_steps": str(trainer.outer_step),
@@ -126,50 +144,39 @@ def card(trainer: OuterTrainer, data: str, seconds: float) -> dict[str, str]:
     }
 
 
-class Interruption:
-    """SIGTERM and SIGINT, noted and acted on between outer steps: save, then stop."""
-
-    def __init__(self) -> None:
-        self.signal = 0
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._note)
-
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        self.signal = number
-
-
-def train(arguments: argparse.Namespace) -> int:
+def train(arguments: argparse.Namespace, held: ExitStack) -> int:
+    """Run the meta-training; returns the exit status. `held` keeps the lock of its folder."""
     require("matplotlib", "tqdm", extra="meta")
     from tqdm import tqdm
 
     recipe = get_recipe(arguments.recipe)
     if arguments.outer_steps is not None:
         recipe = recipe.with_outer_steps(arguments.outer_steps)
-    device = select_device(arguments.device)
-    compilers = [os.environ.get("CXX", "g++"), "clang++"]
-    if device.type == "cpu" and not arguments.no_compile and not any(map(shutil.which, compilers)):
-        raise ValueError("no C++ compiler is here, which torch.compile needs: install g++, or give --no-compile")
+    world = World.start(arguments.device)
+    device, main, compiled = world.device, world.main, not arguments.no_compile
+    if compiled:
+        require_compiler(device, "give --no-compile")
     if arguments.threads is not None:
         torch.set_num_threads(arguments.threads)
     # as XLA does on the authors' machines: momenta of dead units decay to denormals, which are slow to compute with
     torch.set_flush_denormal(True)
     trainer = OuterTrainer(
-        recipe,
-        load_image_sets(arguments.data),
-        seed=arguments.seed,
-        device=device,
-        compiled=not arguments.no_compile,
+        recipe, load_image_sets(arguments.data), seed=arguments.seed, device=device, compiled=compiled
     )
-    main = trainer.rank == 0
     out_dir: Path = arguments.out_dir or Path("runs/meta") / recipe.name
-    out_dir.mkdir(parents=True, exist_ok=True)
+    held.enter_context(locked(out_dir, world))
+    if main:
+        remove_temporary(out_dir)
+    world.barrier()
     clock = out_dir / "seconds.json"
     seconds_before = 0.0
     if arguments.resume == "auto":
         path = trainer.resume(out_dir)
         if path is not None:
             seconds_before = read_clock(clock).get(str(trainer.outer_step), 0.0)
-    elif main and any(out_dir.glob("checkpoint-*")):
+        for note in trainer.notes if main else ():
+            print(f"resume: {note}: the run goes on, no longer to the bit")
+    elif world.shared(main and any(out_dir.glob("checkpoint-*"))):
         raise ValueError(f"{out_dir} holds a run: continue it with --resume auto, or choose another --out-dir")
     total = recipe.outer_steps
     if main:
@@ -181,12 +188,19 @@ def train(arguments: argparse.Namespace) -> int:
             f"outer steps {trainer.outer_step}/{total} | {trainer.inner_steps_per_outer:,} inner steps each | "
             f"{trainer.world} rank(s) | {device_name(device)}"
         )
-    interruption = Interruption()
+        if compiled and trainer.outer_step < total:
+            print("compiling the inner step: minutes, unless it is in the cache; --no-compile goes without")
+        sys.stdout.flush()
+    interruption = Interruption(world)
     started = time.perf_counter()
     measured: tuple[int, float] | None = None
+    saved_at = trainer.outer_step
     # disable=None: no bar unless standard error is a terminal
     with tqdm(total=total, initial=trainer.outer_step, unit="outer", disable=None if main else True) as bar:
-        while trainer.outer_step < total and not _agree(interruption.signal != 0, trainer):
+        while trainer.outer_step < total and not interruption.settle():
+            if interruption.hangup and trainer.outer_step != saved_at:
+                checkpoint(trainer, out_dir, clock, seconds_before + time.perf_counter() - started)
+                saved_at = trainer.outer_step
             figures = trainer.step()
             bar.update()
             if measured is None:
@@ -198,12 +212,13 @@ def train(arguments: argparse.Namespace) -> int:
                 sys.stdout.flush()
             if step % arguments.save_every == 0 or step == total:
                 checkpoint(trainer, out_dir, clock, seconds_before + time.perf_counter() - started)
+                saved_at = step
     if trainer.outer_step < total:
-        if trainer.outer_step:
+        if trainer.outer_step != saved_at:
             checkpoint(trainer, out_dir, clock, seconds_before + time.perf_counter() - started)
         if main:
             print(f"stopped at outer step {trainer.outer_step}: the same command with --resume auto goes on")
-        return 128 + interruption.signal if interruption.signal else 0
+        return 128 + interruption.signal
     if main:
         seconds = seconds_before + time.perf_counter() - started
         theta = Theta.from_arrays(trainer.theta.arrays, card(trainer, arguments.data, seconds))
@@ -211,15 +226,6 @@ def train(arguments: argparse.Namespace) -> int:
         write_curve(trainer, out_dir)
         print(f"{theta!r} after {duration(seconds)} -> {out_dir / THETA}")
     return 0
-
-
-def _agree(stop: bool, trainer: OuterTrainer) -> bool:
-    """Return whether any rank wants to stop: a signal may reach one before another."""
-    if trainer.world == 1:
-        return stop
-    flag = torch.tensor(float(stop), device=trainer.device)
-    dist.all_reduce(flag)
-    return bool(flag)
 
 
 def read_clock(path: Path) -> dict[str, float]:
@@ -269,20 +275,28 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _train(arguments: argparse.Namespace) -> int:
-    distributed = "WORLD_SIZE" in os.environ
-    if distributed:
-        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
     try:
-        status = train(arguments)
-        if distributed:
+        with signals_restored(), ExitStack() as held:
+            status = train(arguments, held)
+        if dist.is_initialized():
             # a rank that leaves while another still works may abort in gloo's teardown
             dist.barrier()
         return status
+    except KeyboardInterrupt:
+        print("interrupted; checkpoints are as they were", file=sys.stderr)
+        return 128 + signal.SIGINT
     except (ValueError, OSError, ImportError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except (RuntimeError, MemoryError) as error:
+        memory = "share the particles among more machines (torchrun)"
+        text = explain(error, memory=memory, compiler="give --no-compile, or mend the compiler")
+        if text is None:
+            raise
+        print(f"error: {text}", file=sys.stderr)
+        return 2
     finally:
-        if distributed:
+        if dist.is_initialized():
             dist.destroy_process_group()
 
 

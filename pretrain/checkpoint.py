@@ -26,12 +26,14 @@ from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, se
 from torch.distributed.checkpoint.state_dict_loader import load as load_distributed
 from torch.distributed.checkpoint.state_dict_saver import save as save_distributed
 
-from celo2.files import write_atomic
+from celo2.files import remove_temporary, write_atomic
 from celo2.pretrain.model import GPT
 from celo2.pretrain.optimizers import Optimizers
 from celo2.pretrain.parallel import World
 
 DONE = "DONE"
+# of an identity: what changes numbers by rounding alone
+SETTING = "setting"
 _NAME = re.compile(r"step-(\d{8})")
 _TEMPORARY = re.compile(r"\.step-\d{8}\.[0-9a-f]{8}\.tmp")
 
@@ -192,35 +194,38 @@ class Checkpoints:
         return threading.current_thread() is self._writer
 
     def load(
-        self, model: GPT, optimizers: Optimizers, identity: dict[str, Any], *, may_differ: Collection[str] = ()
+        self,
+        model: GPT,
+        optimizers: Optimizers,
+        identity: dict[str, Any],
+        *,
+        may_differ: Collection[str] = (),
+        aside: Collection[str] = (),
     ) -> tuple[RunState | None, list[str]]:
         """Load the newest complete checkpoint into the model and the optimizers.
 
         Returns its state (None when the folder has no checkpoint) and a line for whatever deserves one: each newer
-        folder that was passed over, each entry of the identity in `may_differ` that does. Raises ValueError when the
+        folder that was passed over, each entry of the identity in `may_differ` that does, and each of its `SETTING`,
+        where both have one. Those in `aside` are not compared. Raises ValueError when the
         checkpoint is of a run with another identity or of tensors with other shapes, naming what differs, or when there
         are checkpoints and none is usable; OSError when one cannot be read.
         """
         notes: list[str] = []
-        world, folders = self.world, self.world.shared(self._folders())
+        folders = self.world.shared(self._folders())
         for path in folders:
-            state, problem = None, None
-            try:
-                state = _read_done(path, share=(world.rank, world.ranks))
-            except ValueError as error:
-                problem = str(error)
-            problem = next((text for text in world.gather(problem) if text is not None), None)
-            if state is None or problem is not None:
+            state, problem = self._checked(path)
+            if state is None:
                 notes.append(f"{path.name} is not usable ({problem}): going back to the one before")
                 continue
-            different = _differences(state.identity, identity)
+            there, here = (_without(one, {*aside, SETTING}) for one in (state.identity, identity))
+            different = _differences(there, here)
             if refused := [text for key, text in different.items() if key not in may_differ]:
                 raise ValueError(
                     f"{path} is a checkpoint of another run: {'; '.join(refused)}; give the same options, or another "
                     "--out-dir"
                 )
             tensors = _tensors(model, optimizers)
-            group = world.control
+            group = self.world.control
             try:
                 _quietly(load_distributed, tensors, checkpoint_id=path, process_group=group, no_dist=group is None)
                 set_optimizer_state_dict(model, optimizers.members, optim_state_dict=tensors["optimizer"])
@@ -233,6 +238,9 @@ class Checkpoints:
                     ) from error
                 raise OSError(f"{path} is whole but cannot be read: {problem}; run the same again") from error
             torch.set_rng_state(tensors["rng"])
+            there, here = (one.get(SETTING, {}) for one in (state.identity, identity))
+            known = [key for key in there if None not in (there[key], here.get(key))]
+            different |= _differences({key: there[key] for key in known}, {key: here[key] for key in known})
             notes += [f"{text}: the run goes on, no longer to the bit" for text in different.values()]
             return state, notes
         if folders:
@@ -242,12 +250,50 @@ class Checkpoints:
             )
         return None, notes
 
+    def _checked(self, path: Path) -> tuple[RunState | None, str | None]:
+        """The state of a checkpoint, whose contents all ranks check together; or None, and what is wrong."""
+        state, problem = None, None
+        try:
+            state = _read_done(path, share=(self.world.rank, self.world.ranks))
+        except ValueError as error:
+            problem = str(error)
+        problem = next((text for text in self.world.gather(problem) if text is not None), None)
+        return (state, None) if problem is None else (None, problem)
+
+    def load_weights(self, model: GPT, source: Path, config: dict[str, Any]) -> str:
+        """Load the model alone, of a checkpoint or of the newest whole one in a run's folder; collective.
+
+        `config` is this model's, as JSON values. Returns which it was, as `run 0123abcd, step 120`. Raises ValueError
+        when there is none, when it is damaged or of another model, naming what differs; OSError when it cannot be read.
+        """
+        candidates = [source] if _NAME.fullmatch(source.name) else Checkpoints(source)._folders()
+        candidates = self.world.shared([path for path in candidates if (path / DONE).is_file()])
+        if not candidates:
+            raise ValueError(
+                f"--init-from {source}: holds no complete checkpoint; give the --out-dir of a run, or one of its "
+                "step-* folders"
+            )
+        path = candidates[0]
+        state, problem = self._checked(path)
+        if state is None:
+            raise ValueError(f"--init-from {path} is not usable: {problem}; give another checkpoint of the run")
+        if different := _differences(state.identity.get("model", {}), config):
+            raise ValueError(f"--init-from {path} is of another model: {'; '.join(different.values())}")
+        tensors = {"model": dict(model.named_parameters())}
+        group = self.world.control
+        try:
+            _quietly(load_distributed, tensors, checkpoint_id=path, process_group=group, no_dist=group is None)
+        except (RuntimeError, ValueError, OSError, CheckpointException) as error:
+            raise OSError(f"--init-from {path} cannot be read: {_describe(error)}") from error
+        return f"run {state.run_id}, step {state.step}"
+
     def latest(self) -> RunState | None:
         """State of the newest complete checkpoint, without its tensors."""
         return next((state for _, state in self._complete()), None)
 
     def remove_temporary(self) -> None:
-        """Remove what a killed save or removal left behind."""
+        """Remove what a killed save, removal or write of a file left behind; nobody may be writing there."""
+        remove_temporary(self.folder)
         for path in self.folder.glob(".step-*.tmp"):
             if _TEMPORARY.fullmatch(path.name):
                 shutil.rmtree(path)
@@ -273,6 +319,10 @@ class Checkpoints:
                 removed = self._temporary(path)
                 path.rename(removed)
                 shutil.rmtree(removed)
+
+
+def _without(identity: dict[str, Any], keys: Collection[str]) -> dict[str, Any]:
+    return {key: value for key, value in identity.items() if key not in keys}
 
 
 def _differences(there: dict[str, Any], here: dict[str, Any], prefix: str = "") -> dict[str, str]:

@@ -55,13 +55,17 @@ class World:
         """Join the processes that the environment names (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT).
 
         `device` is a name for `select_device`; with several GPUs in a machine each process takes its own. Raises
-        ValueError for a device that is not there.
+        ValueError for a device that is not there, and for one GPU named to several processes of a machine.
         """
         ranks, rank = _variable("WORLD_SIZE", 1), _variable("RANK", 0)
         local_rank = _variable("LOCAL_RANK", rank)
         local_ranks = _variable("LOCAL_WORLD_SIZE", ranks)
         if ranks > 1 and torch.cuda.is_available() and device in ("auto", "cuda"):
             device = f"cuda:{local_rank}"
+        elif local_ranks > 1 and device.startswith("cuda:"):
+            raise ValueError(
+                f"--device {device}: each of {local_ranks} processes would take it; give cuda, which gives each its own"
+            )
         chosen = select_device(device)
         if ranks == 1:
             return cls(0, 1, 0, 1, chosen)

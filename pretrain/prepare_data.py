@@ -28,6 +28,7 @@ from typing import Any, Protocol, TextIO
 import numpy as np
 
 from celo2.files import PathLike, write_atomic
+from celo2.pretrain import options
 from celo2.pretrain.shards import MAX_SHARD_TOKENS, open_shard, write_shard
 from celo2.pretrain.terminal import unfailing_streams
 from celo2.pretrain.tokenizer import Tokenizer, get_tokenizer
@@ -393,16 +394,18 @@ def prepare_embedded(tokenizer_name: str, out_dir: PathLike) -> Path:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description="Prepare .bin token shards for train_gpt.py; resumable.")
     parser.add_argument("--tokenizer", default="gpt2", choices=["gpt2", "bytes"], help="default: gpt2")
-    parser.add_argument("--out", required=True, type=Path, help="folder for the shards")
+    parser.add_argument("--out", required=True, type=options.path, help="folder for the shards")
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument(
         "--text",
         nargs="+",
-        type=Path,
+        type=options.path,
         metavar="FILE",
         help="text files, plain, .gz or .xz; two blank lines between documents",
     )
-    source.add_argument("--dataset", help="what datasets.load_dataset accepts, such as HuggingFaceFW/fineweb-edu")
+    source.add_argument(
+        "--dataset", type=options.given, help="what datasets.load_dataset accepts, such as HuggingFaceFW/fineweb-edu"
+    )
     source.add_argument("--embedded", action="store_true", help="the embedded Wikipedia articles; no network")
     parser.add_argument("--name", help="configuration of the dataset, such as sample-10BT")
     parser.add_argument("--split", help="split of the dataset (default: train)")

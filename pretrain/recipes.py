@@ -4,6 +4,7 @@ A recipe whose source says "untested" was not run by us: it is a starting point,
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from celo2.pretrain.model import SIZES
@@ -97,6 +98,52 @@ def learning_rate(step: int, total_steps: int, recipe: Recipe) -> float:
     progress = (step - warmup) / (total_steps - warmup)
     cosine = 0.5 * (1.0 + math.cos(math.pi * progress))
     return recipe.lr * (recipe.final_lr_frac + (1.0 - recipe.final_lr_frac) * cosine)
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The steps of a run and their learning rates: those of the recipe, then extensions.
+
+    An extension has the recipe's shape at its own length: a warm-up from 0 to the peak, and a cosine. What was trained
+    before it does not depend on it.
+    """
+
+    recipe: Recipe
+    extensions: tuple[int, ...] = ()
+    """Optimizer steps of each."""
+
+    @property
+    def steps(self) -> int:
+        return self.recipe.steps + sum(self.extensions)
+
+    def learning_rate(self, step: int) -> float:
+        """Learning rate of a 0-based step; raises ValueError for one outside of the run."""
+        first = 0
+        for length in (self.recipe.steps, *self.extensions):
+            if step < first + length:
+                return learning_rate(step - first, length, self.recipe)
+            first += length
+        raise ValueError(f"step {step} is outside the run: it must be within 0..{self.steps - 1}")
+
+    def check(self, step: int, extensions: Sequence[int]) -> None:
+        """Raise ValueError unless a run at `step` that had these extensions goes on by this schedule."""
+        begun, first = 0, self.recipe.steps
+        for length in extensions:
+            begun, first = begun + (first < step), first + length
+        if list(self.extensions[:begun]) != list(extensions[:begun]):
+            lengths = " ".join(map(str, extensions[:begun]))
+            raise ValueError(
+                f"step {step} of this run is within --extend {lengths}: give that, and then further numbers"
+            )
+
+    def __str__(self) -> str:
+        recipe = self.recipe
+
+        def shape(steps: int) -> str:
+            return f"{steps:,} steps, warm-up {warmup_steps(steps, recipe)}, peak lr {recipe.lr:g}, cosine to "
+
+        lines = f"{shape(recipe.steps)}{recipe.final_lr_frac:g} of it"
+        return lines + "".join(f"; then {shape(steps)}the same" for steps in self.extensions)
 
 
 def split_batch(requested: int | None, batch_tokens: int, context: int, ranks: int = 1) -> tuple[int, int]:

@@ -8,12 +8,15 @@ import os
 import platform
 import statistics
 import subprocess
+import warnings
 from collections import deque
+from collections.abc import Iterable, Iterator
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal, TextIO
 
 from celo2.files import write_atomic
+from celo2.pretrain.terminal import printable
 
 METRICS = "metrics.jsonl"
 CURVE = "loss.png"
@@ -99,8 +102,8 @@ class RunLog:
 
     A record is a JSON object with `kind`: `run` (once a start), `train` (a step), `val`, `final`. Values that are not
     finite are null. On a resume, records of steps after the checkpoint are dropped, since they are made again; a run
-    from the start keeps an older file as `metrics.jsonl.old`. With `main=False`, on the other ranks of a run, records
-    are kept in memory alone.
+    from the start keeps an older file as `metrics.jsonl.old`. The last 128 values of each number stay in memory. With
+    `main=False`, on the other ranks of a run, nothing is kept.
     """
 
     def __init__(
@@ -114,27 +117,41 @@ class RunLog:
         main: bool = True,
     ) -> None:
         self.path = Path(folder) / METRICS
-        self.records: list[dict[str, Any]] = []
+        self._values: dict[tuple[str, str], deque[float]] = {}
         self._wandb: Any = None
+        self._main = main
         self._file: TextIO | None = None
         if not main:
             return
         if resume_step is not None:
-            self.records = [record for record in read_metrics(self.path) if record.get("step", 0) <= resume_step]
-            self.records = [record for record in self.records if record["kind"] != "final"]
+            for record in self._kept(resume_step):
+                self._remember(record)
         # first what can fail for reasons of its own
         if wandb != "off":
             self._wandb = _start_wandb(folder, wandb, run_id, config)
-        if resume_step is None and self.path.exists() and self.path.stat().st_size:
+        if resume_step is not None:
+            write_atomic(self.path, ((json.dumps(record) + "\n").encode() for record in self._kept(resume_step)))
+        elif self.path.exists() and self.path.stat().st_size:
             os.replace(self.path, self.path.with_name(f"{METRICS}.old"))
-        write_atomic(self.path, [(json.dumps(record) + "\n").encode() for record in self.records])
         self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115
+
+    def _kept(self, resume_step: int) -> Iterator[dict[str, Any]]:
+        for record in iterate_metrics(self.path):
+            if record.get("step", 0) <= resume_step and record["kind"] != "final":
+                yield record
+
+    def _remember(self, stored: dict[str, Any]) -> None:
+        for key, value in stored.items():
+            if isinstance(value, (int, float)) and not isinstance(value, bool):
+                self._values.setdefault((stored["kind"], key), deque(maxlen=WINDOW)).append(value)
 
     def write(self, kind: str, **values: Any) -> dict[str, Any]:
         """Append one record and return it as given."""
         record = {"kind": kind, **values}
+        if not self._main:
+            return record
         stored = {key: _json_value(value) for key, value in record.items()}
-        self.records.append(stored)
+        self._remember(stored)
         if self._file is None:
             return record
         try:
@@ -152,9 +169,8 @@ class RunLog:
         return record
 
     def last(self, kind: str, key: str, count: int = WINDOW) -> list[float]:
-        """The last `count` values of `key` in records of `kind`, those that are not finite left out."""
-        values = [record[key] for record in self.records if record["kind"] == kind and record[key] is not None]
-        return values[-count:]
+        """The last `count` values, at most 128, of `key` in records of `kind`, those that are not finite left out."""
+        return list(self._values.get((kind, key), ()))[-count:]
 
     def sync(self) -> None:
         """Make what is written survive a power loss; before a checkpoint that counts on it."""
@@ -172,20 +188,34 @@ def _json_value(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Records of a `metrics.jsonl`; a last line cut short by a kill is dropped. Raises ValueError for other damage."""
+def iterate_metrics(path: Path) -> Iterator[dict[str, Any]]:
+    """Records of a `metrics.jsonl`, one after the other; a last line cut short by a kill is dropped.
+
+    Raises ValueError for other damage, when it comes to it.
+    """
     if not path.is_file():
-        return []
-    lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
-    records = []
-    for number, line in enumerate(lines[:-1], start=1):
-        try:
-            records.append(json.loads(line))
-        except ValueError as error:
-            raise ValueError(
-                f"{path}, line {number} is damaged ({error}); move the file away to go on without it"
-            ) from error
-    return records
+        return
+    with open(path, encoding="utf-8", errors="replace", newline="\n") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.endswith("\n"):
+                return
+            try:
+                record = json.loads(line)
+            except ValueError as error:
+                raise ValueError(
+                    f"{path}, line {number} is damaged ({error}); move the file away to go on without it"
+                ) from error
+            yield record
+
+
+def has_records(path: Path) -> bool:
+    """Whether a `metrics.jsonl` holds anything."""
+    return next(iterate_metrics(path), None) is not None
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """Records of a `metrics.jsonl`, as `iterate_metrics` gives them."""
+    return list(iterate_metrics(path))
 
 
 def _start_wandb(folder: Path, mode: Literal["online", "offline"], run_id: str, config: dict[str, Any]) -> Any:
@@ -202,31 +232,45 @@ def _start_wandb(folder: Path, mode: Literal["online", "offline"], run_id: str, 
         raise ValueError(f"--wandb {mode} cannot start: {reason}; run `wandb login`, or use --wandb offline") from error
 
 
-def draw_curve(records: list[dict[str, Any]], path: Path, title: str) -> None:
-    """Draw training and validation loss over the steps as a PNG, written atomically."""
+def draw_curve(records: Iterable[dict[str, Any]], path: Path, title: str) -> None:
+    """Draw training and validation loss over the steps as a PNG, written atomically; the title is shown as it is."""
     from matplotlib.figure import Figure
 
+    points: dict[str, list[tuple[int, float]]] = {"train": [], "val": []}
+    for record in records:
+        if record["kind"] in points and record["loss"] is not None:
+            points[record["kind"]].append((record["step"], record["loss"]))
+    train, val = points.values()
     figure = Figure(figsize=(8, 5), dpi=120, layout="constrained")
     axes = figure.subplots()
-    train = [(r["step"], r["loss"]) for r in records if r["kind"] == "train" and r["loss"] is not None]
-    val = [(r["step"], r["loss"]) for r in records if r["kind"] == "val" and r["loss"] is not None]
     if train:
         axes.plot(*zip(*train, strict=True), color="tab:blue", linewidth=0.8, alpha=0.6, label="training batch")
     if val:
         label = f"validation, {val[-1][1]:.4f} at the end"
         axes.plot(*zip(*val, strict=True), color="tab:orange", marker="o", markersize=3, label=label)
-    axes.set(xlabel="optimizer step", ylabel="loss (nats a token)", title=title)
+    axes.set(xlabel="optimizer step", ylabel="loss (nats a token)")
+    # a name is no formula
+    axes.set_title(printable(title), parse_math=False)
     axes.grid(alpha=0.3)
     if train or val:
         axes.legend()
+    write_png(figure, path)
+
+
+def write_png(figure: Any, path: Path, **options: Any) -> None:
+    """Write a figure of matplotlib atomically; `options` are of its `savefig`."""
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
+    with warnings.catch_warnings():
+        # a name in letters that the font lacks: boxes
+        warnings.filterwarnings("ignore", message="Glyph .* missing from")
+        figure.savefig(buffer, format="png", **options)
     write_atomic(path, [buffer.getvalue()])
 
 
 def write_report(folder: Path, facts: dict[str, Any], sample: str) -> None:
     """Write `report.md`: a table of facts, the picture, the sample."""
-    lines = [f"# {facts['run']}", "", "| | |", "|---|---|"]
-    lines += [f"| {key} | {value} |" for key, value in facts.items() if key != "run"]
+    shown = {key: " ".join(printable(str(value)).split()).replace("|", "\\|") for key, value in facts.items()}
+    lines = [f"# {shown['run']}", "", "| | |", "|---|---|"]
+    lines += [f"| {key} | {value} |" for key, value in shown.items() if key != "run"]
     lines += ["", f"![loss]({CURVE})", "", "Sample:", "", *(f"    {line}" for line in sample.splitlines()), ""]
     write_atomic(folder / REPORT, ["\n".join(lines).encode()])

@@ -2,6 +2,7 @@
 
 import argparse
 import math
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +12,25 @@ from celo2.pretrain.device import peak_flops
 from celo2.pretrain.model import GPT
 from celo2.pretrain.optimizers import Optimizers, local_bytes
 from celo2.pretrain.parallel import Parallel, World
-from celo2.pretrain.recipes import Recipe, warmup_steps
-from celo2.pretrain.runlog import CURVE, RunLog, draw_curve, duration, quantity, versions, write_report
+from celo2.pretrain.recipes import Recipe, Schedule
+from celo2.pretrain.runlog import (
+    CURVE,
+    RunLog,
+    draw_curve,
+    duration,
+    iterate_metrics,
+    quantity,
+    versions,
+    write_report,
+)
+from celo2.pretrain.terminal import attempt
 from celo2.pretrain.tokenizer import Tokenizer
+from celo2.theta import VARIANTS
 
 
 def describe(
     arguments: argparse.Namespace,
-    recipe: Recipe,
+    schedule: Schedule,
     model: GPT,
     optimizers: Optimizers,
     micro: tuple[int, int],
@@ -26,7 +38,7 @@ def describe(
     where: str,
 ) -> str:
     """Everything that is resolved, as text; `micro` is sequences a micro-batch and micro-batches a step, on a rank."""
-    config, steps = model.config, recipe.steps
+    config, recipe, steps = model.config, schedule.recipe, schedule.steps
     parameters, rules = model.num_params(), optimizers.parameters_by_rule()
     flops, peak = model.flops_per_token(), peak_flops(where)
     gib = 2**30
@@ -42,8 +54,7 @@ def describe(
         "parameters": f"{parameters:,} ({', '.join(f'{count:,} by {rule}' for rule, count in rules.items())})",
         "optimizer": arguments.opt + weights,
         "recipe": f"{recipe.name}; source: {recipe.source}",
-        "schedule": f"{steps:,} steps, warm-up {warmup_steps(steps, recipe)}, peak lr {recipe.lr:g}, cosine to "
-        f"{recipe.final_lr_frac:g} of it, weight decay {recipe.weight_decay:g}, clip {recipe.max_grad_norm or 'none'}",
+        "schedule": f"{schedule}; weight decay {recipe.weight_decay:g}, clip {recipe.max_grad_norm or 'none'}",
         "batch": f"{recipe.batch_tokens:,} tokens: "
         + (f"{ranks} ranks, each " if ranks > 1 else "")
         + f"{micro[0]} sequences of {config.context}, {micro[1]} micro-batches",
@@ -55,6 +66,25 @@ def describe(
         + (" (on this rank)" if ranks > 1 else ""),
     }
     return "\n".join(f"{name + ':':<12}{text}" for name, text in lines.items()) + "\n\n" + optimizers.table() + "\n"
+
+
+def setting_of(arguments: argparse.Namespace, parallel: Parallel, device: torch.device, where: str) -> dict[str, Any]:
+    """What changes a run's numbers by rounding alone, besides the batch's split: None where it does not matter."""
+    several = parallel.mode != "none"
+    wire = arguments.wire_dtype
+    if wire == "auto":
+        wire = "float32" if device.type == "cpu" else "bfloat16"
+    return {
+        "device": where,
+        "torch": str(torch.__version__),
+        "compile": arguments.compile,
+        "loss_chunks": arguments.loss_chunks,
+        "activation_checkpointing": arguments.activation_checkpointing,
+        "wire_dtype": wire if several and arguments.opt in VARIANTS else None,
+        "split_step": arguments.split_step if several else None,
+        "reduce": arguments.reduce if several else None,
+        "layout": str(parallel) if parallel.mode == "hsdp" else None,
+    }
 
 
 def plan_of(arguments: argparse.Namespace, recipe: Recipe) -> str:
@@ -86,7 +116,7 @@ def plan_of(arguments: argparse.Namespace, recipe: Recipe) -> str:
 
 def finish(
     arguments: argparse.Namespace,
-    recipe: Recipe,
+    schedule: Schedule,
     model: GPT,
     optimizers: Optimizers,
     tokenizer: Tokenizer,
@@ -95,35 +125,53 @@ def finish(
     skipped: int,
     world: World,
 ) -> None:
-    """Print and write what a finished run has to show: validation loss, sample, picture, report. Collective."""
+    """Print and write what a finished run has to show: validation loss, sample, picture, report. Collective.
+
+    All is trained and saved: a picture or a report that cannot be made is a line on standard error.
+    """
+    recipe = schedule.recipe
     prompt = torch.tensor([[tokenizer.eot, *tokenizer.encode(arguments.prompt).tolist()]], device=world.device)
     generator = torch.Generator(world.device).manual_seed(arguments.seed)
-    # every rank of a sharded model takes part in its forward passes
-    tokens_BT = model.generate(prompt, max(arguments.sample_tokens, 0), generator=generator)
+    try:
+        # every rank of a sharded model takes part in its forward passes
+        tokens_BT = model.generate(prompt, max(arguments.sample_tokens, 0), generator=generator)
+    except RuntimeError as error:
+        # as of probabilities that are not finite, which all ranks have
+        print(f"warning: no sample: {str(error).splitlines()[0]}", file=sys.stderr)
+        tokens_BT = prompt
     if not world.main:
         return
-    val = next(record for record in reversed(log.records) if record["kind"] == "val")
-    # one that was not finite is null in the log
-    loss, bpb = (math.nan if val[key] is None else val[key] for key in ("loss", "bits_per_byte"))
     text = tokenizer.decode(tokens_BT[0].tolist())
     # a byte model may well write control characters
     sample = "".join(c if c.isprintable() or c == "\n" else "\ufffd" for c in text)
     title = f"{arguments.size}, {arguments.opt}" + (f" ({optimizers.theta.label})" if optimizers.theta else "")
-    draw_curve(log.records, out_dir / CURVE, title)
-    seconds = sum(record["step_ms"] for record in log.records if record["kind"] == "train") / 1000
+    seconds, loss, bpb = 0.0, math.nan, math.nan
+    for record in iterate_metrics(log.path):
+        if record["kind"] == "train":
+            seconds += record["step_ms"] / 1000
+        elif record["kind"] == "val":
+            # one that was not finite is null in the log
+            loss, bpb = (math.nan if record[key] is None else record[key] for key in ("loss", "bits_per_byte"))
+    log.write(
+        "final",
+        step=schedule.steps,
+        loss=loss,
+        bits_per_byte=bpb,
+        skipped=skipped,
+        train_seconds=seconds,
+        sample=sample,
+    )
     facts: dict[str, Any] = {
         "run": title,
         "validation loss": f"{loss:.4f} nats a token, {bpb:.4f} bits per byte",
-        "steps": f"{recipe.steps:,} of {recipe.batch_tokens:,} tokens, {skipped} skipped",
+        "steps": f"{schedule.steps:,} of {recipe.batch_tokens:,} tokens, {skipped} skipped",
         "peak lr, decay": f"{recipe.lr:g}, {recipe.weight_decay:g}",
         "training time": duration(seconds),
         "data": arguments.data,
         "versions": ", ".join(f"{name} {version}" for name, version in versions().items()),
     }
-    write_report(out_dir, facts, sample)
-    log.write(
-        "final", step=recipe.steps, loss=loss, bits_per_byte=bpb, skipped=skipped, train_seconds=seconds, sample=sample
-    )
+    attempt("picture", lambda: draw_curve(iterate_metrics(log.path), out_dir / CURVE, title))
+    attempt("report", lambda: write_report(out_dir, facts, sample))
     if arguments.sample_tokens > 0:
         print(f"\nsample:\n{sample}\n")
     print(f"theta:           {optimizers.theta.label}" if optimizers.theta else f"optimizer:       {arguments.opt}")

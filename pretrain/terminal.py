@@ -8,7 +8,7 @@ import contextlib
 import io
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TextIO
 
@@ -80,3 +80,17 @@ def unfailing_streams() -> Iterator[None]:
         for stream in (sys.stdout, sys.stderr):
             stream.flush()
         sys.stdout, sys.stderr = before
+
+
+def printable(text: str) -> str:
+    """A user's text as UTF-8 can have it: bytes of a file's name that are none become U+FFFD."""
+    return text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+
+
+def attempt(what: str, show: Callable[[], object]) -> None:
+    """Show something of a run that is trained and saved: when that fails, a line on standard error says so."""
+    try:
+        show()
+    except Exception as error:  # whatever a plotting library raises: it is not the run
+        reason = (str(error).strip().splitlines() or [""])[0]
+        print(f"warning: no {what}: {type(error).__name__}: {reason}", file=sys.stderr)

@@ -19,135 +19,31 @@ import sys
 import time
 import traceback
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
-from celo2.optimizer import WIRE_DTYPES
 from celo2.pretrain import require
-from celo2.pretrain.checkpoint import Checkpoints, RunState
-from celo2.pretrain.device import DTYPES, OptimizerTimer, device_name, peak_flops, precision, send
+from celo2.pretrain.checkpoint import SETTING, Checkpoints, RunState
+from celo2.pretrain.device import OptimizerTimer, device_name, peak_flops, precision, send
 from celo2.pretrain.evaluation import bits_per_byte, evaluate
-from celo2.pretrain.interruption import Interruption
-from celo2.pretrain.model import ARCHS, GPT, SIZES, model_config
+from celo2.pretrain.failures import explain, require_compiler
+from celo2.pretrain.folder_lock import locked
+from celo2.pretrain.interruption import Interruption, signals_restored
+from celo2.pretrain.model import GPT, SIZES, model_config
 from celo2.pretrain.optimizers import Optimizers
-from celo2.pretrain.parallel import PARALLEL, REDUCE, Parallel, World, micro_step, replicate, shard
+from celo2.pretrain.options import parse_arguments, resolve_recipe
+from celo2.pretrain.parallel import Parallel, World, micro_step, replicate, shard
 from celo2.pretrain.prepare_data import prepare_embedded
-from celo2.pretrain.recipes import OPTS, RECIPES, Recipe, learning_rate, recipe_for, split_batch
-from celo2.pretrain.runlog import METRICS, RunLog, ZScore, format_step, read_metrics, versions
+from celo2.pretrain.recipes import Recipe, Schedule, split_batch
+from celo2.pretrain.runlog import METRICS, RunLog, ZScore, format_step, has_records, versions
 from celo2.pretrain.shards import Loader, find_shards, open_shard, shard_fingerprint, validation_batches
-from celo2.pretrain.summary import describe, finish, plan_of
+from celo2.pretrain.summary import describe, finish, plan_of, setting_of
 from celo2.pretrain.terminal import unfailing_streams
 from celo2.pretrain.tokenizer import get_tokenizer
-
-
-def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description="Train a GPT-2 or GPT-3-sized language model with Celo2, AdamW or Muon.",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="recipes: " + ", ".join(RECIPES),
-    )
-    run = parser.add_argument_group("the run")
-    run.add_argument("--size", default="nano", metavar="SIZE", help=f"{' | '.join(SIZES)} (default: nano)")
-    run.add_argument("--opt", default="celo2", metavar="OPT", help=f"{' | '.join(OPTS)} (default: celo2)")
-    run.add_argument("--arch", choices=ARCHS, help="architecture (default: the size's own)")
-    run.add_argument("--bias", action="store_true", help="biases, as in the published GPT-2 weights (arch gpt2)")
-    run.add_argument("--recipe", metavar="NAME", help="a named recipe instead of the default one")
-    run.add_argument("--weights", help="theta of celo2: a name, a file or a hub id (default: the bundled one of --opt)")
-    run.add_argument("--seed", type=int, default=1337, help="initial weights and data order (default: 1337)")
-    recipe = parser.add_argument_group("changes to the recipe")
-    recipe.add_argument("--steps", type=int, metavar="N", help="optimizer steps")
-    recipe.add_argument("--batch-tokens", type=int, metavar="N", help="tokens an optimizer step")
-    recipe.add_argument("--lr", type=float, help="peak learning rate")
-    recipe.add_argument("--weight-decay", type=float, help="decoupled weight decay")
-    recipe.add_argument("--max-grad-norm", type=float, help="global gradient-norm clip, 0 for none")
-    recipe.add_argument("--val-tokens", type=int, metavar="N", help="tokens of the fixed validation set")
-    data = parser.add_argument_group("data and output")
-    data.add_argument("--data", type=Path, metavar="DIR", help="folder of .bin shards (default: the embedded text)")
-    data.add_argument("--out-dir", type=Path, metavar="DIR", help="folder of this run (default: runs/SIZE-OPT)")
-    data.add_argument("--resume", choices=("auto", "never"), default="never", help="auto: go on where --out-dir stands")
-    data.add_argument(
-        "--save-every", type=int, default=200, metavar="N", help="steps between checkpoints (default: 200)"
-    )
-    data.add_argument("--keep", type=int, default=2, metavar="K", help="newest checkpoints that stay (default: 2)")
-    data.add_argument("--keep-every", type=int, metavar="N", help="checkpoints of every N-th step stay as well")
-    data.add_argument(
-        "--eval-every", type=int, default=100, metavar="N", help="steps between validations (default: 100)"
-    )
-    data.add_argument("--log-every", type=int, default=1, metavar="N", help="steps between printed lines (default: 1)")
-    data.add_argument("--prompt", default="The ", help="start of the text sample")
-    data.add_argument("--sample-tokens", type=int, default=200, metavar="N", help="length of the sample, 0 for none")
-    data.add_argument("--wandb", choices=("off", "online", "offline"), default="off", help="log to Weights & Biases")
-    machine = parser.add_argument_group("machine")
-    machine.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default: auto)")
-    machine.add_argument(
-        "--dtype", choices=DTYPES, help="of the forward pass (default: bfloat16 on a GPU, else float32)"
-    )
-    machine.add_argument(
-        "--micro-batch", type=int, metavar="N", help="sequences a forward pass (default: 16,384 tokens)"
-    )
-    machine.add_argument("--compile", action="store_true", help="torch.compile every block")
-    machine.add_argument(
-        "--activation-checkpointing", action="store_true", help="compute a block's activations again for its backward"
-    )
-    machine.add_argument(
-        "--loss-chunks", type=int, default=1, metavar="N", help="parts of the loss, each with its logits (default: 1)"
-    )
-    machine.add_argument(
-        "--max-skips", type=int, default=20, metavar="N", help="skipped steps in a row that end the run"
-    )
-    several = parser.add_argument_group("several processes (torchrun)")
-    several.add_argument("--parallel", choices=PARALLEL, default="auto", help="auto: fsdp (FSDP2) on several processes")
-    several.add_argument(
-        "--shards", type=int, metavar="N", help="hsdp: ranks that share a model (default: a machine's)"
-    )
-    several.add_argument(
-        "--reduce", choices=REDUCE, default="last", help="gradients travel after the last micro-batch, or every one"
-    )
-    several.add_argument(
-        "--wire-dtype", choices=WIRE_DTYPES, default="auto", help="of celo2's directions between ranks"
-    )
-    several.add_argument("--split-step", action="store_true", help="ddp: ranks share celo2's work and state")
-    several.add_argument("--async-save", action="store_true", help="write checkpoints in the background")
-    plan = parser.add_argument_group("before paying")
-    plan.add_argument("--dry-run", action="store_true", help="print what would run, and stop")
-    plan.add_argument("--world-size", type=int, metavar="N", help="with --dry-run: plan for N GPUs")
-    plan.add_argument("--gpu", default="h100", help="with --world-size: which (default: h100)")
-    arguments = parser.parse_args(argv)
-    if arguments.world_size is not None and not arguments.dry_run:
-        parser.error("--world-size plans a run: give --dry-run with it, or start N processes with torchrun")
-    for name in ("save_every", "eval_every", "log_every", "micro_batch", "max_skips", "loss_chunks", "world_size"):
-        value = getattr(arguments, name)
-        if value is not None and value < 1:
-            parser.error(f"--{name.replace('_', '-')} {value}: must be at least 1")
-    return arguments
-
-
-def resolve_recipe(arguments: argparse.Namespace) -> Recipe:
-    """The recipe with the command line's changes; raises ValueError for an unknown name or a value out of range."""
-    recipe = recipe_for(arguments.size, arguments.opt)
-    if arguments.recipe is not None:
-        if arguments.recipe not in RECIPES:
-            raise ValueError(f"unknown recipe {arguments.recipe!r}: choose one of {', '.join(RECIPES)}")
-        recipe = RECIPES[arguments.recipe]
-        if recipe.opt != arguments.opt:
-            raise ValueError(
-                f"recipe {recipe.name!r} is for --opt {recipe.opt}, not {arguments.opt}: its learning rate would not "
-                "fit; take its other numbers with --steps, --batch-tokens and so on"
-            )
-    changes = {
-        key: getattr(arguments, key)
-        for key in ("batch_tokens", "lr", "weight_decay", "max_grad_norm", "val_tokens")
-        if getattr(arguments, key) is not None
-    }
-    if changes.get("max_grad_norm") == 0:
-        changes["max_grad_norm"] = None
-    if arguments.steps is not None:
-        if arguments.steps < 1:
-            raise ValueError(f"--steps {arguments.steps}: must be at least 1")
-        changes["tokens"] = arguments.steps * changes.get("batch_tokens", recipe.batch_tokens)
-    return dataclasses.replace(recipe, **changes)
 
 
 def build(
@@ -181,9 +77,10 @@ def build(
     return model, forward, optimizers
 
 
-def train(arguments: argparse.Namespace) -> int:
-    """Run the training; returns the exit status."""
+def train(arguments: argparse.Namespace, held: ExitStack) -> int:
+    """Run the training; returns the exit status. `held` keeps the lock of its folder."""
     recipe = resolve_recipe(arguments)
+    schedule = Schedule(recipe, tuple(arguments.extend))
     if arguments.world_size is not None:
         print(plan_of(arguments, recipe))
         return 0
@@ -194,17 +91,20 @@ def train(arguments: argparse.Namespace) -> int:
     micro_batch, micro_steps = split_batch(arguments.micro_batch, recipe.batch_tokens, config.context, world.ranks)
     device, where = world.device, device_name(world.device)
     dtype = arguments.dtype or ("bfloat16" if device.type == "cuda" else "float32")
-    total = recipe.steps
+    total = schedule.steps
     parallel = Parallel.choose(arguments.parallel, world.ranks, world.local_ranks, device.type, arguments.shards)
     if arguments.split_step and parallel.mode != "ddp":
         raise ValueError(f"--split-step belongs to --parallel ddp, this run is {parallel}")
     # fully_shard casts by itself
     autocast = "float32" if parallel.sharded else dtype
 
+    if arguments.compile and not arguments.dry_run:
+        require_compiler(device, "leave --compile out")
+
     torch.manual_seed(arguments.seed)
     model, forward, optimizers = build(arguments, recipe, world, parallel, dtype)
     if world.main:
-        print(describe(arguments, recipe, model, optimizers, (micro_batch, micro_steps), parallel, where))
+        print(describe(arguments, schedule, model, optimizers, (micro_batch, micro_steps), parallel, where))
     if arguments.dry_run:
         return 0
     require("matplotlib", "tqdm")
@@ -245,7 +145,7 @@ def train(arguments: argparse.Namespace) -> int:
     checkpoints = Checkpoints(
         out_dir, keep=arguments.keep, keep_every=arguments.keep_every, world=world, background=arguments.async_save
     )
-    identity = {
+    identity: dict[str, Any] = {
         "model": dataclasses.asdict(config),
         "optimizer": arguments.opt,
         "theta": optimizers.theta.sha256 if optimizers.theta else None,
@@ -260,19 +160,29 @@ def train(arguments: argparse.Namespace) -> int:
         "micro_batch": micro_batch,
         "ranks": world.ranks,
         "parallel": parallel.mode,
+        "extensions": list(schedule.extensions),
+        "weights_of": None,
+        SETTING: setting_of(arguments, parallel, device, where),
     }
+    held.enter_context(locked(out_dir, world))
+    if world.main:
+        checkpoints.remove_temporary()
+    world.barrier()
     state: RunState | None = None
     if arguments.resume == "auto":
-        if world.main:
-            checkpoints.remove_temporary()
-        world.barrier()
-        may_differ = ("micro_batch", "ranks", "parallel")
-        state, notes = checkpoints.load(model, optimizers, identity, may_differ=may_differ)
+        may_differ, aside = ("micro_batch", "ranks", "parallel"), ("extensions", "weights_of")
+        state, notes = checkpoints.load(model, optimizers, identity, may_differ=may_differ, aside=aside)
         for note in notes:
             say(f"resume:     {note}")
-    elif world.shared(world.main and (bool(read_metrics(out_dir / METRICS)) or checkpoints.latest() is not None)):
+    elif world.shared(world.main and (has_records(out_dir / METRICS) or checkpoints.latest() is not None)):
         raise ValueError(f"{out_dir} holds a run: go on with --resume auto, or give another --out-dir")
-    out_dir.mkdir(parents=True, exist_ok=True)
+    if state is not None:
+        schedule.check(state.step, state.identity.get("extensions", ()))
+        identity["weights_of"] = state.identity.get("weights_of")
+    elif arguments.init_from is not None:
+        identity["weights_of"] = checkpoints.load_weights(model, arguments.init_from, identity["model"])
+    if identity["weights_of"] is not None:
+        say(f"weights:    began as those of {identity['weights_of']}")
     step, skipped = (state.step, state.skipped) if state else (0, 0)
     started_at = step
     run_id = state.run_id if state else world.shared(secrets.token_hex(4))
@@ -335,13 +245,15 @@ def train(arguments: argparse.Namespace) -> int:
             log.write("val", step=step, loss=found[0], bits_per_byte=found[1])
             tell(f"step {step}/{total} | validation loss {found[0]:.4f} | {found[1]:.3f} bpb")
 
+    if arguments.compile:
+        say("compile:    each kind of block when it is first used, a minute or more each unless it is in the cache")
     if step % arguments.eval_every == 0 and not validated():
         # at the start, and where a signal ended the validation of this step
         validate()
     while step < total and not interruption.signal:
         # one optimizer step: the mean over the whole batch, accumulated from micro-batches
         start = time.perf_counter()
-        factor = learning_rate(step, total, recipe) / recipe.lr
+        factor = schedule.learning_rate(step) / recipe.lr
         optimizers.set_lr(factor)
         optimizers.zero_grad()
         losses, text_bytes = [], 0
@@ -403,11 +315,13 @@ def train(arguments: argparse.Namespace) -> int:
             )
         if step % arguments.eval_every == 0 or step == total:
             validate()
-        if step % arguments.save_every == 0 and step < total:
+        if (step % arguments.save_every == 0 or interruption.hangup) and step < total:
             settled()
             try:
                 save()
                 saved_at = step
+                if interruption.hangup and not interruption.signal:
+                    tell(f"SIGHUP: step {step} of {total} is saved in {out_dir}; the run goes on")
             except OSError as error:
                 # the run is worth more than this checkpoint: the next one may find room
                 tell(f"warning: {error}")
@@ -429,7 +343,7 @@ def train(arguments: argparse.Namespace) -> int:
             # for the launch script: there is more to do, and another job comes further
             Path(requeue).touch()
         return 130 if interruption.signal == signal.SIGINT else 0
-    finish(arguments, recipe, model, optimizers, tokenizer, log, out_dir, skipped, world)
+    finish(arguments, schedule, model, optimizers, tokenizer, log, out_dir, skipped, world)
     log.close()
     world.barrier()
     return 0
@@ -447,21 +361,23 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _train(arguments: argparse.Namespace) -> int:
-    handlers = {number: signal.getsignal(number) for number in Interruption.SIGNALS}
     try:
-        return train(arguments)
+        with signals_restored(), ExitStack() as held:
+            return train(arguments, held)
     except KeyboardInterrupt:
         print("interrupted; checkpoints are as they were", file=sys.stderr)
         return 130
-    except torch.OutOfMemoryError as error:
-        print(f"{_who()}{str(error).splitlines()[0]}; lower --micro-batch, the numbers stay the same", file=sys.stderr)
-        return 1
     except (ValueError, OSError, ImportError, FloatingPointError) as error:
         print(f"{_who()}{error}", file=sys.stderr)
         return 1
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
+    except (RuntimeError, MemoryError) as error:
+        text = explain(
+            error, memory="lower --micro-batch, which keeps the numbers, or --size", compiler="leave --compile out"
+        )
+        if text is None:
+            raise
+        print(f"{_who()}{text}", file=sys.stderr)
+        return 1
 
 
 def _who() -> str:

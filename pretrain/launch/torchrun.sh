@@ -11,21 +11,29 @@
 # RESTARTS how often all ranks start again, from their last checkpoint, after one has failed (default: 0: a run that ended
 #          itself, as after --max-skips, would go on as well)
 #
-# --data and --out-dir must be folders that every machine sees. SIGTERM or SIGUSR1 to this process saves and stops the run;
-# torchrun itself then ends with a status that is not 0.
+# It may be called from any folder: relative paths are the caller's. --data and --out-dir must be folders that every machine
+# sees. SIGTERM or SIGUSR1 to this process saves and stops the run; torchrun itself then ends with a status that is not 0.
+# A terminal that is closed (SIGHUP) makes no difference.
 set -euo pipefail
-cd "$(dirname "$0")/../.."
+trainer="$(dirname "$(readlink -f "$0")")/../train_gpt.py"
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-4}"
 # ranks that start again must not read the addresses of those before them
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
-export TORCHELASTIC_SIGNALS_TO_HANDLE=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1
+# without SIGHUP, at which torchrun would end its ranks
+export TORCHELASTIC_SIGNALS_TO_HANDLE=SIGTERM,SIGINT,SIGQUIT,SIGUSR1
+trap '' HUP
 TORCHRUN="${TORCHRUN:-torchrun}"
-patience=()
-if "$TORCHRUN" --help | grep -q -- --shutdown-timeout; then
+options=()
+help="$("$TORCHRUN" --help)"
+if [[ $help == *--shutdown-timeout* ]]; then
     # a save of a large model may take longer than the 30 seconds that torchrun leaves it by default
-    patience=(--shutdown-timeout 600)
+    options+=(--shutdown-timeout 600)
 fi
-exec "$TORCHRUN" ${patience[@]+"${patience[@]}"} \
+if [[ $help == *--signals-to-handle* ]]; then
+    # where it is an option, it overwrites the variable
+    options+=(--signals-to-handle "$TORCHELASTIC_SIGNALS_TO_HANDLE")
+fi
+exec "$TORCHRUN" ${options[@]+"${options[@]}"} \
     --nnodes "${NODES:-1}" --nproc-per-node "${GPUS:-gpu}" --max-restarts "${RESTARTS:-0}" \
     --rdzv-backend c10d --rdzv-endpoint "${HEAD:-localhost}:${PORT:-29500}" --rdzv-id "${JOB:-celo2}" \
-    pretrain/train_gpt.py --resume auto "$@"
+    "$trainer" --resume auto "$@"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -358,6 +359,47 @@ def test_a_model_trains_the_same_through_groups_without_names():
             run.append(float(loss.detach()))
         losses.append(run)
     assert losses[0] == losses[1]
+
+
+@pytest.mark.parametrize("rate", [math.nan, math.inf, torch.tensor(math.nan)])
+def test_a_rate_that_was_set_to_no_number_is_refused_and_changes_nothing(rate):
+    parameter = nn.Parameter(torch.randn(8, 8))
+    optimizer = FusedCelo2([("hidden.weight", parameter)], lr=1e-2)
+    parameter.grad = torch.randn(8, 8)
+    optimizer.step()
+    before = [value.clone() for value in (parameter.detach(), *optimizer.state[parameter].values())]
+    for name, value in (("lr", rate), ("weight_decay", math.nan), ("max_grad_norm", math.inf)):
+        kept = optimizer.param_groups[0][name]
+        optimizer.param_groups[0][name] = value
+        with pytest.raises(ValueError, match=f"{name}=.*: must be finite"):
+            optimizer.step()
+        optimizer.param_groups[0][name] = kept
+    after = (parameter.detach(), *optimizer.state[parameter].values())
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+    optimizer.step()
+    assert not torch.equal(before[0], parameter)
+
+
+def test_numbers_of_numpy_become_plain_ones(tmp_path):
+    parameter = nn.Parameter(torch.randn(8, 8))
+    numbers = {"lr": np.float64(1e-2), "weight_decay": np.float32(0.5), "ns_steps": np.int64(4)}
+    betas = {"adam_betas": (np.float64(0.8), 0.9)}
+    optimizer = FusedCelo2(
+        [{"params": [("a.weight", parameter)], "max_grad_norm": np.float64(1.0)}], **numbers, **betas
+    )
+    parameter.grad = torch.randn(8, 8)
+    optimizer.step()
+    # as a schedule that NumPy computes
+    optimizer.param_groups[0]["lr"] = np.float64(1e-2) * np.cos(0.1)
+    optimizer.step()
+    torch.save(optimizer.state_dict(), tmp_path / "optimizer.pt")
+    loaded = torch.load(tmp_path / "optimizer.pt")
+    optimizer.load_state_dict(loaded)
+    group = optimizer.param_groups[0]
+    kinds = {key: type(group[key]) for key in (*numbers, "max_grad_norm")}
+    assert kinds == {"lr": float, "weight_decay": float, "ns_steps": int, "max_grad_norm": float}
+    assert [type(beta) for beta in group["adam_betas"]] == [float, float]
+    assert group["lr"] == 1e-2 * math.cos(0.1) and group["weight_decay"] == 0.5
 
 
 @pytest.mark.parametrize("backend", ["torch", pytest.param("triton", marks=pytest.mark.kernels)])

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from celo2.sharding import chunk
-from celo2.split_step import plan_buckets
+from celo2.split_step import fingerprint, plan_buckets
 
 PROGRAM = Path(__file__).with_name("split_ranks.py")
 RANKS = (1, 2, 3, 4)
@@ -168,3 +168,35 @@ def test_buckets_hold_every_row_once(ranks, limit):
     assert rows == {index: list(range(chunk(shape[0], ranks, 0)[1])) for index, shape in enumerate(shapes)}
     if limit == 10**9:
         assert len(list(plan_buckets(shapes, ranks, limit))) == 1
+
+
+@pytest.mark.dist
+def test_replicas_that_differ_are_refused_by_name(run_ranks):
+    answers = run_ranks(PROGRAM.with_name("replica_ranks.py"), 2)
+    assert answers["weights"].startswith("split_over: parameter 1.bias differs between ranks")
+    assert answers["gradients"].startswith("split_over: gradient of 0.weight differs between ranks")
+    assert all("wrap the model in DistributedDataParallel" in answers[case] for case in ("weights", "gradients"))
+    # mended, the same optimizer steps
+    assert answers["reduced"] == answers["equal"] == answers["ddp"] == ""
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+def test_a_fingerprint_is_of_bits_and_order(dtype):
+    tensor = torch.randn((1 << 20) + 7, generator=torch.Generator().manual_seed(1)).to(dtype)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        first = fingerprint(tensor)
+    finally:
+        torch.set_num_threads(threads)
+    assert fingerprint(tensor.clone()) == first and 0 <= first < 2**64
+    for index in (0, 12345, -1):
+        other = tensor.clone()
+        other[index] += 1
+        assert fingerprint(other) != first
+    swapped = tensor.clone()
+    swapped[[3, 1 << 20]] = swapped[[1 << 20, 3]]
+    assert fingerprint(swapped) != first and fingerprint(tensor.flip(0)) != first
+    square = tensor[: 1 << 20].view(1024, 1024)
+    assert fingerprint(square.t()) == fingerprint(square.t().contiguous())
+    assert fingerprint(tensor[:0]) == fingerprint(tensor[5:5]) and fingerprint(torch.ones((), dtype=dtype)) > 0

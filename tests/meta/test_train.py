@@ -12,10 +12,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from celo2 import load_weights
 from celo2.meta import train
 from celo2.meta.outer_trainer import CURVE
+from celo2.pretrain.folder_lock import locked
+from celo2.pretrain.parallel import World
 from celo2.theta import Theta
 
 pytestmark = pytest.mark.needs("matplotlib", "tqdm", "skimage")
@@ -112,7 +115,13 @@ def test_unknown_recipe_and_bad_numbers(tmp_path, capsys):
 
 def test_a_signal_before_the_first_step_leaves_nothing_in_the_way(command, tmp_path, monkeypatch, capsys):
     with monkeypatch.context() as patch:
-        patch.setattr(train.Interruption, "__init__", lambda self: setattr(self, "signal", signal.SIGTERM))
+        note = train.Interruption.__init__
+
+        def interrupted(self, world):
+            note(self, world)
+            self._note(signal.SIGTERM, None)
+
+        patch.setattr(train.Interruption, "__init__", interrupted)
         assert command(tmp_path / "run", "--outer-steps", "2", "--resume", "auto") == 143
     assert "stopped at outer step 0" in capsys.readouterr().out
     (tmp_path / "run" / "seconds.json").write_text("{")  # damaged: costs the wall time, not the run
@@ -137,3 +146,128 @@ def test_a_killed_run_resumes_to_the_bit(data, tmp_path, number):
         done = subprocess.run([*command, str(folder)], capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stderr
     assert Theta.load(out / "theta.safetensors") == Theta.load(tmp_path / "whole" / "theta.safetensors")
+
+
+@pytest.fixture
+def start(data, tmp_path):
+    """Start the program, compiling with an empty cache, and wait until it says so; the process and its folder."""
+    processes = []
+
+    def begin():
+        (tmp_path / "run.py").write_text(PATCHED)
+        out = tmp_path / "run"
+        command = [
+            sys.executable,
+            str(tmp_path / "run.py"),
+            "--data",
+            str(data),
+            "--device",
+            "cpu",
+            "--outer-steps",
+            "2",
+        ]
+        command += ["--save-every", "1000", "--out-dir", str(out)]
+        environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        process = subprocess.Popen(command, env=environment, **pipes)
+        processes.append(process)
+        while (line := process.stdout.readline()) and not line.startswith("compiling the inner step: minutes"):
+            pass
+        assert line, process.communicate()
+        time.sleep(2)  # into the compilation
+        return process, out
+
+    yield begin
+    for process in processes:
+        process.kill()
+        process.communicate()
+
+
+@pytest.mark.parametrize(
+    ("number", "status"), [(signal.SIGINT, -signal.SIGINT), (signal.SIGTERM, 128 + signal.SIGTERM)]
+)
+def test_a_second_signal_during_compilation_leaves_at_once(start, number, status):
+    process, out = start()
+    process.send_signal(number)
+    time.sleep(1.5)
+    assert process.poll() is None
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == status, errors
+    assert "at once" in errors and "Traceback" not in errors
+    assert not list(out.glob("checkpoint-*"))
+
+
+def test_a_hangup_saves_and_the_run_goes_on(data, tmp_path):
+    """In the second outer step, from within."""
+    program = PATCHED.replace(
+        "sys.exit(",
+        """real = train.OuterTrainer.gradient
+def gradient(trainer):
+    if trainer.outer_step == 1:
+        os.kill(os.getpid(), signal.SIGHUP)
+    return real(trainer)
+train.OuterTrainer.gradient = gradient
+sys.exit(""",
+    )
+    (tmp_path / "run.py").write_text(f"import os, signal\n{program}")
+    out = tmp_path / "run"
+    command = [sys.executable, str(tmp_path / "run.py"), "--data", str(data), "--device", "cpu", "--no-compile"]
+    command += ["--outer-steps", "4", "--save-every", "1000", "--out-dir", str(out)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    names = [f"checkpoint-000000{step}.safetensors" for step in (2, 4)]
+    assert sorted(path.name for path in out.glob("checkpoint-*")) == names
+    assert (out / "theta.safetensors").is_file()
+
+
+def test_what_a_user_s_names_and_a_broken_plot_cost(command, data, tmp_path, monkeypatch, capsys):
+    """A file whose name is not UTF-8 goes into the card; a picture that cannot be drawn is a line."""
+    folder = Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9$_{v1$"))
+    folder.mkdir()
+    (folder / "images.npz").symlink_to(data)
+
+    def refuse(*_):
+        raise RuntimeError("no fonts")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "draw_curve", refuse)
+        assert command(folder / "run", "--outer-steps", "1", "--data", str(folder / "images.npz")) == 0
+    assert "warning: no picture: RuntimeError: no fonts" in capsys.readouterr().err
+    theta = Theta.load(folder / "run" / "theta.safetensors")
+    assert theta.card["data"].endswith("/caf\ufffd$_{v1$/images.npz")
+    train.draw_curve(np.ones((3, len(CURVE))), tmp_path / "curve.png", "cost$_{v1$")
+    assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_one_run_a_folder_and_no_rest_of_a_killed_one(command, tmp_path, capsys):
+    out = tmp_path / "run"
+    with locked(out, World(0, 1, 0, 1, torch.device("cpu"))):
+        (out / ".curve.jsonl.0123abcd.tmp").write_text("half")
+        assert command(out, "--outer-steps", "1") == 2
+        assert f"error: {out} is in use by process {os.getpid()} on" in capsys.readouterr().err
+        assert (out / ".curve.jsonl.0123abcd.tmp").exists()
+    (out / ".mine.tmp").write_text("of somebody else")
+    assert command(out, "--outer-steps", "1") == 0
+    assert [path.name for path in out.iterdir() if path.name.startswith(".")] == [".mine.tmp"]
+
+
+def test_another_setting_is_noted(command, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "run"
+    assert command(out, "--outer-steps", "2") == 0
+    assert command(out, "--outer-steps", "2", "--resume", "auto") == 0
+    assert "no longer to the bit" not in capsys.readouterr().out
+    setting = train.OuterTrainer.setting
+    monkeypatch.setattr(train.OuterTrainer, "setting", lambda self: {**setting(self), "compiled": True, "ranks": 2})
+    assert command(out, "--outer-steps", "2", "--resume", "auto") == 0
+    printed = capsys.readouterr().out
+    for text in ("compiled is False there and True here", "ranks is 1 there and 2 here"):
+        assert f"resume: {text}: the run goes on, no longer to the bit" in printed
+
+
+def test_no_memory_is_a_line_with_a_cure(command, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(train.OuterTrainer, "step", lambda self: torch.empty(1 << 60))
+    assert command(tmp_path / "run", "--outer-steps", "2") == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: out of memory on the CPU") and "share the particles" in error
+    assert error.count("\n") == 1

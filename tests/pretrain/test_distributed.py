@@ -209,6 +209,47 @@ def test_a_signal_to_one_rank_ends_all_and_one_process_goes_on(data, tmp_path) -
     assert [*losses(out)][: step + 2] == [*range(1, step + 3)]
 
 
+def test_a_hangup_of_one_rank_saves_and_all_go_on(data, tmp_path) -> None:
+    # as launch/torchrun.sh starts them: torchrun does not end its ranks then
+    program = command(2, data, tmp_path, *LONG, "--steps", "40")
+    handled = "--signals-to-handle=SIGTERM,SIGINT"
+    process = start([*program[:3], handled, *program[3:]])
+    wait_for(tmp_path, process, lambda record: record["kind"] == "train" and record["step"] >= 3)
+    os.kill(workers(process)[1], signal.SIGHUP)
+    text, errors = process.communicate(timeout=100)
+    assert process.returncode == 0, errors
+    steps = sorted(int(path.name.removeprefix("step-")) for path in tmp_path.glob("step-*"))
+    assert len(steps) == 2 and 3 <= steps[0] < 40 == steps[1]
+    assert f"SIGHUP: step {steps[0]} of 40 is saved" in text and "step 40/40 | loss" in text
+
+
+def test_two_runs_of_several_ranks_do_not_share_a_folder(data, tmp_path) -> None:
+    process = start(command(2, data, tmp_path, *LONG))
+    wait_for(tmp_path, process, lambda record: record["kind"] == "train")
+    second = run(command(2, data, tmp_path, *LONG, "--resume", "auto"))
+    assert second.returncode != 0
+    # both ranks end, and by the message
+    assert second.stderr.count("is in use by process") == 2
+    process.terminate()
+    assert "is saved" in process.communicate(timeout=60)[0]
+
+
+def test_first_weights_for_another_number_of_ranks(data, four, tmp_path) -> None:
+    done = run(command(2, data, tmp_path / "run", "--steps", "1", "--seed", "9", "--init-from", str(four)))
+    assert done.returncode == 0
+    first = losses(tmp_path / "run", "val")[0]
+    assert first == pytest.approx(losses(four, "val")[8], abs=1e-5)
+
+
+def test_another_wire_and_split_are_noted(data, tmp_path) -> None:
+    options = ["--parallel", "ddp", "--steps", "1", "--resume", "auto"]
+    assert run(command(2, data, tmp_path, *options)).returncode == 0
+    done = run(command(2, data, tmp_path, *options, "--split-step", "--wire-dtype", "bfloat16"))
+    assert done.returncode == 0
+    for text in ("wire_dtype is 'float32' there and 'bfloat16' here", "split_step is False there and True here"):
+        assert f"resume:     {text}: the run goes on, no longer to the bit" in done.stdout
+
+
 def test_sigterm_to_torchrun_saves(data, tmp_path) -> None:
     process = start(command(2, data, tmp_path, *LONG))
     wait_for(tmp_path, process, lambda record: record["kind"] == "train" and record["step"] >= 2)

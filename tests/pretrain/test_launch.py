@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -42,20 +43,48 @@ def torchrun() -> str:
     return str(Path(sys.executable).with_name("torchrun"))
 
 
-def test_two_machines_meet(data, tmp_path, free_port) -> None:
+def test_two_machines_meet_where_they_are_called(data, tmp_path, free_port) -> None:
+    """From another folder, by relative paths and a link to the script; a closed terminal makes no difference."""
     variables = {"HEAD": "localhost", "NODES": "2", "GPUS": "1", "PORT": str(free_port), "TORCHRUN": torchrun()}
     variables |= {"RESTARTS": "0", "OMP_NUM_THREADS": "1"}
-    command = [str(LAUNCH / "torchrun.sh"), *SMALL, "--data", str(data), "--out-dir", str(tmp_path / "out")]
+    here = tmp_path / "elsewhere"
+    here.mkdir()
+    (here / "train.sh").symlink_to(LAUNCH / "torchrun.sh")
+    command = ["./train.sh", *SMALL, "--steps", "30", "--data", os.path.relpath(data, here), "--out-dir", "../out"]
     machines = [
         subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, **variables}
+            command,
+            cwd=here,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**os.environ, **variables},
         )
         for _ in range(2)
     ]
+    while machines[0].poll() is None and len(read_metrics(tmp_path / "out" / METRICS)) < 4:
+        time.sleep(0.01)
+    for machine in machines:
+        machine.send_signal(signal.SIGHUP)
     results = [machine.communicate(timeout=200) for machine in machines]
     assert [machine.returncode for machine in machines] == [0, 0], results
     assert sum("parallel:   fsdp, 2 ranks" in out for out, _ in results) == 1
-    assert Checkpoints(tmp_path / "out").latest().step == 3
+    assert Checkpoints(tmp_path / "out").latest().step == 30
+    assert sorted(path.name for path in here.iterdir()) == ["train.sh"]
+
+
+def test_a_signal_to_the_script_reaches_the_ranks(data, tmp_path, free_port) -> None:
+    out = tmp_path / "out"
+    variables = {"GPUS": "1", "PORT": str(free_port), "TORCHRUN": torchrun(), "OMP_NUM_THREADS": "1"}
+    command = [str(LAUNCH / "torchrun.sh"), *SMALL, "--data", str(data), "--out-dir", str(out), "--steps", "400"]
+    agent = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, **variables}
+    )
+    while agent.poll() is None and len(read_metrics(out / METRICS)) < 4:
+        time.sleep(0.01)
+    agent.send_signal(signal.SIGUSR1)
+    text, errors = agent.communicate(timeout=100)
+    assert f"SIGUSR1: step {Checkpoints(out).latest().step} of 400 is saved" in text, errors
 
 
 def test_ranks_start_again_after_one_was_killed(data, tmp_path, free_port) -> None:
@@ -103,17 +132,21 @@ def slurm(folder: Path, port: int) -> dict[str, str]:
         (folder / "bin" / name).write_text(text)
         (folder / "bin" / name).chmod(0o755)
     variables = {"SLURM_NTASKS": "2", "SLURM_JOB_NUM_NODES": "1", "SLURM_JOB_NODELIST": "node0"}
-    variables |= {"SLURM_JOB_ID": str(port - 20000), "SLURM_SUBMIT_DIR": str(LAUNCH.parents[1]), "RECORD": str(folder)}
+    variables |= {"SLURM_JOB_ID": str(port - 20000), "SLURM_SUBMIT_DIR": str(folder), "RECORD": str(folder)}
     variables |= {"PATH": f"{folder / 'bin'}:{os.environ['PATH']}", "PYTHON": sys.executable}
     return {**os.environ, **variables, "SLURM_CPUS_PER_TASK": "1"}
 
 
 def test_a_slurm_job_is_requeued_until_the_run_is_done(data, tmp_path, free_port) -> None:
     out = tmp_path / "out"
-    command = [str(LAUNCH / "slurm.sh"), *SMALL, "--data", str(data), "--out-dir", str(out), "--save-every", "1000"]
-    command += ["--steps", "60"]
+    # Slurm runs a copy, in the folder of the caller
+    script = shutil.copy(LAUNCH / "slurm.sh", tmp_path / "slurm_script")
+    paths = ["--data", os.path.relpath(data, tmp_path), "--out-dir", "out"]
+    command = [str(script), *SMALL, *paths, "--save-every", "1000", "--steps", "60"]
     environment = slurm(tmp_path, free_port)
-    job = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+    job = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, cwd=tmp_path
+    )
     while job.poll() is None and not any(record["kind"] == "train" for record in read_metrics(out / METRICS)):
         time.sleep(0.01)
     for task in (tmp_path / "tasks").read_text().split():
@@ -124,7 +157,9 @@ def test_a_slurm_job_is_requeued_until_the_run_is_done(data, tmp_path, free_port
     assert f"SIGUSR1: step {step} of 60 is saved" in text
     assert f"requeue {environment['SLURM_JOB_ID']}" in (tmp_path / "scontrol").read_text()
     (tmp_path / "scontrol").write_text("")
-    again = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=200, check=False)
+    again = subprocess.run(
+        command, capture_output=True, text=True, env=environment, timeout=200, check=False, cwd=tmp_path
+    )
     assert again.returncode == 0, again.stderr
     assert f"resumed at step {step} of 60" in again.stdout
     assert "requeue" not in (tmp_path / "scontrol").read_text()

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
+
 import pytest
 import torch
 import torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
+from celo2.pretrain import parallel as parallel_module
 from celo2.pretrain.model import ARCHS, GPT, GPTConfig, model_config
 from celo2.pretrain.parallel import Parallel, World, micro_step, shard
 
@@ -25,6 +28,27 @@ def test_one_process_agrees_with_itself() -> None:
     assert world.shared("x") == "x" and world.gather("x") == ["x"] and float(world.mean(torch.tensor(2.0))) == 2.0
     parallel = Parallel.choose("auto", 1, 1, "cpu")
     assert not parallel.sharded and str(parallel) == "one process"
+
+
+@pytest.mark.parametrize(
+    ("device", "taken"), [("auto", "cuda:3"), ("cuda", "cuda:3"), ("cpu", "cpu"), ("cuda:0", None)]
+)
+@pytest.mark.parametrize("program", ["celo2.pretrain.train_gpt", "celo2.meta.train"])
+def test_each_process_takes_its_own_gpu(program, device, taken, tmp_path, monkeypatch, capsys) -> None:
+    """As rank 7 of 8 on two machines of four GPUs; the choice ends the program here."""
+    for name, value in {"RANK": 7, "WORLD_SIZE": 8, "LOCAL_RANK": 3, "LOCAL_WORLD_SIZE": 4}.items():
+        monkeypatch.setenv(name, str(value))
+
+    def choose(name: str) -> torch.device:
+        raise ValueError(f"took {name}")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(parallel_module, "select_device", choose)
+    assert importlib.import_module(program).main(["--device", device, "--out-dir", str(tmp_path / "out")]) > 0
+    error = capsys.readouterr().err
+    refused = "--device cuda:0: each of 4 processes would take it; give cuda, which gives each its own"
+    assert (refused if taken is None else f"took {taken}\n") in error
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(

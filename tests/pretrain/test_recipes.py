@@ -11,6 +11,7 @@ from celo2.pretrain.recipes import (
     OPTS,
     RECIPES,
     Recipe,
+    Schedule,
     learning_rate,
     recipe_for,
     split_batch,
@@ -174,3 +175,27 @@ def test_recipes_name_their_optimizer() -> None:
             assert recipe_for(size, opt).opt == opt
     with pytest.raises(ValueError, match="opt='sgd' must be one of"):
         replace(PLAIN, opt="sgd")
+
+
+def test_an_extension_is_a_schedule_of_its_own_after_the_recipe() -> None:
+    recipe = replace(PLAIN, tokens=100 * PLAIN.batch_tokens)
+    schedule = Schedule(recipe, (50, 20))
+    assert schedule.steps == 170 and str(schedule) == (
+        "100 steps, warm-up 10, peak lr 1, cosine to 0 of it; then 50 steps, warm-up 5, peak lr 1, cosine to the same; "
+        "then 20 steps, warm-up 2, peak lr 1, cosine to the same"
+    )
+    expected = [learning_rate(step, length, recipe) for length in (100, 50, 20) for step in range(length)]
+    assert [schedule.learning_rate(step) for step in range(170)] == expected
+    assert expected[100] == 1 / 5 and expected[105] == 1.0 and expected[149] < 0.01
+    for step in (-1, 170):
+        with pytest.raises(ValueError, match=f"step {step} is outside the run"):
+            schedule.learning_rate(step)
+
+
+def test_what_is_begun_of_an_extension_stays() -> None:
+    recipe = replace(PLAIN, tokens=100 * PLAIN.batch_tokens)
+    for step, there, here in ((100, [50], ()), (100, [50], (7,)), (101, [50], (50,)), (150, [50, 9], (50, 3))):
+        Schedule(recipe, here).check(step, there)
+    for step, there, here in ((101, [50], ()), (101, [50], (7,)), (151, [50, 9], (50, 3)), (151, [50, 9], (50,))):
+        with pytest.raises(ValueError, match="this run is within --extend 50.*: give that, and then further numbers"):
+            Schedule(recipe, here).check(step, there)

@@ -11,6 +11,7 @@ import pytest
 
 from celo2.pretrain.runlog import (
     METRICS,
+    WINDOW,
     RunLog,
     ZScore,
     draw_curve,
@@ -176,3 +177,36 @@ def test_versions_name_what_decides_the_numbers() -> None:
     # a checkout that runs without being installed has no version
     installed = {dist.name for dist in importlib.metadata.distributions()} & {"celo2"}
     assert {"python", "torch", "numpy", "git"} | installed <= set(found)
+
+
+def test_memory_is_bounded_and_other_ranks_keep_nothing(tmp_path) -> None:
+    log = open_log(tmp_path)
+    for step in range(1, 1001):
+        log.write("train", step=step, loss=math.nan if step > 990 else float(step), note="x" * 100, skipped=step > 990)
+    log.write("val", step=1000, loss=1.0)
+    assert sum(map(len, log._values.values())) <= 2 * WINDOW + 2 and max(map(len, log._values.values())) == WINDOW
+    # the last that were finite, however long ago
+    expected = [float(step) for step in range(991 - WINDOW, 991)]
+    assert log.last("train", "loss") == expected and log.last("val", "step") == [1000]
+    log.close()
+    resumed = open_log(tmp_path, resume_step=1000)
+    assert resumed.last("train", "loss") == expected
+    resumed.close()
+    assert len(read_metrics(tmp_path / METRICS)) == 1001
+    other = open_log(tmp_path / "other", main=False)
+    assert other.write("train", step=1, loss=2.0) == {"kind": "train", "step": 1, "loss": 2.0}
+    assert not other._values and other.last("train", "loss") == [] and not (tmp_path / "other").exists()
+
+
+NAME = "cost$_{v1$ | caf\udce9 \u65e5\n"
+
+
+@pytest.mark.needs("matplotlib")
+def test_names_are_shown_as_they_are(tmp_path, recwarn) -> None:
+    draw_curve([{"kind": "val", "step": 1, "loss": 2.0}], tmp_path / "loss.png", NAME)
+    assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG\r\n")
+    write_report(tmp_path, {"run": NAME, "data": NAME}, "text")
+    lines = (tmp_path / "report.md").read_text().splitlines()
+    shown = "cost$_{v1$ \\| caf\ufffd \u65e5"
+    assert lines[0] == f"# {shown}" and f"| data | {shown} |" in lines
+    assert [str(warning.message) for warning in recwarn.list] == []

@@ -5,8 +5,10 @@ from __future__ import annotations
 import io
 import os
 import pty
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -30,11 +32,11 @@ def command(data: Path, out: Path) -> list[str]:
     return [sys.executable, str(PROGRAM), "--size", "nano", "--opt", "adamw", *map(str, options), "--out-dir", str(out)]
 
 
-def check(out: Path) -> None:
+def check(out: Path, steps: int = STEPS) -> None:
     records = read_metrics(out / METRICS)
-    assert [record["step"] for record in records if record["kind"] == "train"][-1] == STEPS
+    assert [record["step"] for record in records if record["kind"] == "train"][-1] == steps
     assert (out / "report.md").exists() and (out / "loss.png").exists()
-    assert (out / f"step-{STEPS:08d}" / "DONE").exists()
+    assert (out / f"step-{steps:08d}" / "DONE").exists()
 
 
 @pytest.mark.parametrize("redirection", ["| head -n 3", ">&-", "2>&-", ">&- 2>&-", "> /dev/full", "2> /dev/full"])
@@ -72,6 +74,44 @@ def test_a_terminal_that_is_gone_does_not_end_the_run(data: Path, tmp_path: Path
     os.close(main)
     assert process.wait(120) == 0
     check(out)
+
+
+def test_a_terminal_that_is_closed_saves_and_the_run_goes_on(data: Path, tmp_path: Path) -> None:
+    """The run leads the session of a terminal, which ends with a SIGHUP to it."""
+    out = tmp_path / "run"
+    arguments = [*command(data, out), "--steps", "40", "--save-every", "1000", "--keep", "9"]
+    pid, main = pty.fork()
+    if pid == 0:
+        os.execv(arguments[0], arguments)
+    shown = b""
+    while b"step 3/40" not in shown:
+        shown += os.read(main, 1000)
+    os.close(main)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+    check(out, 40)
+    first, last = sorted(path.name for path in out.glob("step-*"))
+    assert 3 <= int(first.removeprefix("step-")) < 40 and last == "step-00000040"
+
+
+@pytest.mark.parametrize(("launcher", "goes_on"), [({}, True), ({"TORCHELASTIC_RUN_ID": "1"}, False)])
+def test_a_hangup_saves(launcher: dict[str, str], goes_on: bool, data: Path, tmp_path: Path) -> None:
+    """Of a run whose output goes to a file; torchrun passes it on and then kills its processes, so there it stops."""
+    out, steps = tmp_path / "run", 120
+    arguments = [*command(data, out), "--steps", str(steps), "--save-every", "1000", "--keep", "9"]
+    with open(tmp_path / "log", "w") as log:
+        process = subprocess.Popen(arguments, stdout=log, stderr=log, env={**os.environ, **launcher})
+        while process.poll() is None and len(read_metrics(out / METRICS)) < 5:
+            time.sleep(0.01)
+        process.send_signal(signal.SIGHUP)
+        assert process.wait(200) == 0
+    text = (tmp_path / "log").read_text()
+    first = int(min(path.name for path in out.glob("step-*")).removeprefix("step-"))
+    assert 3 <= first < steps
+    if goes_on:
+        assert f"SIGHUP: step {first} of {steps} is saved in {out}; the run goes on" in text
+        check(out, steps)
+    else:
+        assert f"SIGHUP: step {first} of {steps} is saved in {out}; go on with --resume auto" in text
 
 
 def test_streams_go_quiet_and_come_back(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

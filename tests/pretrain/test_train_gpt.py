@@ -22,6 +22,7 @@ import pytest
 import torch
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
+from celo2 import Theta, load_weights
 from celo2.pretrain import train_gpt
 from celo2.pretrain.checkpoint import Checkpoints
 from celo2.pretrain.evaluation import evaluate
@@ -228,6 +229,31 @@ def test_a_signal_saves_and_stops(tmp_path, data, number: int, status: int) -> N
     assert max(r["step"] for r in read_metrics(tmp_path / "out" / METRICS) if r["kind"] == "train") == step
 
 
+def test_a_second_interrupt_leaves_at_once(tmp_path, data) -> None:
+    # a step of one micro-batch that takes a while
+    options = [
+        "--steps",
+        "3",
+        "--batch-tokens",
+        "131072",
+        "--micro-batch",
+        "512",
+        "--opt",
+        "adamw",
+        "--save-every",
+        "1",
+    ]
+    arguments = [sys.executable, str(SCRIPT), *command(data, tmp_path, *options[:2]), *options[2:]]
+    process = subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    wait_for_kind(tmp_path, "val", process)
+    for _ in range(2):
+        time.sleep(0.3)
+        process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == -signal.SIGINT and "SIGINT: saves and stops after this step" in errors
+    assert not list(tmp_path.glob("step-*")) and "Traceback" not in errors
+
+
 def test_a_signal_during_validation_ends_it(tmp_path, data) -> None:
     options = ["--steps", "3", "--val-tokens", "100000", "--micro-batch", "1"]
     arguments = [sys.executable, str(SCRIPT), *command(data, tmp_path, *options)]
@@ -297,6 +323,153 @@ def test_the_micro_batch_may_change(tmp_path, data, capsys) -> None:
     assert main(command(data, tmp_path, "--steps", "4", "--micro-batch", "1", *options)) == 0
     assert "micro_batch is 2 there and 1 here: the run goes on, no longer to the bit" in capsys.readouterr().out
     assert [entry[2] for entry in numbers(tmp_path)] == pytest.approx([entry[2] for entry in before], rel=1e-4)
+
+
+def test_another_setting_is_noted(tmp_path, data, capsys) -> None:
+    options = ["--opt", "adamw", "--save-every", "1", "--resume", "auto"]
+    assert main(command(data, tmp_path, "--steps", "2", *options)) == 0
+    shutil.rmtree(tmp_path / "step-00000002")
+    done = tmp_path / "step-00000001" / "DONE"
+    text = done.read_text()
+    assert f'"torch": "{torch.__version__}"' in text and '"wire_dtype": null' in text
+    done.write_text(text.replace(f'"torch": "{torch.__version__}"', '"torch": "1.0"').replace('"AMD', '"another'))
+    capsys.readouterr()
+    changes = ["--loss-chunks", "2", "--activation-checkpointing"]
+    assert main(command(data, tmp_path, "--steps", "2", *options, *changes)) == 0
+    printed = capsys.readouterr().out
+    there = {"torch is '1.0' there", "loss_chunks is 1 there", "activation_checkpointing is False there"}
+    for line in there:
+        assert re.search(f"resume: +{line} and .* here: the run goes on, no longer to the bit", printed), line
+    # of a checkpoint from before there were settings nothing is said
+    shutil.rmtree(tmp_path / "step-00000002")
+    state = json.loads(text)
+    del state["identity"]["setting"]
+    done.write_text(json.dumps(state))
+    assert main(command(data, tmp_path, "--steps", "2", *options)) == 0
+    assert "no longer to the bit" not in capsys.readouterr().out
+
+
+def test_compiled_blocks_and_eager_ones_are_told_apart(tmp_path, data, capsys, monkeypatch) -> None:
+    options = ["--opt", "adamw", "--steps", "1", "--resume", "auto"]
+    assert main(command(data, tmp_path, *options)) == 0
+    # compiling takes a minute
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self: None)
+    capsys.readouterr()
+    assert main(command(data, tmp_path, *options, "--compile")) == 0
+    printed = capsys.readouterr().out
+    assert "compile is False there and True here: the run goes on, no longer to the bit" in printed
+    assert "compile:    each kind of block when it is first used, a minute or more" in printed
+
+
+# more of a run
+
+
+@pytest.mark.parametrize("opt", ["celo2", "muon"])
+def test_an_extended_run_is_one_that_knew_of_it_from_the_start(tmp_path, data, capsys, opt: str) -> None:
+    options = ["--opt", opt, "--save-every", "100", "--resume", "auto", "--keep", "9"]
+    assert main(command(data, tmp_path / "later", "--steps", "4", *options)) == 0
+    capsys.readouterr()
+    assert main(command(data, tmp_path / "later", "--steps", "4", "--extend", "3", *options)) == 0
+    printed = capsys.readouterr().out
+    assert "resumed at step 4 of 7" in printed and "; then 3 steps, warm-up" in printed and "step 7/7" in printed
+    assert main(command(data, tmp_path / "known", "--steps", "4", "--extend", "3", *options)) == 0
+    rows = {name: numbers(tmp_path / name) for name in ("later", "known")}
+    # the end of the first part was validated as well
+    assert [row for row in rows["later"] if row[0] == "train"] == [row for row in rows["known"] if row[0] == "train"]
+    rates = [row[7] for row in rows["later"] if row[0] == "train"]
+    assert rates[4] > rates[3] and rates[6] < rates[5]
+    later, known = (tensors(tmp_path / name / "step-00000007") for name in ("later", "known"))
+    assert [name for name, value in later.items() if not torch.equal(value, known[name])] == []
+    assert "7 of 512 tokens" in (tmp_path / "later" / "report.md").read_text()
+    # what was begun stays
+    for more in ([], ["--extend", "2"]):
+        capsys.readouterr()
+        assert main(command(data, tmp_path / "later", "--steps", "4", *options, *more)) == 1
+        assert "step 7 of this run is within --extend 3: give that" in capsys.readouterr().err
+    assert main(command(data, tmp_path / "later", "--steps", "4", "--extend", "3", "1", *options)) == 0
+    assert Checkpoints(tmp_path / "later").latest().identity["extensions"] == [3, 1]
+
+
+def test_first_weights_of_another_run(tmp_path, data, capsys) -> None:
+    assert main(command(data, tmp_path / "first", "--opt", "adamw", "--steps", "3", "--save-every", "2")) == 0
+    source = Checkpoints(tmp_path / "first").latest()
+    options = ["--steps", "2", "--seed", "5", "--eval-every", "1", "--resume", "auto"]
+    capsys.readouterr()
+    # another optimizer and seed, and steps of its own
+    assert main(command(data, tmp_path / "second", *options, "--init-from", str(tmp_path / "first"))) == 0
+    assert f"weights:    began as those of run {source.run_id}, step 3" in capsys.readouterr().out
+    losses = {r["step"]: r["loss"] for r in read_metrics(tmp_path / "second" / METRICS) if r["kind"] == "val"}
+    ended = [r["loss"] for r in read_metrics(tmp_path / "first" / METRICS) if r["kind"] == "val"][-1]
+    assert losses[0] == ended and len(losses) == 3
+    # one of its checkpoints
+    chosen = tmp_path / "first" / "step-00000002"
+    assert main(command(data, tmp_path / "third", *options, "--init-from", str(chosen))) == 0
+    assert f"began as those of run {source.run_id}, step 2" in capsys.readouterr().out
+    # a run that goes on does not need them again
+    shutil.rmtree(tmp_path / "first")
+    for more in ([], ["--init-from", str(tmp_path / "first")]):
+        capsys.readouterr()
+        assert main(command(data, tmp_path / "second", *options, *more)) == 0
+        printed = capsys.readouterr().out
+        assert "resumed at step 2 of 2" in printed and f"began as those of run {source.run_id}, step 3" in printed
+
+
+def test_first_weights_that_do_not_fit(tmp_path, data, capsys) -> None:
+    assert main(command(data, tmp_path / "first", "--opt", "adamw", "--steps", "1")) == 0
+    (tmp_path / "empty").mkdir()
+    for source, more, message in (
+        ("first", ["--arch", "modern"], "is of another model: arch is 'gpt2' there and 'modern' here"),
+        ("empty", [], "empty: holds no complete checkpoint; give the --out-dir of a run, or one of its step-*"),
+        ("none", [], "none: holds no complete checkpoint"),
+        ("first/step-00000009", [], "step-00000009: holds no complete checkpoint"),
+    ):
+        capsys.readouterr()
+        arguments = command(data, tmp_path / "second", "--steps", "1", "--init-from", str(tmp_path / source), *more)
+        assert main(arguments) == 1
+        error = capsys.readouterr().err
+        assert error.startswith("error: --init-from ") and message in error and error.count("\n") == 1
+    damaged = next((tmp_path / "first" / "step-00000001").glob("*.distcp"))
+    damaged.write_bytes(damaged.read_bytes()[:-1] + b"x")
+    assert main(command(data, tmp_path / "second", "--steps", "1", "--init-from", str(tmp_path / "first"))) == 1
+    assert "step-00000001 is not usable: __0_0.distcp is damaged" in capsys.readouterr().err
+
+
+# what is shown at the end
+
+
+def test_names_that_are_no_formula_and_no_utf_8(tmp_path, data) -> None:
+    """A theta called like a formula, a folder whose name is not UTF-8, and an output that knows ASCII alone."""
+    theta = tmp_path / "cost$_{v1$.safetensors"
+    arrays = load_weights("momentum").arrays
+    Theta.from_arrays(arrays).save(theta)
+    folder = Path(os.fsdecode(os.fsencode(tmp_path) + b"/donn\xe9es|"))
+    folder.symlink_to(data)
+    out = tmp_path / "d\u00e9j\u00e0"
+    arguments = command(folder, out, "--steps", "2", "--weights", str(theta), "--prompt", "caf\udce9")
+    done = run(arguments, env={**os.environ, "PYTHONIOENCODING": "ascii", "LC_ALL": "C"})
+    assert done.returncode == 0 and done.stderr == "", done.stderr
+    assert (out / "loss.png").read_bytes().startswith(b"\x89PNG")
+    report = (out / "report.md").read_text(encoding="utf-8")
+    assert "cost$_{v1$" in report and "donn\ufffdes\\|" in report
+
+
+def test_what_cannot_be_shown_does_not_fail_the_run(tmp_path, data, monkeypatch, capsys) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise RuntimeError("no fonts\nmore")
+
+    monkeypatch.setattr("celo2.pretrain.summary.draw_curve", refuse)
+    monkeypatch.setattr("celo2.pretrain.summary.write_report", refuse)
+    monkeypatch.setattr(GPT, "generate", refuse)
+    assert main(command(data, tmp_path, "--steps", "1")) == 0
+    captured = capsys.readouterr()
+    warnings = [f"warning: no {what}: RuntimeError: no fonts" for what in ("picture", "report")]
+    assert captured.err.splitlines() == ["warning: no sample: no fonts", *warnings]
+    assert "validation loss: " in captured.out
+    assert read_metrics(tmp_path / METRICS)[-1]["kind"] == "final"
+    monkeypatch.undo()
+    # and is there once it can
+    assert main(command(data, tmp_path, "--steps", "1", "--resume", "auto")) == 0
+    assert (tmp_path / "loss.png").exists() and (tmp_path / "report.md").exists()
 
 
 def test_a_run_without_checkpoints_keeps_its_old_log(tmp_path, data) -> None:

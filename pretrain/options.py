@@ -1,0 +1,173 @@
+"""The command line of the trainer, and what all programs ask of a value: refused with one line that names the flag."""
+
+import argparse
+import dataclasses
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from celo2.optimizer import WIRE_DTYPES
+from celo2.pretrain import interruption
+from celo2.pretrain.device import DTYPES
+from celo2.pretrain.model import ARCHS, SIZES
+from celo2.pretrain.parallel import PARALLEL, REDUCE
+from celo2.pretrain.recipes import OPTS, RECIPES, Recipe, recipe_for
+
+# more than cores are slower, and thousands end the process in the library that makes them
+MAX_THREADS = max(64, 4 * (os.cpu_count() or 1))
+
+
+def whole_number(lowest: int, highest: int | None = None, cure: str = "") -> Callable[[str], int]:
+    """The type of a flag: a whole number from `lowest` to `highest`; `cure` ends the message about any other."""
+
+    def convert(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r}: must be a whole number") from None
+        if value < lowest or (highest is not None and value > highest):
+            limit = f"at least {lowest}" if highest is None else f"{lowest} to {highest}"
+            raise argparse.ArgumentTypeError(f"{text}: must be {limit}{cure}")
+        return value
+
+    return convert
+
+
+seed = whole_number(-(2**63), 2**64 - 1, ", which 64 bits hold")
+threads = whole_number(1, MAX_THREADS, f" on these {os.cpu_count()} cores, and more than the cores are slower")
+
+
+def given(text: str) -> str:
+    """The type of a flag whose value may not be empty, as of a variable of the shell that is not set."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError(f"{text!r}: is empty; give a value, or leave the flag out for its default")
+    return text
+
+
+def path(text: str) -> Path:
+    """The type of a flag for a file or a folder."""
+    return Path(given(text))
+
+
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description="Train a GPT-2 or GPT-3-sized language model with Celo2, AdamW or Muon.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog=f"recipes: {', '.join(RECIPES)}\n\n{interruption.HELP}",
+    )
+    run = parser.add_argument_group("the run")
+    run.add_argument("--size", type=given, default="nano", metavar="SIZE", help=f"{' | '.join(SIZES)} (default: nano)")
+    run.add_argument("--opt", type=given, default="celo2", metavar="OPT", help=f"{' | '.join(OPTS)} (default: celo2)")
+    run.add_argument("--arch", choices=ARCHS, help="architecture (default: the size's own)")
+    run.add_argument("--bias", action="store_true", help="biases, as in the published GPT-2 weights (arch gpt2)")
+    run.add_argument("--recipe", type=given, metavar="NAME", help="a named recipe instead of the default one")
+    run.add_argument(
+        "--weights", type=given, help="theta of celo2: a name, a file or a hub id (default: the bundled one of --opt)"
+    )
+    run.add_argument("--seed", type=seed, default=1337, help="initial weights and data order (default: 1337)")
+    recipe = parser.add_argument_group("changes to the recipe")
+    recipe.add_argument("--steps", type=int, metavar="N", help="optimizer steps")
+    recipe.add_argument("--batch-tokens", type=int, metavar="N", help="tokens an optimizer step")
+    recipe.add_argument("--lr", type=float, help="peak learning rate")
+    recipe.add_argument("--weight-decay", type=float, help="decoupled weight decay")
+    recipe.add_argument("--max-grad-norm", type=float, help="global gradient-norm clip, 0 for none")
+    recipe.add_argument("--val-tokens", type=int, metavar="N", help="tokens of the fixed validation set")
+    data = parser.add_argument_group("data and output")
+    data.add_argument("--data", type=path, metavar="DIR", help="folder of .bin shards (default: the embedded text)")
+    data.add_argument("--out-dir", type=path, metavar="DIR", help="folder of this run (default: runs/SIZE-OPT)")
+    data.add_argument("--resume", choices=("auto", "never"), default="never", help="auto: go on where --out-dir stands")
+    data.add_argument(
+        "--init-from",
+        type=path,
+        metavar="DIR",
+        help="first weights: the newest checkpoint of another run, or one of them",
+    )
+    data.add_argument(
+        "--extend",
+        type=whole_number(1),
+        nargs="+",
+        default=[],
+        metavar="N",
+        help="steps after those of the recipe, with a schedule of their own; more numbers, further extensions",
+    )
+    data.add_argument(
+        "--save-every", type=int, default=200, metavar="N", help="steps between checkpoints (default: 200)"
+    )
+    data.add_argument("--keep", type=int, default=2, metavar="K", help="newest checkpoints that stay (default: 2)")
+    data.add_argument("--keep-every", type=int, metavar="N", help="checkpoints of every N-th step stay as well")
+    data.add_argument(
+        "--eval-every", type=int, default=100, metavar="N", help="steps between validations (default: 100)"
+    )
+    data.add_argument("--log-every", type=int, default=1, metavar="N", help="steps between printed lines (default: 1)")
+    data.add_argument("--prompt", default="The ", help="start of the text sample")
+    data.add_argument("--sample-tokens", type=int, default=200, metavar="N", help="length of the sample, 0 for none")
+    data.add_argument("--wandb", choices=("off", "online", "offline"), default="off", help="log to Weights & Biases")
+    machine = parser.add_argument_group("machine")
+    machine.add_argument("--device", type=given, default="auto", help="auto, cpu, cuda, cuda:1, mps (default: auto)")
+    machine.add_argument(
+        "--dtype", choices=DTYPES, help="of the forward pass (default: bfloat16 on a GPU, else float32)"
+    )
+    machine.add_argument(
+        "--micro-batch", type=int, metavar="N", help="sequences a forward pass (default: 16,384 tokens)"
+    )
+    machine.add_argument("--compile", action="store_true", help="torch.compile every block")
+    machine.add_argument(
+        "--activation-checkpointing", action="store_true", help="compute a block's activations again for its backward"
+    )
+    machine.add_argument(
+        "--loss-chunks", type=int, default=1, metavar="N", help="parts of the loss, each with its logits (default: 1)"
+    )
+    machine.add_argument(
+        "--max-skips", type=int, default=20, metavar="N", help="skipped steps in a row that end the run"
+    )
+    several = parser.add_argument_group("several processes (torchrun)")
+    several.add_argument("--parallel", choices=PARALLEL, default="auto", help="auto: fsdp (FSDP2) on several processes")
+    several.add_argument(
+        "--shards", type=int, metavar="N", help="hsdp: ranks that share a model (default: a machine's)"
+    )
+    several.add_argument(
+        "--reduce", choices=REDUCE, default="last", help="gradients travel after the last micro-batch, or every one"
+    )
+    several.add_argument(
+        "--wire-dtype", choices=WIRE_DTYPES, default="auto", help="of celo2's directions between ranks"
+    )
+    several.add_argument("--split-step", action="store_true", help="ddp: ranks share celo2's work and state")
+    several.add_argument("--async-save", action="store_true", help="write checkpoints in the background")
+    plan = parser.add_argument_group("before paying")
+    plan.add_argument("--dry-run", action="store_true", help="print what would run, and stop")
+    plan.add_argument("--world-size", type=int, metavar="N", help="with --dry-run: plan for N GPUs")
+    plan.add_argument("--gpu", type=given, default="h100", help="with --world-size: which (default: h100)")
+    arguments = parser.parse_args(argv)
+    if arguments.world_size is not None and not arguments.dry_run:
+        parser.error("--world-size plans a run: give --dry-run with it, or start N processes with torchrun")
+    for name in ("save_every", "eval_every", "log_every", "micro_batch", "max_skips", "loss_chunks", "world_size"):
+        value = getattr(arguments, name)
+        if value is not None and value < 1:
+            parser.error(f"--{name.replace('_', '-')} {value}: must be at least 1")
+    return arguments
+
+
+def resolve_recipe(arguments: argparse.Namespace) -> Recipe:
+    """The recipe with the command line's changes; raises ValueError for an unknown name or a value out of range."""
+    recipe = recipe_for(arguments.size, arguments.opt)
+    if arguments.recipe is not None:
+        if arguments.recipe not in RECIPES:
+            raise ValueError(f"unknown recipe {arguments.recipe!r}: choose one of {', '.join(RECIPES)}")
+        recipe = RECIPES[arguments.recipe]
+        if recipe.opt != arguments.opt:
+            raise ValueError(
+                f"recipe {recipe.name!r} is for --opt {recipe.opt}, not {arguments.opt}: its learning rate would not "
+                "fit; take its other numbers with --steps, --batch-tokens and so on"
+            )
+    changes = {
+        key: getattr(arguments, key)
+        for key in ("batch_tokens", "lr", "weight_decay", "max_grad_norm", "val_tokens")
+        if getattr(arguments, key) is not None
+    }
+    if changes.get("max_grad_norm") == 0:
+        changes["max_grad_norm"] = None
+    if arguments.steps is not None:
+        if arguments.steps < 1:
+            raise ValueError(f"--steps {arguments.steps}: must be at least 1")
+        changes["tokens"] = arguments.steps * changes.get("batch_tokens", recipe.batch_tokens)
+    return dataclasses.replace(recipe, **changes)
