@@ -46,7 +46,7 @@ from celo2.phases import (
 )
 from celo2.routes import Route, route_module, route_name
 from celo2.routing import format_table, param_groups, view_options
-from celo2.skips import SkipWatch
+from celo2.skips import SkipWatch, warn_caller
 from celo2.state import (
     MOMENTUM_KEYS,
     LazyStates,
@@ -528,7 +528,7 @@ class FusedCelo2(Optimizer):
     def step(self, closure: Callable[[], float]) -> float: ...
 
     # launches and collectives are planned here: a compiler would trace the planning
-    @torch._disable_dynamo
+    @torch._disable_dynamo  # type: ignore[attr-defined]
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """Update every parameter that has a gradient; returns the closure's loss when there is one.
@@ -568,10 +568,9 @@ class FusedCelo2(Optimizer):
         same = (learned & derived) - {0.0}
         if same and not self._warned_of_rates:
             self._warned_of_rates = True
-            warnings.warn(
+            warn_caller(
                 f"all groups have lr={same.pop():g}: those of AdamW were made to step at a multiple of the learned "
-                'rule\'s. In a loop that sets rates write group["lr"] = lr * group["lr_mult"]',
-                stacklevel=6,
+                'rule\'s. In a loop that sets rates write group["lr"] = lr * group["lr_mult"]'
             )
 
     def _step(self) -> None:

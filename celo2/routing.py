@@ -71,7 +71,7 @@ def param_groups(
             (rule, kind, view), {"params": [], "rule": rule, "kind": kind, **view_options(view), "reasons": {}}
         )
         group["params"].append((route.name, route.parameter))
-        group["reasons"][route.name] = describe(route, variant, viewed=route.name in views)
+        group["reasons"][route.name] = describe(route, variant)
     # what others log is the first group's rate
     return sorted(groups.values(), key=lambda group: (group["rule"] != "celo2", group["kind"] in VECTORS))
 
@@ -93,11 +93,11 @@ def view_of_route(route: Route) -> MatrixView:
     return MatrixView(flatten=route.flatten)
 
 
-def describe(route: Route, variant: str, *, viewed: bool = False) -> str:
-    """Return why a parameter goes where it goes, and what could be better about it."""
+def describe(route: Route, variant: str) -> str:
+    """Return why a parameter goes where it goes."""
     if variant == "celo2-base" and route.kind != "override":
         return "celo2-base: everything is learned"
-    return route.reason if route.hint is None or viewed or route.rule == "adamw" else f"{route.reason}; {route.hint}"
+    return route.reason
 
 
 def view_options(view: MatrixView) -> dict[str, Any]:

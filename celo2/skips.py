@@ -2,15 +2,27 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 
 import torch
 from torch import Tensor
 
+# modules between a caller and the step: wrappers of torch.optim, and the package
+_INNER = ("torch", "celo2")
+
 # skipped steps in a row that are no accident; a loss scale that is found takes fewer, or says so itself
 IN_A_ROW = 3
 # steps between two looks at a counter on a GPU
 LOOK_EVERY = 8
+
+
+def warn_caller(message: str) -> None:
+    """Warn in the name of whoever called the step, outside of PyTorch and this package."""
+    level, frame = 1, sys._getframe(1)
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in _INNER:
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, stacklevel=level + 1)
 
 
 class SkipWatch:
@@ -39,7 +51,7 @@ class SkipWatch:
         if scaled or torch.cuda.is_current_stream_capturing():
             return
         self._steps += 1
-        if self._copy is not None and self._copy[1].query():
+        if self._copy is not None and self._copy[1].query():  # type: ignore[no-untyped-call]
             value, steps = int(self._copy[0]), self._copy[2]
             if value - self._seen >= steps:
                 self._warn(steps)
@@ -54,8 +66,7 @@ class SkipWatch:
     def _warn(self, steps: int) -> None:
         if not self._warned:
             self._warned = True
-            warnings.warn(
+            warn_caller(
                 f"{steps} steps in a row were skipped: a gradient is not finite, and nothing is trained. Look at the "
-                "loss, lower the learning rate, or go back to a checkpoint; optimizer.skipped_steps counts them",
-                stacklevel=8,
+                "loss, lower the learning rate, or go back to a checkpoint; optimizer.skipped_steps counts them"
             )

@@ -102,7 +102,7 @@ def test_a_run_prints_and_leaves_what_it_promises(tmp_path, data) -> None:
     done = run(command(data, out, "--opt", "celo2", "--steps", "6", "--save-every", "4", "--prompt", "Albert"))
     assert done.returncode == 0, done.stderr
     text = done.stdout
-    assert "parameters: 853,248 (66,816 by adamw, 786,432 by celo2)" in text
+    assert "parameters: 853,248 (786,432 by celo2, 66,816 by adamw)" in text
     assert "optimizer:  celo2, theta celo2@" in text
     assert "12 x [32, 128]" in text
     assert "512 tokens: 2 sequences of 256, 1 micro-batches" in text
