@@ -5,6 +5,7 @@ import hashlib
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
+from itertools import chain, islice, pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
 
 END_OF_TEXT = "<|endoftext|>"
 GPT2_RANKS = Path(__file__).resolve().parent / "assets" / "gpt2" / "encoder.json"
+LONGEST_RUN = 25_000
 GPT2_RANKS_SHA256 = "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783"
 
 # vocabulary id, as shard headers carry it -> (tokenizer name, vocabulary size)
@@ -99,6 +101,11 @@ class ByteTokenizer(Tokenizer):
 class GPT2Tokenizer(Tokenizer):
     """The GPT-2 byte-pair encoding: ids 0..50255, end of text 50256; needs `tiktoken`, no network.
 
+    The encoding works on runs of letters, of digits, of white space and of other characters. A run of more than
+    LONGEST_RUN characters is encoded in pieces of that length, because tiktoken panics at a million spaces, and older
+    versions take time by the square of a run. Text without such a run has the tokens of GPT-2; one with it decodes to
+    itself all the same.
+
     Raises ImportError without `tiktoken`, ValueError when the bundled file is damaged.
     """
 
@@ -107,12 +114,29 @@ class GPT2Tokenizer(Tokenizer):
 
     def __init__(self) -> None:
         self._encoding = _gpt2_encoding()
+        # tiktoken depends on regex; its own expression has the same classes
+        import regex
+
+        self._run = regex.compile(r"\p{L}++|\p{N}++|\s++|[^\s\p{L}\p{N}]++")
 
     def encode(self, text: str) -> np.ndarray:
-        return np.array(self._encoding.encode_ordinary(text), dtype=np.uint16)
+        return self.encode_batch([text])[0]
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        return [np.array(ids, dtype=np.uint16) for ids in self._encoding.encode_ordinary_batch(list(texts))]
+        pieces = [self._pieces(text) for text in texts]
+        encoded = iter(self._encoding.encode_ordinary_batch([piece for parts in pieces for piece in parts]))
+        return [np.array(list(chain.from_iterable(islice(encoded, len(parts)))), dtype=np.uint16) for parts in pieces]
+
+    def _pieces(self, text: str) -> list[str]:
+        """The text, cut where a run is longer than LONGEST_RUN."""
+        # such a run fills one of these blocks, which next to no text does
+        half = LONGEST_RUN // 2
+        if not any(self._run.fullmatch(text, i, i + half) for i in range(0, len(text) - half + 1, half)):
+            return [text]
+        cuts = [0]
+        for run in self._run.finditer(text):
+            cuts += range(run.start() + LONGEST_RUN, run.end(), LONGEST_RUN)
+        return [text[start:end] for start, end in pairwise([*cuts, len(text)])]
 
     def _decode_bytes(self, ids: list[int]) -> bytes:
         return self._encoding.decode_bytes(ids)

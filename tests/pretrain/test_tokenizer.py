@@ -1,8 +1,11 @@
+import lzma
+
 import numpy as np
 import pytest
 
 from celo2.pretrain import tokenizer as tokenizer_module
-from celo2.pretrain.tokenizer import GPT2_RANKS, GPT2Tokenizer, get_tokenizer
+from celo2.pretrain.prepare_data import EMBEDDED_TEXT
+from celo2.pretrain.tokenizer import GPT2_RANKS, LONGEST_RUN, GPT2Tokenizer, get_tokenizer
 
 tiktoken_load = pytest.importorskip("tiktoken.load")
 
@@ -65,6 +68,34 @@ def test_incomplete_utf8_is_replaced(name: str) -> None:
 def test_lone_surrogate_encodes() -> None:
     for name in ("bytes", "gpt2"):
         assert get_tokenizer(name).encode("a\ud800b").size > 2
+
+
+@pytest.mark.parametrize("run", [" ", " \n", "\u3000", "a", "!"])
+@pytest.mark.parametrize("end", ["", "end"])
+def test_a_very_long_run_encodes_in_pieces(run: str, end: str) -> None:
+    tokenizer = get_tokenizer("gpt2")
+    text = "start" + run * (1_000_000 // len(run)) + end
+    ids = tokenizer.encode(text)
+    assert tokenizer.decode(ids) == text
+    first, second = tokenizer.encode_batch(["one", text])
+    np.testing.assert_array_equal(first, tokenizer.encode("one"))
+    np.testing.assert_array_equal(second, ids)
+
+
+def test_text_without_a_very_long_run_has_the_tokens_of_tiktoken() -> None:
+    tokenizer = get_tokenizer("gpt2")
+    assert isinstance(tokenizer, GPT2Tokenizer)
+    with lzma.open(EMBEDDED_TEXT, "rt", encoding="utf-8") as file:
+        text = file.read()
+    unspaced = "\u65e5\u672c\u8a9e\u3002" * LONGEST_RUN
+    runs = [char * count for char in " \na7!" for count in (LONGEST_RUN // 2, LONGEST_RUN - 1, LONGEST_RUN)]
+    texts = [text, text.replace("\n\n", " " * 3000 + "\n" * 3000), unspaced, *runs, TEXT, "", " "]
+    texts += [f"it's 1a {char * (LONGEST_RUN - 8)} a1's" for char in " \na7!"]
+    for one in texts:
+        np.testing.assert_array_equal(tokenizer.encode(one), tokenizer._encoding.encode_ordinary(one))
+    # one more, and the run is cut: the pieces have tokens of their own
+    cut = tokenizer.encode("!" * (LONGEST_RUN + 1) + " x")
+    np.testing.assert_array_equal(cut, np.concatenate([tokenizer.encode("!" * LONGEST_RUN), tokenizer.encode("! x")]))
 
 
 def test_refusals(tmp_path) -> None:
