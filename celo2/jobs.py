@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from celo2.matrices import MatrixView
@@ -36,10 +37,14 @@ class VectorJob(NamedTuple):
 
 def matrices_of(parameter: Tensor, gradient: Tensor, state: dict[str, Tensor], view: MatrixView) -> Matrices:
     """View a parameter, its gradient and its state as batches of matrices; only the gradient may be copied."""
+    order = view.order(parameter)
     try:
-        g = view.matrices(gradient)
+        if order is None and view.order(gradient) is not None:
+            raise ValueError("its columns lie in another order")
+        g = view.matrices(gradient, order)
     except ValueError:
-        g = view.matrices(gradient.contiguous())
+        copy = gradient.contiguous() if order is None else torch.empty_like(parameter, dtype=gradient.dtype)
+        g = view.matrices(copy if order is None else copy.copy_(gradient), order)
     fast, medium, slow = (view.matrices(state[name]) for name in MOMENTUM_KEYS)
     factors = [view.factors(state[name], g.shape[0]) for name in ("row_factor", "column_factor")]
     v = view.matrices(state["second_moment"])

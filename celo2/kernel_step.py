@@ -211,6 +211,8 @@ class Part(NamedTuple):
 
         buffer = None
         try:
+            if job.view.order(job.gradient) != job.view.order(job.shard):
+                raise ValueError("its columns lie in another order")
             g = oriented(job.gradient)
             fits = g.stride(-1) == 1 or g.shape[-1] == 1
         except (ValueError, RuntimeError):

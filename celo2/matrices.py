@@ -83,14 +83,33 @@ class MatrixView:
             return self.blocks, rows // self.blocks, columns
         return self.blocks, rows, columns // self.blocks
 
-    def matrices(self, tensor: Tensor) -> Tensor:
+    def order(self, tensor: Tensor) -> tuple[int, ...] | None:
+        """Return the axes of a flattened parameter as they lie in memory, None where that is how they are numbered.
+
+        The columns of a kernel in `channels_last` are viewed in its own order: the rule treats all columns alike, so
+        that its update is permuted as they are.
+        """
+        if not self.flattens(tensor.ndim) or tensor.is_contiguous():
+            return None
+        inner = sorted(range(1, tensor.ndim), key=lambda axis: -tensor.stride(axis))
+        numbered = [axis for axis in range(1, tensor.ndim) if tensor.shape[axis] > 1]
+        return None if [axis for axis in inner if tensor.shape[axis] > 1] == numbered else (0, *inner)
+
+    def matrices(self, tensor: Tensor, order: tuple[int, ...] | None = None) -> Tensor:
         """View `tensor` as `[matrices, rows, columns]` on the same storage.
 
-        Raises ValueError when its memory layout allows no such view (for example a channels-last kernel).
+        A gradient is viewed in the `order` of its parameter. Raises ValueError when the memory layout allows no such
+        view.
         """
+        order = self.order(tensor) if order is None else order
+        if order is not None and self.blocks > 1 and self.axis == 1:
+            raise ValueError(
+                f"a tensor of shape {tuple(tensor.shape)} and strides {tensor.stride()} cannot be cut along "
+                "its columns, which lie in another order; store it contiguously (module.to(memory_format=torch.contiguous_format))"
+            )
         try:
             if self.flattens(tensor.ndim):
-                tensor = tensor.view(tensor.shape[0], -1)
+                tensor = (tensor if order is None else tensor.permute(order)).view(tensor.shape[0], -1)
             if tensor.ndim > 2:
                 m, n = tensor.shape[-2:]
                 if self.blocks > 1:
@@ -127,5 +146,8 @@ class MatrixView:
 
     @staticmethod
     def factors(factor: Tensor, batch: int) -> Tensor:
-        """View a row or column factor as [matrices, rows or columns, 3]."""
+        """View a row or column factor as [matrices, rows or columns, 3], in the order of its memory."""
+        if not factor.is_contiguous():
+            # of a parameter in channels_last
+            factor = factor.permute(*sorted(range(factor.ndim - 1), key=lambda axis: -factor.stride(axis)), -1)
         return factor.view(batch, -1, 3) if batch else factor.view(0, factor.shape[-2], 3)

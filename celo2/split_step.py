@@ -55,11 +55,22 @@ def check_parameter(parameter: Tensor, mesh: DeviceMesh) -> None:
         )
 
 
+def check_order(parameter: Tensor, view: MatrixView) -> None:
+    """Raise ValueError for a layout without the matrix view by rows in the parameter's own order."""
+    if view.order(parameter) is not None:
+        raise ValueError(
+            f"with split_over, shape {tuple(parameter.shape)}: strides {parameter.stride()} are in another order "
+            "(channels_last); store it contiguously (module.to(memory_format=torch.contiguous_format)), or leave "
+            "split_over out"
+        )
+    view.matrices(parameter.detach())
+
+
 def check_split_state(parameter: Tensor, view: MatrixView, dtype: str) -> None:
     """Raise ValueError for a layout without the matrix view, and for `dtype` `"int8"`."""
     if dtype == "int8":
         raise ValueError("state_dtype='int8' is not there with split_over; use 'bfloat16' or 'float32'")
-    view.matrices(parameter.detach())
+    check_order(parameter, view)
 
 
 def create_split_state(parameter: Tensor, view: MatrixView, dtype: str, mesh: DeviceMesh) -> dict[str, Tensor]:
@@ -94,7 +105,7 @@ def check_split(parameter: Tensor, state: dict[str, Tensor], view: MatrixView) -
             f"it is {parameter.dtype} on {parameter.device} now, and its split state is {like.dtype} on {like.device}: "
             "convert the module before FusedCelo2(split_over=...) is constructed"
         )
-    view.matrices(parameter.detach())
+    check_order(parameter, view)
 
 
 def check_replicas(named: Sequence[tuple[str, Tensor]], mesh: DeviceMesh) -> None:

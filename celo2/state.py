@@ -8,6 +8,7 @@ axes; with momenta of 8 bits `momentum_scale` [matrices, rows, quanta, 3]. AdamW
 
 from __future__ import annotations
 
+import math
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Mapping
@@ -67,7 +68,13 @@ def create_state(parameter: Tensor, rule: str, view: MatrixView, dtype: str = "f
         state["momentum_scale"] = zeros(levels.shape[0], levels.shape[1], quanta(levels.shape[2]), 3)
     check_state(parameter, rule, view, dtype)
     row, column = view.factor_shapes(parameter.shape)
-    return state | {"row_factor": zeros(*row), "column_factor": zeros(*column)}
+    order = view.order(parameter)
+    if order is None:
+        return state | {"row_factor": zeros(*row), "column_factor": zeros(*column)}
+    # the axes of the columns, in the order of the parameter's memory
+    factor = zeros(*(parameter.shape[axis] for axis in order[1:]), 3)
+    inverse = [order[1:].index(axis) for axis in range(1, parameter.ndim)]
+    return state | {"row_factor": zeros(*row), "column_factor": factor.permute(*inverse, -1)}
 
 
 def check_state(parameter: Tensor, rule: str, view: MatrixView, dtype: str) -> None:
@@ -205,9 +212,10 @@ def follow_parameter(
     values = {} if rule == "adamw" else dict(zip(MOMENTUM_KEYS, read_momenta(state, view), strict=True))
     for key, value in moved.items():
         if key != "momentum_scale" and not (quantised and key in values):
-            value.copy_(values.get(key, state[key]))
+            value.copy_(values.get(key, state[key]).reshape(value.shape))
     if quantised:
-        write_momenta(moved, view, [value.to(parameter.device) for value in values.values()], seed=0)
+        wide = [torch.empty_like(moved[key], dtype=torch.float32).copy_(value) for key, value in values.items()]
+        write_momenta(moved, view, wide, seed=0)
     state.clear()
     state.update(moved)
 
@@ -237,6 +245,9 @@ def check_saved_state(name: str, parameter: Tensor, saved: dict[str, Any] | None
                 "FusedCelo2 with the rules and views that it was saved with"
             )
         shape = tuple(_tensor(saved[entry]).shape)
+        if entry == "column_factor" and len(shape) != value.ndim and math.prod(shape) == value.numel():
+            # of a parameter in another memory format
+            continue
         if shape != tuple(value.shape):
             raise ValueError(
                 f"state dict of another model: {entry} of {name} has shape {shape}, expected {tuple(value.shape)}"
@@ -261,6 +272,8 @@ def copy_saved_state(saved: dict[str, Any], state: dict[str, Tensor], view: Matr
         momenta = [torch.empty_like(state[key], dtype=torch.float32).copy_(values.pop(key)) for key in MOMENTUM_KEYS]
         write_momenta(state, view, momenta, seed=0)
     for entry, value in values.items():
+        if entry == "column_factor" and value.ndim != state[entry].ndim:
+            value = value.reshape(state[entry].shape)
         state[entry].copy_(_placed(value, state[entry]))
 
 

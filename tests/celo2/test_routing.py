@@ -110,10 +110,68 @@ def test_view_options_out_of_range(options):
         MatrixView(**options)
 
 
-def test_channels_last_is_refused_with_the_fix():
-    weight = nn.Parameter(torch.zeros(4, 3, 3, 3).to(memory_format=torch.channels_last))
-    with pytest.raises(ValueError, match="contiguous_format"):
-        FusedCelo2([{"params": [weight], "flatten": True}], weights="momentum")
+def convolutions():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 6, 1), nn.Conv2d(6, 4, (1, 2), bias=False))
+
+
+@pytest.mark.parametrize("backend", ["torch", pytest.param("triton", marks=pytest.mark.kernels)])
+@pytest.mark.parametrize("state_dtype", ["float32", "int8"])
+@pytest.mark.parametrize("gradients", ["channels_last", "contiguous_format"])
+@pytest.mark.parametrize("when", [0, 2, None])
+def test_channels_last_steps_as_contiguous_does(when, gradients, state_dtype, backend):
+    """Converted before construction, after two steps, or not at all with gradients that are."""
+    device = "cuda" if torch.cuda.is_available() and backend == "triton" else "cpu"
+    models = [convolutions().to(device), convolutions().to(device)]
+    if when == 0:
+        models[1].to(memory_format=torch.channels_last)
+    options = {"lr": 1e-2, "state_dtype": state_dtype, "backend": backend, "ns_dtype": "float32"}
+    if backend == "torch":
+        del options["ns_dtype"]
+    optimizers = [FusedCelo2(model, **options) for model in models]
+    for step in range(4):
+        if step == when:
+            models[1].to(memory_format=torch.channels_last)
+        generator = torch.Generator().manual_seed(step)
+        for p, q in zip(*(model.parameters() for model in models), strict=True):
+            p.grad = torch.randn(p.shape, generator=generator).to(device)
+            layout = getattr(torch, gradients) if q.ndim == 4 else torch.contiguous_format
+            q.grad = p.grad.clone().to(memory_format=layout)
+        for optimizer in optimizers:
+            optimizer.step()
+    # 8 bits round at random, by the place in memory
+    limit = 5e-6 if state_dtype == "float32" else 2e-2
+    for p, q in zip(*(model.parameters() for model in models), strict=True):
+        torch.testing.assert_close(p, q, rtol=0, atol=limit)
+    assert when is None or not models[1][0].weight.is_contiguous()
+
+
+@pytest.mark.parametrize("there", [torch.channels_last, torch.contiguous_format])
+@pytest.mark.parametrize("here", [torch.channels_last, torch.contiguous_format])
+def test_checkpoints_move_between_memory_formats(here, there):
+    one, two = convolutions().to(memory_format=there), convolutions().to(memory_format=here)
+    first, second = FusedCelo2(one, lr=1e-2), FusedCelo2(two, lr=1e-2)
+
+    def step(model, optimizer, seed):
+        generator = torch.Generator().manual_seed(seed)
+        for p in model.parameters():
+            p.grad = torch.randn(p.shape, generator=generator)
+        optimizer.step()
+
+    for seed in range(2):
+        step(one, first, seed)
+    two.load_state_dict(one.state_dict())
+    second.load_state_dict(first.state_dict())
+    step(one, first, 2)
+    step(two, second, 2)
+    for p, q in zip(one.parameters(), two.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=0, atol=2e-6)
+
+
+def test_columns_in_another_order_are_not_cut():
+    weight = nn.Parameter(torch.zeros(4, 4, 3, 3).to(memory_format=torch.channels_last))
+    with pytest.raises(ValueError, match="cannot be cut along its columns"):
+        FusedCelo2([{"params": [weight], "heads": 2, "axis": 1}], weights="momentum")
 
 
 def test_refusals():
