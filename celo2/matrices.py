@@ -105,7 +105,8 @@ class MatrixView:
         if order is not None and self.blocks > 1 and self.axis == 1:
             raise ValueError(
                 f"a tensor of shape {tuple(tensor.shape)} and strides {tensor.stride()} cannot be cut along "
-                "its columns, which lie in another order; store it contiguously (module.to(memory_format=torch.contiguous_format))"
+                "its columns, which lie in another order; store it contiguously "
+                "(module.to(memory_format=torch.contiguous_format))"
             )
         try:
             if self.flattens(tensor.ndim):
