@@ -91,7 +91,7 @@ class MatrixView:
         """
         if not self.flattens(tensor.ndim) or tensor.is_contiguous():
             return None
-        inner = sorted(range(1, tensor.ndim), key=lambda axis: -tensor.stride(axis))
+        inner = sorted(range(1, tensor.ndim), key=tensor.stride, reverse=True)
         numbered = [axis for axis in range(1, tensor.ndim) if tensor.shape[axis] > 1]
         return None if [axis for axis in inner if tensor.shape[axis] > 1] == numbered else (0, *inner)
 
@@ -150,5 +150,5 @@ class MatrixView:
         """View a row or column factor as [matrices, rows or columns, 3], in the order of its memory."""
         if not factor.is_contiguous():
             # of a parameter in channels_last
-            factor = factor.permute(*sorted(range(factor.ndim - 1), key=lambda axis: -factor.stride(axis)), -1)
+            factor = factor.permute(*sorted(range(factor.ndim - 1), key=factor.stride, reverse=True), -1)
         return factor.view(batch, -1, 3) if batch else factor.view(0, factor.shape[-2], 3)

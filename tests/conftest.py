@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -13,6 +14,8 @@ from typing import Any
 
 # tiny tensors: a second thread only waits. Set before torch is imported, and inherited by the processes of the tests
 os.environ["OMP_NUM_THREADS"] = "1"
+# the tests' processes get hangups also where nohup started the tests
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 import numpy as np
 import pytest
