@@ -14,8 +14,6 @@ from typing import Any
 
 # tiny tensors: a second thread only waits. Set before torch is imported, and inherited by the processes of the tests
 os.environ["OMP_NUM_THREADS"] = "1"
-# the tests' processes get hangups also where nohup started the tests
-signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 import numpy as np
 import pytest
@@ -27,6 +25,9 @@ if not torch.cuda.is_available():
 
 from celo2 import Theta
 from celo2.theta import GROUP_COLUMNS
+
+# the tests' processes get hangups also where nohup started the tests
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 GOLDEN = Path(__file__).parent / "golden"
 
