@@ -12,24 +12,23 @@ stands; the same command goes on from there and the shards are bitwise those of 
 """
 
 import argparse
-import gzip
-import hashlib
 import importlib.util
 import json
-import lzma
+import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, Protocol, TextIO
+from typing import Any
 
 import numpy as np
 
 from celo2.files import PathLike, write_atomic
 from celo2.pretrain import options
 from celo2.pretrain.shards import MAX_SHARD_TOKENS, open_shard, write_shard
+from celo2.pretrain.sources import DatasetRows, Source, TextFiles
 from celo2.pretrain.terminal import unfailing_streams
 from celo2.pretrain.tokenizer import Tokenizer, get_tokenizer
 
@@ -38,140 +37,6 @@ PROGRESS_FILE = "prepare_progress.json"
 SHARD_TOKENS = 100_000_000
 HELD_OUT_EVERY = 20
 _BATCH_DOCUMENTS = 64
-
-
-class Source(Protocol):
-    """A deterministic sequence of documents."""
-
-    @property
-    def shard_name(self) -> str:
-        """First part of the shards' file names."""
-
-    def identity(self) -> dict[str, Any]:
-        """What identifies the documents, as JSON values: progress of another identity is refused."""
-
-    def documents(self, skip: int) -> Iterator[str]:
-        """The documents from number `skip` on."""
-
-
-@dataclass(frozen=True)
-class TextFiles:
-    """Documents of UTF-8 text files (plain, .gz or .xz), separated by two or more blank lines.
-
-    Raises FileNotFoundError for a missing file, ValueError for one that is not text or damaged, naming it.
-    """
-
-    paths: tuple[Path, ...]
-
-    @property
-    def shard_name(self) -> str:
-        return _file_name_part(self.paths[0].name.split(".")[0])
-
-    def identity(self) -> dict[str, Any]:
-        return {"kind": "text", "files": [_fingerprint(path) for path in self.paths]}
-
-    def documents(self, skip: int) -> Iterator[str]:
-        return islice((document for path in self.paths for document in _split_documents(path)), skip, None)
-
-
-@dataclass(frozen=True)
-class DatasetRows:
-    """Documents of the rows of what `datasets.load_dataset` accepts, streamed.
-
-    Raises ImportError without `datasets`, ConnectionError or ValueError when the data cannot be had or lack
-    the column.
-    """
-
-    path: str
-    name: str | None = None
-    split: str = "train"
-    data_files: tuple[str, ...] = ()
-    column: str = "text"
-
-    @property
-    def shard_name(self) -> str:
-        return _file_name_part(self.path.rstrip("/").split("/")[-1])
-
-    def identity(self) -> dict[str, Any]:
-        return {
-            "kind": "dataset",
-            "path": self.path,
-            "name": self.name,
-            "split": self.split,
-            "data_files": list(self.data_files),
-            "column": self.column,
-        }
-
-    def documents(self, skip: int) -> Iterator[str]:
-        try:
-            import datasets
-        except ImportError as error:
-            raise ImportError(
-                "--dataset needs the package datasets; install it with `pip install 'celo2[train]'`, or use "
-                "--text or --embedded"
-            ) from error
-        files = list(self.data_files) or None
-        try:
-            rows = datasets.load_dataset(self.path, name=self.name, split=self.split, data_files=files, streaming=True)
-            for row in rows.skip(skip):
-                if self.column not in row:
-                    raise ValueError(f"there is no column {self.column!r} but {sorted(row)}; give one with --column")
-                yield row[self.column]
-        except ValueError as error:
-            raise ValueError(f"dataset {self.path!r} (name {self.name!r}, split {self.split!r}): {error}") from error
-        except (OSError, datasets.exceptions.DatasetsError) as error:
-            raise ConnectionError(
-                f"dataset {self.path!r} (name {self.name!r}, split {self.split!r}) cannot be read: {error}; "
-                "check the id and the network, then run the same command again (finished shards are kept), "
-                "or use --text or --embedded, which need no network"
-            ) from error
-
-
-def _file_name_part(text: str) -> str:
-    return "".join(c if c.isascii() and (c.isalnum() or c in "-_") else "_" for c in text) or "text"
-
-
-def _fingerprint(path: Path) -> dict[str, Any]:
-    """Name, size and the hash of the first MiB of a file: cheap for any size, the same after a copy."""
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such text file; correct the path given to --text")
-    with open(path, "rb") as file:
-        head = hashlib.sha256(file.read(2**20)).hexdigest()
-    return {"name": path.name, "bytes": path.stat().st_size, "head_sha256": head}
-
-
-def _open_text(path: Path) -> TextIO:
-    if path.suffix == ".xz":
-        return lzma.open(path, "rt", encoding="utf-8-sig")
-    if path.suffix == ".gz":
-        return gzip.open(path, "rt", encoding="utf-8-sig")
-    return open(path, encoding="utf-8-sig")
-
-
-def _split_documents(path: Path) -> Iterator[str]:
-    lines: list[str] = []
-    blank = 0
-    try:
-        with _open_text(path) as file:
-            for line in file:
-                if not line.strip():
-                    blank += 1
-                    continue
-                if blank >= 2 and lines:
-                    yield "".join(lines).rstrip("\n")
-                    lines = []
-                elif lines:
-                    lines.append("\n" * blank)
-                blank = 0
-                lines.append(line)
-    except UnicodeDecodeError as error:
-        raise ValueError(
-            f"{path}: not UTF-8 text ({error.reason} at byte {error.start}); convert it to UTF-8"
-        ) from error
-    except (lzma.LZMAError, gzip.BadGzipFile, EOFError) as error:
-        raise ValueError(f"{path}: the compressed file is damaged or cut short ({error}); get it again") from error
-    if lines:
-        yield "".join(lines).rstrip("\n")
 
 
 @dataclass(frozen=True)
@@ -228,12 +93,15 @@ class _Progress:
         different = [
             f"{key}: {found.get(key)!r} there, {value!r} now"
             for key, value in arguments.items()
-            if found.get(key) != value
+            if not _same(found.get(key), value)
         ]
+        if not records:
+            # a start that came to nothing is no run
+            return
         if different:
             raise ValueError(
-                f"{out_dir}: was prepared with other arguments ({'; '.join(different)}); give another --out, "
-                "the same arguments, or delete the folder"
+                f"{out_dir}: was prepared with other arguments or data ({'; '.join(different)}); give "
+                "another --out, the same arguments and data, or delete the folder"
             )
         for record in records:
             try:
@@ -255,6 +123,20 @@ class _Progress:
             "complete": self.complete,
         }
         write_atomic(self.path, [(json.dumps(stored, indent=1) + "\n").encode()])
+
+
+def _same(there: Any, here: Any) -> bool:
+    """Whether arguments are those of the folder, which may have been written when less of a file was compared."""
+    if isinstance(there, dict) and isinstance(here, dict):
+        added = here.keys() - there.keys()
+        return (
+            there.keys() <= here.keys()
+            and added <= {"sha256", "files"}
+            and all(_same(there[key], here[key]) for key in there)
+        )
+    if isinstance(there, list) and isinstance(here, list):
+        return len(there) == len(here) and all(_same(one, two) for one, two in zip(there, here, strict=True))
+    return bool(there == here)
 
 
 def _token_stream(
@@ -285,6 +167,16 @@ def _token_stream(
             offset = 0
             if limit == 0:
                 return
+
+
+def _check_outside(out_dir: Path, dataset: str) -> None:
+    """Raise ValueError for a folder in which the shards would be read as a part of the dataset."""
+    there, out = Path(os.path.abspath(dataset)), Path(os.path.abspath(out_dir))
+    if there == out or there in out.parents:
+        raise ValueError(
+            f"--out {out_dir} is the folder of --dataset {dataset}, or within it: what is written there would be read "
+            "as data; give another folder"
+        )
 
 
 def _hold_out(documents: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
@@ -329,14 +221,18 @@ def prepare(
         "max_tokens": max_tokens,
     }
     out_dir = Path(out_dir)
+    if isinstance(source, DatasetRows):
+        _check_outside(out_dir, source.path)
     out_dir.mkdir(parents=True, exist_ok=True)
     progress = _Progress(out_dir, arguments, tokenizer.vocab_id)
     if progress.complete:
         return Prepared(tuple(progress.shards), unchanged=True)
-    progress.save()
 
     def finish(tokens: np.ndarray, documents: int, offset: int) -> None:
         number = len(progress.shards)
+        if not number:
+            # the source is open and has text
+            progress.save()
         file = f"{source.shard_name}_{'train' if number else 'val'}_{number:06d}.bin"
         write_shard(out_dir / file, tokens, tokenizer.vocab_id)
         progress.shards.append(ShardRecord(file, len(tokens), documents, offset))
@@ -401,10 +297,16 @@ def _parser() -> argparse.ArgumentParser:
         nargs="+",
         type=options.path,
         metavar="FILE",
-        help="text files, plain, .gz or .xz; two blank lines between documents",
+        help="text files or JSON lines, plain or compressed (gzip, xz, bzip2, Zstandard), whatever their names",
     )
     source.add_argument(
         "--dataset", type=options.given, help="what datasets.load_dataset accepts, such as HuggingFaceFW/fineweb-edu"
+    )
+    parser.add_argument(
+        "--separator",
+        type=options.given,
+        metavar="TEXT",
+        help="what separates the documents of --text, such as '<|endoftext|>' (default: two blank lines)",
     )
     source.add_argument("--embedded", action="store_true", help="the embedded Wikipedia articles; no network")
     parser.add_argument("--name", help="configuration of the dataset, such as sample-10BT")
@@ -446,6 +348,8 @@ def _prepare(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> 
         for option in ("name", "split", "data_files", "column"):
             if getattr(arguments, option) is not None:
                 parser.error(f"--{option.replace('_', '-')} belongs to --dataset; drop it, or give --dataset")
+    if arguments.separator is not None and not arguments.text:
+        parser.error("--separator belongs to --text; drop it, or give --text")
     source: Source
     if arguments.dataset:
         source = DatasetRows(
@@ -456,7 +360,7 @@ def _prepare(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> 
             arguments.column or "text",
         )
     else:
-        source = TextFiles(tuple(arguments.text or [EMBEDDED_TEXT]))
+        source = TextFiles(tuple(arguments.text or [EMBEDDED_TEXT]), arguments.separator)
     try:
         prepared = prepare(
             source,

@@ -1,3 +1,4 @@
+import bz2
 import gzip
 import json
 import lzma
@@ -236,10 +237,10 @@ def test_other_arguments_are_refused(tmp_path, capsys) -> None:
     before = contents(tmp_path / "out")
     for other in (["--shard-tokens", "1000"], ["--max-tokens", "900"], ["--tokenizer", "gpt2"]):
         assert main([*command, *other]) == 1
-        assert "was prepared with other arguments (" in capsys.readouterr().err
+        assert "was prepared with other arguments or data (" in capsys.readouterr().err
     path.write_text("changed")
     assert main(command) == 1
-    assert "other arguments (source: " in capsys.readouterr().err
+    assert "other arguments or data (source: " in capsys.readouterr().err
     assert contents(tmp_path / "out") == before
 
 
@@ -372,3 +373,177 @@ def test_runs_as_a_script(tmp_path) -> None:
     assert "2 shards" in done.stdout
     # no progress bar away from a terminal
     assert done.stderr == ""
+
+
+# what else users give
+
+
+def compressed(content: bytes, how: str) -> bytes:
+    return {"gz": gzip.compress, "xz": lzma.compress, "bz2": bz2.compress, "plain": bytes}[how](content)
+
+
+@pytest.mark.parametrize("how", ["plain", "gz", "xz", "bz2"])
+@pytest.mark.parametrize("name", ["a.TXT.GZ", "a.txt", "a"])
+def test_compression_is_known_by_content(tmp_path, how: str, name: str) -> None:
+    path = tmp_path / name
+    path.write_bytes(compressed("Eins\n\n\nZwölf\n".encode(), how))
+    assert list(TextFiles((path,)).documents(0)) == ["Eins", "Zwölf"]
+
+
+def test_zstandard_without_a_library_says_what_to_install(tmp_path, monkeypatch) -> None:
+    import importlib
+
+    path = tmp_path / "a.txt"
+    path.write_bytes(b"\x28\xb5\x2f\xfd" + b"0" * 20)
+
+    def fail(name: str):
+        raise ImportError(name)
+
+    monkeypatch.setattr(importlib, "import_module", fail)
+    with pytest.raises(ValueError, match="is compressed by Zstandard: pip install zstandard"):
+        list(TextFiles((path,)).documents(0))
+
+
+@pytest.mark.parametrize("how", ["plain", "gz"])
+def test_json_lines_are_documents(tmp_path, how: str) -> None:
+    rows = [{"text": "One\n\n\n\nstill one"}, {"text": None}, {"id": 3, "text": "Two"}]
+    path = tmp_path / "x.txt"
+    path.write_bytes(compressed("\n".join(json.dumps(row) for row in rows).encode(), how))
+    assert list(TextFiles((path,)).documents(0)) == ["One\n\n\n\nstill one", "", "Two"]
+    path.write_text(json.dumps({"content": "x"}) + "\n")
+    with pytest.raises(ValueError, match=r"number 1 has no \"text\".*--dataset json --data-files .* --column NAME"):
+        list(TextFiles((path,)).documents(0))
+    path.write_text('{"text": 3}\n')
+    with pytest.raises(ValueError, match="of JSON line 1 is 3, not text"):
+        list(TextFiles((path,)).documents(0))
+    # braces alone are text
+    path.write_text("{ not json\n")
+    assert list(TextFiles((path,)).documents(0)) == ["{ not json"]
+
+
+def test_archives_pipes_and_folders_are_refused_by_name(tmp_path, capsys) -> None:
+    import os
+    import tarfile
+    import zipfile
+
+    text = text_file(tmp_path)
+    with tarfile.open(tmp_path / "t.tar.gz", "w:gz") as tar:
+        tar.add(text)
+    with zipfile.ZipFile(tmp_path / "t.zip", "w") as archive:
+        archive.write(text)
+    os.mkfifo(tmp_path / "pipe")
+    for name, expected in (
+        ("t.tar.gz", "is a tar archive; unpack it"),
+        ("t.zip", "is a zip archive; unpack it"),
+        ("pipe", "is a pipe, which cannot be read twice; write the text to a file"),
+        (".", "is a folder"),
+    ):
+        arguments = ["--tokenizer", "bytes", "--text", str(tmp_path / name), "--out", str(tmp_path / "out")]
+        assert main(arguments) == 1
+        assert expected in capsys.readouterr().err
+        # nothing was begun: what is right goes to the same folder
+    assert main(["--tokenizer", "bytes", "--text", str(text), "--out", str(tmp_path / "out")]) == 0
+
+
+def test_a_separator_and_the_hint_of_it(tmp_path, capsys) -> None:
+    path = tmp_path / "a.txt"
+    path.write_text("One\n\n\n\nstill one\n<|endoftext|>\nTwo<|endoftext|>Three\n<|endoftext|>\n")
+    with_it = ["--tokenizer", "bytes", "--text", str(path), "--out", str(tmp_path / "with")]
+    assert list(TextFiles((path,), "<|endoftext|>").documents(0)) == ["One\n\n\n\nstill one", "Two", "Three"]
+    assert main([*with_it, "--separator", "<|endoftext|>"]) == 0
+    assert "note:" not in capsys.readouterr().err
+    assert main([*with_it[:-1], str(tmp_path / "without")]) == 0
+    assert capsys.readouterr().err.count("give --separator '<|endoftext|>'") == 1
+    with pytest.raises(SystemExit):
+        main(["--tokenizer", "bytes", "--embedded", "--separator", "x", "--out", str(tmp_path / "other")])
+
+
+@pytest.mark.parametrize("where", [10, 100_000, 3_000_000])
+def test_a_wrong_byte_is_named_by_its_place_in_the_file(tmp_path, where: int) -> None:
+    content = bytearray("ä line of text\n".encode() * 250_000)
+    while content[where] > 127 or content[where - 1] > 127:
+        where += 1
+    content[where] = 0xFF
+    path = tmp_path / "a.txt"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=f"a.txt: not UTF-8 text .* at byte {where}\\)"):
+        list(TextFiles((path,)).documents(0))
+
+
+def test_a_damaged_deflate_stream_is_named(tmp_path) -> None:
+    content = bytearray(gzip.compress(np.random.default_rng(0).bytes(100_000).hex().encode()))
+    content[40:60] = b"\xff" * 20
+    path = tmp_path / "a.gz"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"a\.gz: the compressed file is damaged or cut short"):
+        list(TextFiles((path,)).documents(0))
+    whole = bz2.compress(b"text " * 100_000)
+    path.write_bytes(whole[:50] + b"\0\0\0" + whole[53:])
+    with pytest.raises(ValueError, match=r"a\.gz: the compressed file is damaged or cut short"):
+        list(TextFiles((path,)).documents(0))
+
+
+def test_changed_text_is_refused_and_older_folders_go_on(tmp_path) -> None:
+    path = tmp_path / "a.txt"
+    content = bytearray(b"word " * 500_000)
+    path.write_bytes(content)
+    prepare(TextFiles((path,)), "bytes", tmp_path / "out")
+    # as it was written before more than the beginning was compared
+    progress = tmp_path / "out" / PROGRESS_FILE
+    stored = json.loads(progress.read_text())
+    old = json.loads(progress.read_text())
+    del old["arguments"]["source"]["files"][0]["sha256"]
+    progress.write_text(json.dumps(old))
+    assert prepare(TextFiles((path,)), "bytes", tmp_path / "out").unchanged
+    progress.write_text(json.dumps(stored))
+    content[-7:-3] = b"edit"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match="was prepared with other arguments or data"):
+        prepare(TextFiles((path,)), "bytes", tmp_path / "out")
+
+
+@pytest.mark.needs("datasets")
+def test_changed_data_files_are_refused(tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    path = tmp_path / "x.jsonl"
+    path.write_text("\n".join(json.dumps({"text": text}) for text in documents_of(30)))
+    source = DatasetRows("json", data_files=(str(path),))
+    prepare(source, "bytes", tmp_path / "out")
+    assert prepare(source, "bytes", tmp_path / "out").unchanged
+    path.write_text(path.read_text().replace("word", "wird"))
+    with pytest.raises(ValueError, match="was prepared with other arguments or data"):
+        prepare(source, "bytes", tmp_path / "out")
+
+
+def test_a_start_that_came_to_nothing_is_no_run(tmp_path) -> None:
+    blank, good = tmp_path / "blank.txt", text_file(tmp_path)
+    blank.write_text("\n\n")
+    with pytest.raises(ValueError, match="has no text"):
+        prepare(TextFiles((blank,)), "bytes", tmp_path / "out")
+    assert not list((tmp_path / "out").iterdir())
+    # as an older version left it
+    (tmp_path / "out" / PROGRESS_FILE).write_text(json.dumps({"arguments": {"a": 1}, "shards": [], "complete": False}))
+    assert len(prepare(TextFiles((good,)), "bytes", tmp_path / "out").shards) == 2
+
+
+@pytest.mark.parametrize("inside", ["", "shards", "a/b"])
+def test_shards_within_the_dataset_are_refused(tmp_path, monkeypatch, inside: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="is the folder of --dataset owner/name, or within it"):
+        prepare(DatasetRows("owner/name"), "bytes", Path("owner/name") / inside)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_terminal_without_unicode_shows_what_it_can(tmp_path) -> None:
+    import os
+
+    out = tmp_path / "données"
+    ran = subprocess.run(
+        [
+            *(sys.executable, "-m", "celo2.pretrain.prepare_data", "--tokenizer", "bytes"),
+            *("--text", str(text_file(tmp_path)), "--out", str(out)),
+        ],
+        env={**os.environ, "PYTHONIOENCODING": "ascii"},
+        capture_output=True,
+    )
+    assert ran.returncode == 0 and b"prepared: 2 shards" in ran.stdout and not ran.stderr
