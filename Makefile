@@ -1,9 +1,10 @@
 .DEFAULT_GOAL := help
-.PHONY: help setup train meta evaluate test test-dist test-kernels test-lowest lint bench report gpu-check data clean
+.PHONY: help setup train meta evaluate test test-dist test-kernels test-lowest test-interop lint bench report gpu-check data clean
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 LOWEST := .venv-lowest/.installed
+INTEROP := build/interop/.installed
 TYPECHECK := build/typecheck
 # options of the program behind a target: make train ARGS="--opt adamw --out-dir runs/adamw"
 ARGS ?=
@@ -44,6 +45,14 @@ $(LOWEST): pyproject.toml constraints-lowest.txt
 test-lowest: $(LOWEST) ## the rule, its files and its kernels with the lowest NumPy, safetensors and Triton
 	.venv-lowest/bin/python -m pytest -q tests/celo2/test_golden.py tests/celo2/test_theta.py tests/celo2/test_phases.py $(ARGS)
 	.venv-lowest/bin/python -m pytest -q tests/kernels -k "oracle or layout or low_precision or launches or compiled" $(ARGS)
+
+$(INTEROP): pyproject.toml constraints-interop.txt
+	$(PYTHON) -m venv build/interop
+	build/interop/bin/pip install --disable-pip-version-check -c constraints-interop.txt -e '.[interop]' 'pytest>=8.0'
+	@touch $@
+
+test-interop: $(INTEROP) ## train in Trainer, accelerate, Lightning, timm, PEFT and torchtitan, in an environment of their own
+	build/interop/bin/python -m pytest tests/interop $(ARGS)
 
 lint: $(INSTALLED) ## ruff and mypy
 	$(BIN)/ruff check .

@@ -194,13 +194,13 @@ _FOREIGN = {
     "amsgrad": "nothing: there is no such form",
 }
 # that say how to compute, and not what
-_WITHOUT_EFFECT = frozenset({"fused", "foreach", "capturable", "differentiable"})
+WITHOUT_EFFECT = frozenset({"fused", "foreach", "capturable", "differentiable"})
 
 
 def check_foreign_options(options: dict[str, Any]) -> None:
     """Raise TypeError for an option of another optimizer, with what is meant here; some are harmless when false."""
     for name, value in options.items():
-        if name in _WITHOUT_EFFECT or (name in ("maximize", "amsgrad", "nesterov") and not value):
+        if name in WITHOUT_EFFECT or (name in ("maximize", "amsgrad", "nesterov") and not value):
             continue
         if name not in _FOREIGN:
             raise TypeError(f"FusedCelo2 has no option {name!r}")

@@ -19,6 +19,7 @@ from celo2 import kernel_plan, reference, sharded_plan
 from celo2.adamw import AdamWJob, step_adamw
 from celo2.groups import (
     DERIVING,
+    WITHOUT_EFFECT,
     check_foreign_options,
     check_gradient,
     check_options,
@@ -324,7 +325,8 @@ class FusedCelo2(Optimizer):
         """
         if not isinstance(param_group, dict):
             raise TypeError(f"a parameter group must be a dict, got {type(param_group).__name__}")
-        group = dict(param_group)
+        # "fused" and the like make no difference in a group either
+        group = {key: value for key, value in param_group.items() if key not in WITHOUT_EFFECT}
         known = {*self.defaults, *_FOREIGN_KEYS}
         for key in group:
             if key not in known:
