@@ -101,7 +101,7 @@ def _part_of(
     """Return where a parameter of a group goes, and why."""
     if route is None:
         kind, rule, reason = route_name(name, parameter.shape)
-        route = Route(name, parameter, kind, rule, reason, None)
+        route = Route(name, parameter, kind, rule, reason, None, None)
     elif options["flatten"] is None:
         options = {**options, "flatten": view_of_route(route).flatten}
     rule = rule_of_route(route, variant) if options["rule"] == "auto" else options["rule"]

@@ -1,41 +1,91 @@
-"""Which rule steps a parameter, and why: by the type of its module, its number of axes and its name.
+"""Which rule steps a parameter, and why: by module type, place in the tree, shape and name, in that order.
 
-Source: Celo2, deployment rule (the authors route `ndim <= 1 or "embed" in path` to AdamW, input and output embeddings
-both).
+Source: Celo2, deployment rule. The authors route `ndim <= 1 or "embed" in path` to AdamW, which fits their own model;
+other people's names differ, so a name decides only what nothing before it did.
 
 | kind | rule | what |
 |---|---|---|
-| `matrix` | celo2 | hidden matrices and convolutions |
-| `embedding` | adamw | lookup tables of tokens and positions, by type or name |
-| `head` | adamw | output projections, by name, outside of numbered blocks |
-| `vector` | adamw | fewer than two axes, and parameters of norms |
+| `matrix` | celo2 | hidden matrices, convolutions, experts, routers of experts, LoRA matrices |
+| `embedding` | adamw | lookup tables of tokens, and projections of the inputs: patch embeddings |
+| `head` | adamw | the last projection, to classes or a vocabulary |
+| `table` | adamw | learned positions, biases of attention, latent queries, class tokens: rows that nothing multiplies |
+| `vector` | adamw | fewer than two axes longer than 1; gains and biases with more |
+| `depthwise` | adamw | convolutions of each channel alone: many tiny filters, no matrix |
+| `state` | adamw | decays and mixings of state-space and RWKV layers |
 | `override` | either | what a pattern of the user says |
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from fnmatch import fnmatchcase
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from celo2.matrices import MatrixView
+
 _EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
 _NORMS = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.LocalResponseNorm, nn.modules.batchnorm._NormBase)
 _CONVOLUTIONS = (nn.modules.conv._ConvNd,)
-# a path component that names an embedding: token_embedding, embed_tokens, pos_embed, wte, wpe, cls_token
-_EMBEDDING_NAME = re.compile(r"embed|^wte$|^wpe$|_token$")
-# the module that owns an output head; only outside repeated blocks (no numbered component), since blocks may have an
-# `output` projection of their own
-_HEAD_NAMES = frozenset(
-    {"lm_head", "head", "heads", "output", "embed_out", "unembed", "unembedding", "classifier", "logits", "score", "fc"}
+# names of classes: GemmaRMSNorm, LayerNorm2d, BatchNormAct2d; Gemma3TextScaledWordEmbedding, ViTEmbeddings
+_NORM_CLASS = re.compile(r"Norm(Act)?(\dd?)?$")
+_EMBEDDING_CLASS = re.compile(r"(Embedding|Embeddings|PositionEncoding|PositionalEncoding)$")
+
+# what wrappers add to names
+_LEADING = ("module", "base_model.model")
+_WRAPPERS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
+# PEFT: the trained copy of a module, the frozen one, and the one under an adapter
+_ADAPTED = re.compile(r"\.(modules_to_save\.[^.]+|original_module|base_layer)(?=\.|$)")
+# reparametrised tensors: PyTorch's parametrizations, and the older weight_norm and spectral_norm
+_PARAMETRISED = re.compile(r"\.?parametrizations\.([^.]+)\.original\d*$")
+_REPARAMETRISED = re.compile(r"_(g|v|orig)$")
+
+# modules that are a head, or whose last child is one, wherever they are outside numbered blocks
+_HEAD = re.compile(
+    r"^(?!(conv|multi|attn|attention|per)_?heads?$)(\w+_)?heads?(_dist|_aux|_\d+)?$"
+    r"|^(\w+_)?classifiers?$|^(?!pre_)(\w+_)?logits$|^unembed(ding)?$|^embed_out$|^scores?$|^qa_outputs$",
+    re.IGNORECASE,
 )
+# and modules that are one when they are the last projection of all, next to the body
+_LAST = re.compile(r"^(fc\d*|outputs?|output_(projection|proj|layer)|decoder|proj_out|(last|final)(_\w+)?)$")
+# children of a head that hold its matrix, where only a name is known
+_HEAD_CHILD = re.compile(r"^(\d+|fc|linear|proj|out_proj|decoder|default)$")
+# sizes of the output, as configurations and models call them
+_SIZES = ("vocab_size", "num_labels", "num_classes", "n_classes", "num_embeddings")
+
+# modules that embed their inputs: token_embedding, embed_tokens, x_embedder; embeddings of a time are hidden layers
+_EMBEDDING = re.compile(r"^(?!time)(\w+_)?embed(s|der|ding|dings)?(_tokens|_in)?$|^wte$|^wpe$")
+# parameters that are rows of a table: pos_emb, cls_token, relative_position_bias_table, latents
+_TABLE = re.compile(
+    r"(^|_)(pos|position|positions|positional|rel|relative|emb|embd|embed|embeds|embedding|embeddings|tokens?|latents?"
+    r"|queries|probes?|prompts?|prefix|registers?|codebooks?|tables?|biases|slots|prototypes|wte|wpe)(_|$)"
+)
+_NO_TABLE = re.compile(r"proj|weight|kernel|^lora_[AB]$")
+_GAIN = re.compile(r"(^|_)(bias|gains?|gamma|beta|scales?|temperature|layer_?scale)(_|$)")
+_STATE = re.compile(
+    r"^(A_logs?|log_A\w*|(log_)?dt(_\w+)?_?bias|log_dt|time_(decay|first|faaaa|mix\w*)|initial_states?)$"
+)
+
+_QKV = re.compile(r"^(\w*qkv\w*|c_attn|query_key_value|in_proj_weight)$", re.IGNORECASE)
+_KEY_VALUE = re.compile(r"^(kv|kv_proj|key_value)$")
+_GATE_UP = re.compile(r"^(gate_up(_proj)?|w12|w13)$")
+_HEADS = ("num_attention_heads", "num_heads", "n_heads", "n_head", "nhead")
+_KEY_VALUE_HEADS = ("num_key_value_heads", "num_kv_heads", "n_kv_heads")
+
+_RULES = ("celo2", "adamw")
 
 
 class Route(NamedTuple):
-    """Where a parameter goes. `flatten` is the `MatrixView.flatten` that its module asks for, None for the default."""
+    """Where a parameter of a module goes.
+
+    `name` is its first in `module.named_parameters()`; `kind` is one of the module's table; `rule` is `"celo2"` or
+    `"adamw"`, under a theta of the variant `"celo2"`; `reason` says why, for `FusedCelo2.table()`. `flatten` is the
+    `MatrixView.flatten` that the module type asks for (True for convolution kernels of three axes, else None). `hint`
+    is a matrix view that would split a fused projection, or None.
+    """
 
     name: str
     parameter: Tensor
@@ -43,50 +93,421 @@ class Route(NamedTuple):
     rule: str
     reason: str
     flatten: bool | None
+    hint: str | None
 
 
-def route_name(name: str, shape: torch.Size) -> tuple[str, str, str]:
-    """Return kind, rule and reason of a tensor of which name (`""` for none) and shape are all that is known."""
-    if len(shape) < 2:
-        return "vector", "adamw", "fewer than two axes"
-    components = name.split(".")
-    for component in components:
-        if _EMBEDDING_NAME.search(component):
-            return "embedding", "adamw", f"name of an embedding: {component}"
-    numbered = any(component.isdecimal() for component in components)
-    owner = components[-2] if len(components) > 1 else ""
-    if not numbered and owner in _HEAD_NAMES:
-        return "head", "adamw", f"name of an output head: {owner}"
-    return "matrix", "celo2", "hidden matrix"
+class _Decision(NamedTuple):
+    kind: str
+    reason: str
+
+    @property
+    def rule(self) -> str:
+        return "celo2" if self.kind == "matrix" else "adamw"
+
+
+class _Place(NamedTuple):
+    """A parameter in the tree: its module, the module's path without wrappers, and the name it was registered by."""
+
+    owner: nn.Module
+    path: str
+    leaf: str
+
+    @property
+    def components(self) -> list[str]:
+        return self.path.split(".") if self.path else []
+
+
+def strip_wrappers(name: str) -> str:
+    """Return a parameter's or module's name without what compilation, DDP, FSDP, checkpointing and PEFT add to it."""
+    name = ".".join(component for component in name.split(".") if component not in _WRAPPERS)
+    stripped = True
+    while stripped:
+        stripped = False
+        for prefix in _LEADING:
+            if name.startswith(f"{prefix}."):
+                name, stripped = name.removeprefix(f"{prefix}."), True
+    return name
 
 
 def route_module(module: nn.Module, *, overrides: Mapping[str, str] | None = None) -> list[Route]:
-    """Return the route of every parameter once, under its first name, in order; by AdamW when any of its uses says so.
+    """Return the route of every parameter of `module`, in the order of `named_parameters()`, frozen ones too.
 
-    `overrides` maps patterns of names (`fnmatch`) to `"celo2"` or `"adamw"`; the last that matches wins. Raises
-    ValueError for a pattern that matches no parameter, and for an unknown rule.
+    A tied weight comes once, under its first name, and goes to AdamW when any of its uses does. `overrides` maps
+    patterns (`fnmatch`, over names with and without the prefixes of wrappers, of any use) to `"celo2"` or `"adamw"`;
+    the last that matches wins. The router of experts, `[experts, width]`, is a matrix unless one says otherwise.
+
+    Raises ValueError for an unknown rule and for a pattern that matches no parameter.
     """
-    overrides = overrides or {}
-    for pattern, rule in overrides.items():
-        if rule not in ("celo2", "adamw"):
-            raise ValueError(f"overrides: {pattern!r} is given rule {rule!r}, allowed: celo2, adamw")
-    unused, owners = set(overrides), dict(module.named_modules(remove_duplicate=False))
-    routes: dict[int, Route] = {}
+    tree = _Tree(module)
+    places: dict[Tensor, list[tuple[str, _Place]]] = {}
     for name, parameter in module.named_parameters(remove_duplicate=False):
-        owner = owners[name.rpartition(".")[0]]
-        kind, rule, reason = route_name(name, parameter.shape)
-        if parameter.ndim > 1 and isinstance(owner, _EMBEDDINGS):
-            kind, rule, reason = "embedding", "adamw", f"nn.{type(owner).__name__}"
-        elif isinstance(owner, _NORMS):
-            kind, rule, reason = "vector", "adamw", f"gain or bias of {type(owner).__name__}"
-        for pattern, given in overrides.items():
-            if fnmatchcase(name, pattern):
-                kind, rule, reason = "override", given, f'override "{pattern}"'
-                unused.discard(pattern)
-        flatten = True if isinstance(owner, _CONVOLUTIONS) and parameter.ndim > 2 else None
-        first = routes.setdefault(id(parameter), Route(name, parameter, kind, rule, reason, flatten))
-        if kind == "override" or (first.kind != "override" and first.rule == "celo2" and rule == "adamw"):
-            routes[id(parameter)] = first._replace(kind=kind, rule=rule, reason=reason)
-    if unused:
-        raise ValueError(f"overrides: {', '.join(map(repr, sorted(unused)))} matches no parameter of the module")
-    return list(routes.values())
+        places.setdefault(parameter, []).append((name, tree.place(name)))
+    chosen = _match_overrides(overrides or {}, places)
+    return [_route(tree, parameter, uses, chosen.get(parameter)) for parameter, uses in places.items()]
+
+
+def route_name(name: str, shape: torch.Size) -> tuple[str, str, str]:
+    """Return (kind, rule, reason) of a parameter known by its name (`""` for none) and shape alone, without a module.
+
+    Heads are told by their names, so a hidden layer of a module that is named as a head goes to AdamW too.
+    """
+    name = _ADAPTED.sub("", strip_wrappers(name))
+    parametrised = _PARAMETRISED.search(name)
+    if parametrised is not None:
+        name = ".".join(filter(None, (name[: parametrised.start()], parametrised[1])))
+    path, _, leaf = name.rpartition(".")
+    components = path.split(".") if path else []
+    weight = leaf == "weight" or _REPARAMETRISED.sub("", leaf) == "weight"
+    decision = _few_axes(shape) if len(shape) < 2 else None
+    if decision is None and weight and _named_head(components):
+        decision = _Decision("head", "name of an output head")
+    if decision is None:
+        # of a tensor without a name nothing but its axes is known
+        decision = _by_shape(shape, bare=bool(name) and not weight, name=name)
+    if decision is None and len(shape) > 2 and shape[1] == 1 and weight:
+        decision = _Decision("depthwise", "shape of a depthwise convolution")
+    if decision is None and weight and components:
+        if _EMBEDDING.search(components[-1]):
+            decision = _Decision("embedding", "name of an embedding")
+        elif len(shape) > 3 and shape[1] <= 4 and any("embed" in component for component in components):
+            decision = _Decision("embedding", f"patch embedding: from the {shape[1]} channels of the input")
+    if decision is None and not weight:
+        decision = _by_name([leaf, *components[-1:]] if leaf.isdecimal() else [leaf])
+    if decision is None:
+        decision = _Decision("matrix", "matrix by its shape and name")
+    return decision.kind, decision.rule, decision.reason
+
+
+def _match_overrides(
+    overrides: Mapping[str, str], places: Mapping[Tensor, list[tuple[str, _Place]]]
+) -> dict[Tensor, tuple[str, str]]:
+    """Return (pattern, rule) of the parameters that patterns match."""
+    chosen: dict[Tensor, tuple[str, str]] = {}
+    for pattern, rule in overrides.items():
+        if rule not in _RULES:
+            raise ValueError(f"overrides={{{pattern!r}: {rule!r}}}: unknown rule, allowed: {', '.join(_RULES)}")
+        matched = [
+            parameter
+            for parameter, uses in places.items()
+            if any(fnmatchcase(name, pattern) or fnmatchcase(strip_wrappers(name), pattern) for name, _ in uses)
+        ]
+        if not matched:
+            raise ValueError(
+                f"overrides={{{pattern!r}: {rule!r}}} matches no parameter; patterns are of the names in "
+                'module.named_parameters(), as "*.router.*"'
+            )
+        chosen.update((parameter, (pattern, rule)) for parameter in matched)
+    return chosen
+
+
+def _route(tree: _Tree, parameter: Tensor, uses: list[tuple[str, _Place]], override: tuple[str, str] | None) -> Route:
+    name, place = uses[0]
+    flatten = True if isinstance(place.owner, _CONVOLUTIONS) and parameter.ndim == 3 else None
+    if override is not None:
+        pattern, rule = override
+        return Route(name, parameter, "override", rule, f'override "{pattern}"', flatten, None)
+    decisions = [_decide(tree, use, parameter.shape) for _, use in uses]
+    index = next((index for index, decision in enumerate(decisions) if decision.rule == "adamw"), 0)
+    kind, reason = decisions[index]
+    others = [other for number, (other, _) in enumerate(uses) if number != index]
+    if others:
+        reason += f", tied to {', '.join(others)}"
+    hint = _hint(tree, name, place, parameter) if kind == "matrix" else None
+    return Route(name, parameter, kind, decisions[index].rule, reason, flatten, hint)
+
+
+def _decide(tree: _Tree, place: _Place, shape: torch.Size) -> _Decision:
+    """Return where one use of a parameter wants it."""
+    owner, leaf = place.owner, place.leaf
+    kind_of_owner = type(owner).__name__.removeprefix("Parametrized").removeprefix("FSDP")
+    projection = _is_projection(owner)
+    # a projection's own matrix, as opposed to a parameter that a module holds beside its children
+    weight = leaf == "weight" and projection
+
+    # module type
+    if len(shape) < 2:
+        return _few_axes(shape)
+    if isinstance(owner, _EMBEDDINGS):
+        named = kind_of_owner in ("Embedding", "EmbeddingBag")
+        return _Decision("embedding", f"nn.{kind_of_owner}" if named else f"{kind_of_owner}, an nn.Embedding")
+    typed = isinstance(owner, (nn.Linear, *_CONVOLUTIONS))
+    if isinstance(owner, _NORMS) or (not typed and _NORM_CLASS.search(kind_of_owner)):
+        return _Decision("vector", f"gain or bias of {kind_of_owner}")
+    if not typed and _EMBEDDING_CLASS.search(kind_of_owner) and not _few_long_axes(shape):
+        return _Decision("embedding" if leaf == "weight" else "table", f"table of {kind_of_owner}")
+
+    # place
+    if owner in tree.heads and not (_GAIN.search(leaf) or _few_long_axes(shape)):
+        return _Decision("head", tree.heads[owner])
+
+    # shape
+    decision = _by_shape(shape, bare=not weight, name=f"{place.path}.{leaf}")
+    if decision is not None:
+        return decision
+    if isinstance(owner, _CONVOLUTIONS) and owner.groups > 1 and shape[1] == 1:
+        return _Decision("depthwise", "depthwise convolution")
+
+    # name
+    if weight:
+        return _input_projection(tree, place, shape) or _Decision("matrix", f"matrix of {kind_of_owner}")
+    collection = isinstance(owner, (nn.ParameterList, nn.ParameterDict))
+    decision = _by_name([leaf, *place.components[-1:]] if collection else [leaf])
+    return decision or _Decision("matrix", f"matrix of {kind_of_owner}")
+
+
+def _few_axes(shape: torch.Size) -> _Decision:
+    return _Decision("vector", f"{len(shape)} axes" if len(shape) != 1 else "1 axis")
+
+
+def _few_long_axes(shape: torch.Size) -> bool:
+    return sum(length > 1 for length in shape) < 2
+
+
+def _by_shape(shape: torch.Size, *, bare: bool, name: str) -> _Decision | None:
+    """Return what a shape of two or more axes says; `bare` parameters are no projection's weight."""
+    if _few_long_axes(shape):
+        return _Decision("vector", f"{sum(length > 1 for length in shape)} of {len(shape)} axes longer than 1")
+    if not bare or "lora" in name or "expert" in name:
+        return None
+    if len(shape) > 2 and shape[0] == 1:
+        return _Decision("table", f"a table that all samples share: a leading axis of 1 in {tuple(shape)}")
+    if len(shape) == 3 and shape[1] == 1:
+        return _Decision("depthwise", f"its matrices are 1 x {shape[2]}")
+    if _by_name([name.rpartition(".")[2]]) is None and min(shape[-2:]) < 4 and len(shape) < 4:
+        return _Decision("vector", f"an axis of {min(shape[-2:])} in {tuple(shape)}, and no projection's weight")
+    numbered = any(component.isdecimal() for component in name.split("."))
+    if len(shape) == 2 and not numbered and max(shape) >= 30_000 and max(shape) >= 20 * min(shape):
+        return _Decision("table", f"{max(shape)} rows, and no projection's weight")
+    return None
+
+
+def _by_name(names: list[str]) -> _Decision | None:
+    """Return what the name of a parameter that is no projection's weight says."""
+    for name in names:
+        if _TABLE.search(name) and not _NO_TABLE.search(name):
+            return _Decision("table", f'name of a table: "{name}"')
+        if _GAIN.search(name):
+            return _Decision("vector", f'name of a gain or bias: "{name}"')
+        if _STATE.search(name):
+            return _Decision("state", f'name of a state-space parameter: "{name}"')
+    return None
+
+
+def _input_projection(tree: _Tree, place: _Place, shape: torch.Size) -> _Decision | None:
+    """Return that a projection embeds the inputs, or None: convolutions of few channels, or the first of all."""
+    components, owner = place.components, place.owner
+    if not any("embed" in component for component in components):
+        return _Decision("embedding", "name of an embedding") if _EMBEDDING.search((components or [""])[-1]) else None
+    if isinstance(owner, _CONVOLUTIONS):
+        patches = all(s == k > 1 for s, k in zip(owner.stride, owner.kernel_size, strict=True))
+        if owner.in_channels <= 4 or (patches and owner is tree.first_convolution):
+            return _Decision("embedding", f"patch embedding: from the {owner.in_channels} channels of the input")
+        return None
+    if _EMBEDDING.search(components[-1]):
+        return _Decision("embedding", "name of an embedding")
+    if owner is tree.first and len(components) > 1 and _EMBEDDING.search(components[-2]):
+        return _Decision("embedding", f"patch embedding: from the {shape[-1]} values of a patch")
+    return None
+
+
+def _is_projection(module: nn.Module) -> bool:
+    """Whether a module multiplies its input by a weight of its own."""
+    if isinstance(module, (nn.Linear, *_CONVOLUTIONS)):
+        return True
+    weight = module._parameters.get("weight")
+    return (
+        isinstance(weight, Tensor)
+        and weight.ndim == 2
+        and not isinstance(module, (*_EMBEDDINGS, *_NORMS))
+        and not _NORM_CLASS.search(type(module).__name__)
+        and not _EMBEDDING_CLASS.search(type(module).__name__)
+    )
+
+
+def _transposed(module: nn.Module) -> bool:
+    """Whether a projection's weight is [in, out]: the Conv1D of GPT-2."""
+    return type(module).__name__.endswith("Conv1D")
+
+
+def _sides(module: nn.Module) -> tuple[int, int]:
+    """Return the numbers of outputs and inputs of a projection."""
+    if isinstance(module, nn.Linear):
+        return module.out_features, module.in_features
+    if isinstance(module, _CONVOLUTIONS):
+        return module.out_channels, module.in_channels
+    rows, columns = module._parameters["weight"].shape  # type: ignore[union-attr]
+    return (columns, rows) if _transposed(module) else (rows, columns)
+
+
+def _numbered(components: list[str]) -> bool:
+    """Whether a module is inside a numbered block; a number at the end is its own place in a Sequential."""
+    return any(component.isdecimal() for component in components[:-1])
+
+
+def _named_head(components: list[str]) -> bool:
+    """Whether the name of a projection is that of a head, as far as a name can tell."""
+    owner, parent = ([""] * 2 + components)[-1], ([""] * 2 + components)[-2]
+    if any(component.isdecimal() for component in components[:-1]):
+        return False
+    return bool(
+        _HEAD.search(owner) or owner in ("output", "fc") or (_HEAD.search(parent) and _HEAD_CHILD.search(owner))
+    )
+
+
+class _Tree:
+    """A module's tree: where its parameters are, its heads with the reason for each, and its first projections."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.modules = dict(module.named_modules(remove_duplicate=False))
+        self.paths = {name: _ADAPTED.sub("", f".{strip_wrappers(f'{name}.')}")[1:].rstrip(".") for name in self.modules}
+        projections: dict[nn.Module, list[str]] = {}
+        for name, child in self.modules.items():
+            if _is_projection(child):
+                projections.setdefault(child, self.paths[name].split(".") if self.paths[name] else [])
+        self.first = next(iter(projections), None)
+        self.first_convolution = next((child for child in projections if isinstance(child, _CONVOLUTIONS)), None)
+        self.heads: dict[nn.Module, str] = {}
+        self._told_heads()
+        self._named_heads()
+        if projections:
+            self._last_head(*list(projections.items())[-1])
+
+    def place(self, name: str) -> _Place:
+        """Return the place of a parameter: a parametrised one is its module's weight."""
+        parametrised = _PARAMETRISED.search(name)
+        if parametrised is not None:
+            owner, leaf = name[: parametrised.start()], parametrised[1]
+        else:
+            owner, _, leaf = name.rpartition(".")
+            if _REPARAMETRISED.sub("", leaf) == "weight":
+                leaf = "weight"
+        return _Place(self.modules[owner], self.paths[owner], leaf)
+
+    def config(self, *names: str) -> Iterator[tuple[str, int]]:
+        """Yield (name, value) of the whole numbers of those names that modules and their configurations hold."""
+        for child in self.modules.values():
+            configuration = vars(child).get("config")
+            texts = getattr(configuration, "text_config", None)
+            for source in (configuration, texts, child):
+                for name in names:
+                    value = getattr(source, name, None)
+                    if isinstance(value, int) and not isinstance(value, bool) and value > 0:
+                        yield name, value
+
+    def near(self, place: _Place, names: tuple[str, ...]) -> int | None:
+        """Return the first whole number of those names above a parameter, in its modules or a configuration."""
+        path = place.path
+        by_path = {self.paths[name]: child for name, child in self.modules.items()}
+        while True:
+            child = by_path.get(path)
+            value = next((getattr(child, name) for name in names if isinstance(getattr(child, name, None), int)), None)
+            if value is not None or not path:
+                return value or next((value for _, value in self.config(*names)), None)
+            path = path.rpartition(".")[0]
+
+    def _told_heads(self) -> None:
+        """Note the heads that models name themselves: those of transformers and of timm."""
+        for child in self.modules.values():
+            for method, reason in (
+                ("get_output_embeddings", "last projection: to the vocabulary"),
+                ("get_classifier", "last projection: to the classes"),
+            ):
+                told = _call(getattr(child, method, None))
+                for head in told if isinstance(told, (tuple, list)) else [told]:
+                    if isinstance(head, nn.Module):
+                        self._note(head, reason)
+
+    def _named_heads(self) -> None:
+        """Note the last projections of modules outside numbered blocks that are named as heads."""
+        for name, child in self.modules.items():
+            components = self.paths[name].split(".")
+            if any(component.isdecimal() for component in components) or not _HEAD.search(components[-1]):
+                continue
+            reason = f'last projection of "{components[-1]}"'
+            if isinstance(child, (nn.ModuleList, nn.ModuleDict)):
+                for part in child.children():
+                    self._note(part, reason)
+            else:
+                self._note(child, reason)
+
+    def _note(self, head: nn.Module, reason: str) -> None:
+        """Note the projection that a head is, or the last of its children; adapters and copies of it too."""
+        if any(hasattr(head, name) for name in ("base_layer", "modules_to_save", "original_module")):
+            inside = [child for child in head.modules() if _is_projection(child)]
+        elif _is_projection(head):
+            inside = [head]
+        else:
+            last = next((child for child in reversed(list(head.modules())) if _is_projection(child)), None)
+            inside = [child for child in head.children() if child is last]
+        for child in inside:
+            self.heads.setdefault(child, reason)
+
+    def _last_head(self, last: nn.Module, components: list[str]) -> None:
+        """Note the last projection of all when its name is one of a head, or its size that of the output."""
+        outputs, inputs = _sides(last)
+        if _numbered(components) or last in self.heads:
+            return
+        sizes = {size: name for name, size in self.config(*_SIZES)}
+        if outputs in sizes and outputs != inputs:
+            self.heads[last] = f"last projection: {outputs} is {sizes[outputs]}"
+        elif components and _LAST.search(components[-1]) and last in self._body().children():
+            self.heads[last] = f'last projection, and called "{components[-1]}"'
+
+    def _body(self) -> nn.Module:
+        """Return the module that holds the network's parts: the root, or what it wraps."""
+        body = self.modules[""]
+        while True:
+            holders = [child for child in body.children() if any(True for _ in child.parameters())]
+            if len(holders) != 1 or _is_projection(holders[0]):
+                return body
+            body = holders[0]
+
+
+def _call(method: Callable[[], Any] | None) -> Any:
+    """Return what a model says of itself, or None where it has nothing to say."""
+    if not callable(method):
+        return None
+    try:
+        return method()
+    except (AttributeError, NotImplementedError, TypeError):
+        return None
+
+
+def _hint(tree: _Tree, name: str, place: _Place, parameter: Tensor) -> str | None:
+    """Return the matrix view that splits a fused projection, where shapes and configurations tell it."""
+    called = place.leaf if place.leaf != "weight" else (place.components or [""])[-1]
+    axis = 1 if _transposed(place.owner) else 0
+    if parameter.ndim != 2 and not (parameter.ndim == 3 and _GATE_UP.search(called)):
+        return None
+    length, width = parameter.shape[-2 + axis], parameter.shape[-1 - axis]
+    if isinstance(place.owner, nn.RNNBase):
+        gates = {"LSTM": 4, "GRU": 3}.get(place.owner.mode)
+        return _view_hint("fused gates", name, parameter, MatrixView(split=gates)) if gates else None
+    if _GATE_UP.search(called):
+        # experts [E, in, gate and up] interleave them: only rows are told apart
+        if parameter.ndim == 3 and width not in dict.fromkeys(size for _, size in tree.config("hidden_size")):
+            return None
+        return _view_hint("fused gate and up", name, parameter, MatrixView(split=2, axis=axis))
+    queries = tree.near(place, _HEADS)
+    if _QKV.search(called):
+        keys = tree.near(place, _KEY_VALUE_HEADS) or queries
+        if queries is None or keys is None or queries == keys:
+            split = MatrixView(split=3, heads=queries or 1, axis=axis) if length % 3 == 0 else None
+        else:
+            # grouped queries: every head has as many rows
+            split = MatrixView(heads=queries + 2 * keys, axis=axis)
+        return None if split is None else _view_hint("fused q, k, v", name, parameter, split)
+    if _KEY_VALUE.search(called) and length == 2 * width:
+        return _view_hint("fused k, v", name, parameter, MatrixView(split=2, heads=queries or 1, axis=axis))
+    return None
+
+
+def _view_hint(what: str, name: str, parameter: Tensor, view: MatrixView) -> str | None:
+    try:
+        view.check(parameter.shape, name)
+    except ValueError:
+        return None
+    options = {"split": view.split, "heads": view.heads, "axis": view.axis}
+    default = {"split": 1, "heads": 1, "axis": 0}
+    text = ", ".join(f"{key}={value}" for key, value in options.items() if value != default[key])
+    return f'{what}: views={{"{name}": MatrixView({text})}}'

@@ -18,8 +18,8 @@ from celo2.routes import Route, route_module
 from celo2.theta import VARIANTS
 
 RULES = ("auto", "celo2", "adamw")
-# of parameters without weight decay, unless told otherwise
-VECTORS = frozenset({"vector"})
+# kinds of parameters without weight decay, unless told otherwise
+VECTORS = frozenset({"vector", "state"})
 
 
 def check_variant(variant: str) -> None:
@@ -71,7 +71,7 @@ def param_groups(
             (rule, kind, view), {"params": [], "rule": rule, "kind": kind, **view_options(view), "reasons": {}}
         )
         group["params"].append((route.name, route.parameter))
-        group["reasons"][route.name] = describe(route, variant)
+        group["reasons"][route.name] = describe(route, variant, viewed=route.name in views)
     # what others log is the first group's rate
     return sorted(groups.values(), key=lambda group: (group["rule"] != "celo2", group["kind"] in VECTORS))
 
@@ -93,11 +93,11 @@ def view_of_route(route: Route) -> MatrixView:
     return MatrixView(flatten=route.flatten)
 
 
-def describe(route: Route, variant: str) -> str:
-    """Return why a parameter goes where it goes."""
-    if variant == "celo2-base" and route.kind != "override":
-        return "celo2-base: everything is learned"
-    return route.reason
+def describe(route: Route, variant: str, *, viewed: bool = False) -> str:
+    """Return why a parameter goes where it goes, and the view that would split it."""
+    everything = variant == "celo2-base" and route.kind != "override"
+    reason = "celo2-base: everything is learned" if everything else route.reason
+    return reason if viewed or route.hint is None else f"{reason}; {route.hint}"
 
 
 def view_options(view: MatrixView) -> dict[str, Any]:

@@ -196,9 +196,9 @@ def test_overrides_of_the_routing():
         assert optimizer.rule_of(net["hidden"].weight) == "adamw"
         assert 'override "h*.weight"' in optimizer.table()
     assert {g["rule"] for g in param_groups(net, overrides={"*": "celo2"})} == {"celo2"}
-    with pytest.raises(ValueError, match="'nothing.\\*' matches no parameter"):
+    with pytest.raises(ValueError, match="nothing.*matches no parameter"):
         FusedCelo2(net, overrides={"nothing.*": "adamw"})
-    with pytest.raises(ValueError, match="is given rule 'muon', allowed: celo2, adamw"):
+    with pytest.raises(ValueError, match="unknown rule, allowed: celo2, adamw"):
         param_groups(net, overrides={"hidden.*": "muon"})
     with pytest.raises(ValueError, match="goes by a module's names"):
         FusedCelo2(list(net.named_parameters()), overrides={"hidden.*": "adamw"})
