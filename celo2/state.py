@@ -242,7 +242,7 @@ def check_saved_state(name: str, parameter: Tensor, saved: dict[str, Any] | None
         if entry not in saved:
             raise ValueError(
                 f"state dict of another optimizer: {name} has {', '.join(sorted(saved))} and no {entry}; construct "
-                "FusedCelo2 with the rules and views that it was saved with"
+                "FusedCelo2 with the rules (overrides=) and views that it was saved with"
             )
         shape = tuple(_tensor(saved[entry]).shape)
         if entry == "column_factor" and len(shape) != value.ndim and math.prod(shape) == value.numel():

@@ -5,9 +5,9 @@
     python -m celo2.pretrain.prepare_data --tokenizer gpt2 --out data/books --text book1.txt book2.txt.xz
     python -m celo2.pretrain.prepare_data --tokenizer bytes --out data/wikipedia --embedded
 
-An end-of-text token stands before each document. Shards hold exactly `--shard-tokens` tokens and shard 0 is
-for validation; when the text fills less than two shards, every 20th document is for validation instead and
-all the others make one training shard. After each shard `prepare_progress.json` records where the stream
+An end-of-text token stands before each document. Shards hold exactly `--shard-tokens` tokens, but for shard 0, which
+is for validation and an eighth of that; when the text fills less than two shards, every 20th document is for
+validation instead and all the others make one training shard. After each shard `prepare_progress.json` records where the stream
 stands; the same command goes on from there and the shards are bitwise those of an uninterrupted run.
 """
 
@@ -36,6 +36,8 @@ EMBEDDED_TEXT = Path(__file__).resolve().parent / "assets" / "wikipedia.txt.xz"
 PROGRESS_FILE = "prepare_progress.json"
 SHARD_TOKENS = 100_000_000
 HELD_OUT_EVERY = 20
+# of a shard is for validation: 12.5M tokens of the default
+VALIDATION_PART = 8
 _BATCH_DOCUMENTS = 64
 
 
@@ -179,6 +181,23 @@ def _check_outside(out_dir: Path, dataset: str) -> None:
         )
 
 
+def _cut(pieces: list[tuple[int, int, int]], length: int) -> tuple[int, int]:
+    """Take `length` tokens off the pieces; return the documents that are wholly taken, and the next one's tokens."""
+    while True:
+        documents, offset, tokens = pieces.pop(0)
+        if tokens > length:
+            pieces.insert(0, (documents, offset + length, tokens - length))
+            return documents - 1, offset + length
+        length -= tokens
+        if not length:
+            return documents, 0
+
+
+def validation_tokens(shard_tokens: int) -> int:
+    """Tokens of the validation shard of a text that fills two training shards: at most a sixteenth of it."""
+    return max(1, shard_tokens // VALIDATION_PART)
+
+
 def _hold_out(documents: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
     """Training and validation tokens of a small text: every 20th document is held out.
 
@@ -241,6 +260,7 @@ def prepare(
     written = sum(shard.tokens for shard in progress.shards)
     limit = None if max_tokens is None else max_tokens - written
     pending: list[np.ndarray] = []
+    pieces: list[tuple[int, int, int]] = []  # of pending: documents until its end, offset in the last, tokens
     size = 0
     stream: Iterable[tuple[int, int, np.ndarray]] = ()
     if limit is None or limit > 0:
@@ -248,21 +268,19 @@ def prepare(
     with _progress_bar(max_tokens, written) as bar:
         for documents, first, tokens in stream:
             pending.append(tokens)
+            pieces.append((documents, first, len(tokens)))
             size += len(tokens)
             if bar is not None:
                 bar.update(len(tokens))
             if size < (shard_tokens if progress.shards else 2 * shard_tokens):
                 continue
             flat = np.concatenate(pending)
-            for start in range(0, size - shard_tokens + 1, shard_tokens):
-                rest = size - start - shard_tokens
-                # the stream stands inside this document, or at its end; shard 0 alone may end in an earlier
-                # one, and no run resumes from shard 0
-                inside = first + max(len(tokens) - rest, 0)
-                finish(flat[start : start + shard_tokens], *((documents - 1, inside) if rest else (documents, 0)))
+            while size >= (length := shard_tokens if progress.shards else validation_tokens(shard_tokens)):
+                start = len(flat) - size
+                size -= length
+                finish(flat[start : start + length], *_cut(pieces, length))
                 if len(progress.shards) >= 2:
                     progress.save()
-            size %= shard_tokens
             pending = [flat[len(flat) - size :]] if size else []
     if not progress.shards:
         if size < 2:

@@ -90,7 +90,7 @@ def test_large_text_fills_exact_shards_in_order(tmp_path) -> None:
     assert [path.name for path in val] == ["books_val_000000.bin"]
     assert [path.name for path in train] == [f"books_train_{i:06d}.bin" for i in range(1, len(train) + 1)]
     shards = [open_shard(path, BYTES) for path in val + train]
-    assert [len(shard) for shard in shards[:-1]] == [1000] * (len(shards) - 1)
+    assert [len(shard) for shard in shards[:-1]] == [125] + [1000] * (len(shards) - 2)
     np.testing.assert_array_equal(np.concatenate(shards), stream)
     assert done.tokens == len(stream)
 
@@ -121,6 +121,16 @@ def test_max_tokens_cuts_the_stream(tmp_path, limit: int) -> None:
         train, val = find_shards(tmp_path / "out")
         found = np.concatenate([open_shard(path, BYTES) for path in val + train])
         np.testing.assert_array_equal(found, stream_of(documents_of(60))[:limit])
+
+
+def test_validation_is_a_share_with_a_cap(tmp_path) -> None:
+    """Not a half of 2,100 tokens in shards of 1,000, nor a fifth of 470M in shards of 100M."""
+    source = TextFiles((text_file(tmp_path),))
+    for limit in (1000, 2000, 2100, 4700):
+        done = prepare(source, "bytes", tmp_path / str(limit), shard_tokens=1000, max_tokens=limit)
+        # every 20th document, of the little that is less than two shards
+        assert done.shards[0].tokens <= (limit / 16 if limit >= 2000 else limit / 5)
+    assert prepare_data.validation_tokens(prepare_data.SHARD_TOKENS) == 12_500_000
 
 
 def test_arguments_are_checked(tmp_path) -> None:
