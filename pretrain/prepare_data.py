@@ -7,8 +7,8 @@
 
 An end-of-text token stands before each document. Shards hold exactly `--shard-tokens` tokens, but for shard 0, which
 is for validation and an eighth of that; when the text fills less than two shards, every 20th document is for
-validation instead and all the others make one training shard. After each shard `prepare_progress.json` records where the stream
-stands; the same command goes on from there and the shards are bitwise those of an uninterrupted run.
+validation instead and all the others make one training shard. After each shard `prepare_progress.json` records where
+the stream stands; the same command goes on from there and the shards are bitwise those of an uninterrupted run.
 """
 
 import argparse

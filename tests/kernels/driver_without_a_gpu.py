@@ -82,7 +82,9 @@ def make(shapes, **options):
     for p in params:
         p.grad = torch.zeros_like(p)
     optimizer = FusedCelo2([{"params": params, "rule": "celo2"}], **options)
-    step = kernel_step.KernelStep(jobs(optimizer, params), 1, torch.device("cpu"), torch.bfloat16)
+    step = kernel_step.KernelStep(
+        jobs(optimizer, params), len(optimizer.param_groups), torch.device("cpu"), torch.bfloat16
+    )
     return step, optimizer
 
 

@@ -203,7 +203,7 @@ def test_a_step_with_a_gradient_that_is_not_finite_changes_no_byte(value, where,
     optimizer.step()
     assert equal(snapshot(optimizer), before)
     assert optimizer.skipped_steps == 1 and not math.isfinite(float(optimizer.grad_norm))
-    assert [group["skipped_steps"] for group in optimizer.state_dict()["param_groups"]] == [1, 1]
+    assert {group["skipped_steps"] for group in optimizer.state_dict()["param_groups"]} == {1}
     set_gradients(params, 2)
     optimizer.step()
     assert optimizer.skipped_steps == 1 and not equal(snapshot(optimizer), before)
@@ -660,8 +660,10 @@ def test_8_bit_state_dict_and_replay(device, random_theta):
             optimizer.step()
         runs.append(snapshot(optimizer))
     assert equal(*runs)
-    with pytest.raises(ValueError, match="saved with state_dtype='int8'"):
-        build(params, random_theta(), lr=1e-2).load_state_dict(optimizer.state_dict())
+    # and converted to another dtype
+    wide = build(params, random_theta(), lr=1e-2)
+    wide.load_state_dict(optimizer.state_dict())
+    assert wide.state[params[0]]["momentum_slow"].dtype == torch.float32
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
