@@ -198,9 +198,17 @@ def write_momenta(state: dict[str, Tensor], view: MatrixView, values: list[Tenso
 def follow_parameter(
     state: dict[str, Tensor], parameter: Tensor, rule: str, view: MatrixView, dtype: str = "float32"
 ) -> None:
-    """Move the state to where the parameter is, when `module.to(...)` changed its dtype, device or strides."""
+    """Move the state to where the parameter is, when `module.to(...)` changed its dtype, device or strides.
+
+    Raises ValueError when the parameter's shape is another.
+    """
     like = state["exp_avg" if rule == "adamw" else MOMENTUM_KEYS[0]]
     expected = compute_dtype(parameter) if rule == "adamw" else _accumulator_dtypes(parameter, dtype)[0]
+    if like.shape != parameter.shape:
+        raise ValueError(
+            f"its shape is {tuple(parameter.shape)} and that of its state {tuple(like.shape)}: a parameter whose data "
+            "got another shape is another one; put it into a new group, or construct the optimizer again"
+        )
     if is_dtensor(parameter):
         return
     # the kernels read the counter on the device

@@ -469,3 +469,18 @@ def test_fsdp1_is_refused_with_its_original_parameters(tmp_path):
                     FusedCelo2(params)
     finally:
         dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("name", ["hidden.weight", "embedding.weight", "hidden.bias"])
+def test_a_parameter_of_another_shape_is_named(name):
+    model = routed()
+    optimizer = FusedCelo2(model)
+    set_gradients(model, 0)
+    optimizer.step()
+    p = dict(model.named_parameters())[name]
+    p.grad, p.data = None, torch.zeros(*p.shape[:-1], 3)
+    set_gradients(model, 1)
+    before = [q.detach().clone() for q in model.parameters()]
+    with pytest.raises(ValueError, match=rf"{name}: its shape is \(.*\) and that of its state"):
+        optimizer.step()
+    assert all(torch.equal(q, other) for q, other in zip(before, model.parameters(), strict=True))
