@@ -82,19 +82,22 @@ def _split(members: list[_Source], states: Mapping[Any, Any]) -> list[_Source]:
 def _by_name(
     saved_groups: list[dict[str, Any]], saved: list[list[_Source]], groups: list[dict[str, Any]]
 ) -> list[list[_Source]]:
-    there = {
-        _canonical(name): source
-        for group, members in zip(saved_groups, saved, strict=True)
-        for name, source in zip(group["param_names"], members, strict=True)
-    }
-    here = [[_canonical(name) for name, _ in named_parameters(group)] for group in groups]
+    own = [[name for name, _ in named_parameters(group)] for group in groups]
+    theirs = [name for group in saved_groups for name in group["param_names"]]
+    sources = [source for members in saved for source in members]
+    # a model may use the names of wrappers for modules of its own
+    same = any(
+        len({_canonical(name) for name in names}) < len(names) for names in (theirs, [n for m in own for n in m])
+    )
+    there = {name if same else _canonical(name): source for name, source in zip(theirs, sources, strict=True)}
+    here = [[name if same else _canonical(name) for name in members] for members in own]
     names = {name for members in here for name in members}
     if names != set(there):
         # a module that has become a part of another, or the other way
         stripped = {name.removeprefix(_prefix(there)): source for name, source in there.items()}
-        own = _prefix(names)
-        if {name.removeprefix(own) for name in names} == set(stripped):
-            there, here = stripped, [[name.removeprefix(own) for name in members] for members in here]
+        prefix = _prefix(names)
+        if {name.removeprefix(prefix) for name in names} == set(stripped):
+            there, here = stripped, [[name.removeprefix(prefix) for name in members] for members in here]
         else:
             missing, unexpected = sorted(names - set(there)), sorted(set(there) - names)
             raise ValueError(

@@ -338,3 +338,23 @@ def test_views_are_compared_for_the_learned_rule_alone():
     trained(net, first, [0])
     with pytest.raises(ValueError, match="group 0 was saved with heads=2, this optimizer has 1"):
         FusedCelo2(net).load_state_dict(first.state_dict())
+
+
+def test_a_model_may_have_modules_that_are_named_as_wrappers():
+    def build():
+        torch.manual_seed(0)
+        return nn.ModuleDict(
+            {
+                "a": nn.ModuleDict({"module": nn.Linear(4, 4), "x": nn.Linear(4, 4)}),
+                "module": nn.ModuleDict({"a": nn.ModuleDict({"x": nn.Linear(4, 4)})}),
+            }
+        )
+
+    one, first = (lambda net: trained(net, FusedCelo2(net, lr=1e-2)))(build())
+    two = build()
+    two.load_state_dict(one.state_dict())
+    second = FusedCelo2(two, lr=1e-2)
+    second.load_state_dict(first.state_dict())
+    trained(one, first, [3])
+    trained(two, second, [3])
+    assert_same(one, two)
