@@ -128,7 +128,15 @@ def language_model(lab: Lab) -> None:
             tokens = sequences * context
             adam_lr = 2e-3 if opt == "muon" else None
             recipe = Recipe(
-                "check", lr, 0.0, tokens, 0.05, 0.0, 1.0, steps * tokens, 1, "gpu_check", opt, adam_lr=adam_lr
+                name="check",
+                opt=opt,
+                lr=lr,
+                adam_lr=adam_lr,
+                max_grad_norm=1.0,
+                batch_tokens=tokens,
+                tokens=steps * tokens,
+                val_tokens=1,
+                source="gpu_check",
             )
             with DEVICE:
                 model = GPT(config)

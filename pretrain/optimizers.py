@@ -4,7 +4,7 @@ Hidden matrices go to the method, embeddings, head and vectors to AdamW (`celo2.
 treat every parameter alike.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -13,29 +13,31 @@ from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim import AdamW, Muon, Optimizer
 
-from celo2 import FusedCelo2, Theta, load_weights, param_groups
+from celo2 import FusedCelo2, MatrixView, Theta, load_weights, param_groups
 from celo2.pretrain.model import GPT
-from celo2.pretrain.recipes import OPTS, Recipe
+from celo2.pretrain.recipes import OPTS, Tuning
 from celo2.routing import format_table
 from celo2.state import local
 from celo2.theta import VARIANTS
 
 
 class Optimizers:
-    """The torch optimizers of one run, stepped together.
+    """The torch optimizers of one run, stepped together, for a GPT or any other module.
 
-    Every group carries `initial_lr`, its peak learning rate; `set_lr` scales them all. The model may be sharded by
-    `fully_shard`; `wire_dtype` is then celo2's, and so is `split_over`, a mesh of the ranks that have a model whole.
+    `views` are the matrices that parameters split into, by name; those of a GPT are known. Every group carries
+    `initial_lr`, its peak learning rate; `set_lr` scales them all. The model may be sharded by `fully_shard`;
+    `wire_dtype` is then celo2's, and so is `split_over`, a mesh of the ranks that have a model whole.
     Raises ValueError for an unknown `opt`, and for `weights` or `split_over` given to an optimizer that has none.
     """
 
     def __init__(
         self,
         opt: str,
-        recipe: Recipe,
-        model: GPT,
+        tuning: Tuning,
+        model: nn.Module,
         weights: str | Theta | None = None,
         *,
+        views: Mapping[str, MatrixView] | None = None,
         wire_dtype: str = "auto",
         split_over: DeviceMesh | None = None,
     ) -> None:
@@ -46,8 +48,10 @@ class Optimizers:
         if split_over is not None and opt not in VARIANTS:
             raise ValueError(f"--split-step belongs to --opt celo2 or celo2-base, not to {opt}")
         self.theta: Theta | None = None
-        self._max_grad_norm = recipe.max_grad_norm
-        self._padding = model.padding()
+        self._max_grad_norm = tuning.max_grad_norm
+        self._padding = model.padding() if isinstance(model, GPT) else {}
+        if views is None and isinstance(model, GPT):
+            views = model.matrix_views()
         self._parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self.members: list[Optimizer] = []
         if opt in VARIANTS:
@@ -55,27 +59,27 @@ class Optimizers:
             self.theta = load_weights(weights or opt)
             self.members.append(
                 FusedCelo2(
-                    param_groups(model, variant=opt, views=model.matrix_views()),
-                    recipe.lr,
+                    param_groups(model, variant=opt, views=views),
+                    tuning.lr,
                     weights=self.theta,
-                    weight_decay=recipe.weight_decay,
+                    weight_decay=tuning.weight_decay,
                     orthogonalize=None if opt == "celo2" else False,
-                    adam_lr_mult=recipe.adam_lr_mult,
-                    adam_betas=recipe.betas,
-                    max_grad_norm=recipe.max_grad_norm,
+                    adam_lr_mult=tuning.adam_lr_mult,
+                    adam_betas=tuning.betas,
+                    max_grad_norm=tuning.max_grad_norm,
                     wire_dtype=wire_dtype,
                     split_over=split_over,
                 )
             )
         elif opt == "adamw":
-            self.members.append(_adamw(model.named_parameters(), recipe.lr, recipe))
+            self.members.append(_adamw(model.named_parameters(), tuning.lr, tuning))
         else:
             rules = {name: group["rule"] for group in param_groups(model) for name, _ in group["params"]}
             pairs = list(model.named_parameters())
             hidden = [pair for pair in pairs if rules[pair[0]] == "celo2"]
             rest = [pair for pair in pairs if rules[pair[0]] == "adamw"]
-            self.members.append(Muon(hidden, lr=recipe.lr, weight_decay=recipe.weight_decay))
-            self.members.append(_adamw(rest, recipe.adam_lr or recipe.lr, recipe))
+            self.members.append(Muon(hidden, lr=tuning.lr, momentum=tuning.momentum, weight_decay=tuning.weight_decay))
+            self.members.append(_adamw(rest, tuning.adam_lr or tuning.lr, tuning))
         for group in self._groups():
             group["initial_lr"] = group["lr"]
         for member in self.members:
@@ -172,12 +176,12 @@ def _create_state(member: Optimizer) -> None:
                 member.state[parameter] = {"step": step, **moments}
 
 
-def _adamw(parameters: Iterable[tuple[str, nn.Parameter]], lr: float, recipe: Recipe) -> AdamW:
+def _adamw(parameters: Iterable[tuple[str, nn.Parameter]], lr: float, tuning: Tuning) -> AdamW:
     """AdamW with decay on matrices only, as nanoGPT and llm.c do."""
     named = list(parameters)
     groups = [
-        {"params": [pair for pair in named if pair[1].ndim >= 2], "weight_decay": recipe.weight_decay},
+        {"params": [pair for pair in named if pair[1].ndim >= 2], "weight_decay": tuning.weight_decay},
         {"params": [pair for pair in named if pair[1].ndim < 2], "weight_decay": 0.0},
     ]
     fused = all(parameter.device.type in ("cpu", "cuda") for _, parameter in named)
-    return AdamW([group for group in groups if group["params"]], lr=lr, betas=recipe.betas, fused=fused)
+    return AdamW([group for group in groups if group["params"]], lr=lr, betas=tuning.betas, fused=fused)

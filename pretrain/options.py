@@ -5,13 +5,16 @@ import dataclasses
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any, TypeVar
 
 from celo2.optimizer import WIRE_DTYPES
 from celo2.pretrain import interruption
 from celo2.pretrain.device import DTYPES
 from celo2.pretrain.model import ARCHS, SIZES
 from celo2.pretrain.parallel import PARALLEL, REDUCE
-from celo2.pretrain.recipes import OPTS, RECIPES, Recipe, recipe_for
+from celo2.pretrain.recipes import OPTS, RECIPES, Recipe, Tuning, recipe_for
+
+AnyTuning = TypeVar("AnyTuning", bound=Tuning)
 
 # more than cores are slower, and thousands end the process in the library that makes them
 MAX_THREADS = max(64, 4 * (os.cpu_count() or 1))
@@ -49,6 +52,33 @@ def path(text: str) -> Path:
     return Path(given(text))
 
 
+def add_tuning(parser: argparse.ArgumentParser | argparse._ArgumentGroup) -> None:
+    """The flags of what is tuned of an optimizer; one that is left out is None, and the recipe's value holds."""
+    parser.add_argument("--lr", type=float, help="peak learning rate")
+    parser.add_argument("--weight-decay", type=float, help="decoupled weight decay")
+    parser.add_argument("--max-grad-norm", type=float, help="global gradient-norm clip, 0 for none")
+    parser.add_argument("--warmup-frac", type=float, help="part of the steps in the linear warm-up")
+    parser.add_argument("--final-lr-frac", type=float, help="last learning rate, as a part of the peak")
+    parser.add_argument("--beta1", type=float, help="of AdamW, also on the side of celo2 and muon")
+    parser.add_argument("--beta2", type=float, help="of AdamW, also on the side of celo2 and muon")
+    parser.add_argument("--momentum", type=float, help="of muon")
+    parser.add_argument("--adam-lr", type=float, help="of muon: AdamW's learning rate beside it")
+    parser.add_argument("--adam-lr-mult", type=float, help="of celo2: AdamW's learning rate, as a multiple of --lr")
+
+
+def tuned(tuning: AnyTuning, arguments: argparse.Namespace) -> AnyTuning:
+    """`tuning` with what the flags of `add_tuning` say; raises ValueError for a value out of range."""
+    fields = ("lr", "weight_decay", "max_grad_norm", "warmup_frac", "final_lr_frac", "momentum", "adam_lr")
+    changes: dict[str, Any] = {
+        key: value for key in (*fields, "adam_lr_mult") if (value := getattr(arguments, key)) is not None
+    }
+    if changes.get("max_grad_norm") == 0:
+        changes["max_grad_norm"] = None
+    betas = zip((arguments.beta1, arguments.beta2), tuning.betas, strict=True)
+    changes["betas"] = tuple(default if beta is None else beta for beta, default in betas)
+    return dataclasses.replace(tuning, **changes)
+
+
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description="Train a GPT-2 or GPT-3-sized language model with Celo2, AdamW or Muon.",
@@ -68,9 +98,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     recipe = parser.add_argument_group("changes to the recipe")
     recipe.add_argument("--steps", type=int, metavar="N", help="optimizer steps")
     recipe.add_argument("--batch-tokens", type=int, metavar="N", help="tokens an optimizer step")
-    recipe.add_argument("--lr", type=float, help="peak learning rate")
-    recipe.add_argument("--weight-decay", type=float, help="decoupled weight decay")
-    recipe.add_argument("--max-grad-norm", type=float, help="global gradient-norm clip, 0 for none")
+    add_tuning(recipe)
     recipe.add_argument("--val-tokens", type=int, metavar="N", help="tokens of the fixed validation set")
     data = parser.add_argument_group("data and output")
     data.add_argument("--data", type=path, metavar="DIR", help="folder of .bin shards (default: the embedded text)")
@@ -160,14 +188,10 @@ def resolve_recipe(arguments: argparse.Namespace) -> Recipe:
                 "fit; take its other numbers with --steps, --batch-tokens and so on"
             )
     changes = {
-        key: getattr(arguments, key)
-        for key in ("batch_tokens", "lr", "weight_decay", "max_grad_norm", "val_tokens")
-        if getattr(arguments, key) is not None
+        key: getattr(arguments, key) for key in ("batch_tokens", "val_tokens") if getattr(arguments, key) is not None
     }
-    if changes.get("max_grad_norm") == 0:
-        changes["max_grad_norm"] = None
     if arguments.steps is not None:
         if arguments.steps < 1:
             raise ValueError(f"--steps {arguments.steps}: must be at least 1")
         changes["tokens"] = arguments.steps * changes.get("batch_tokens", recipe.batch_tokens)
-    return dataclasses.replace(recipe, **changes)
+    return tuned(dataclasses.replace(recipe, **changes), arguments)

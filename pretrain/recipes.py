@@ -16,22 +16,61 @@ CELO2_DECAY_SWEEP = (0.0, 0.1, 10.0)
 MICRO_TOKENS = 16_384
 
 
-@dataclass(frozen=True)
-class Recipe:
+@dataclass(frozen=True, kw_only=True)
+class Tuning:
+    """What is tuned of an optimizer, and its schedule; raises ValueError for a value out of its range."""
+
+    lr: float
+    """Peak learning rate; of the matrices when the optimizer has two."""
+    weight_decay: float = 0.0
+    warmup_frac: float = 0.05
+    """Part of the steps spent in the linear warm-up."""
+    final_lr_frac: float = 0.0
+    """Learning rate of the last step, as a part of the peak."""
+    max_grad_norm: float | None = None
+    """Global gradient-norm clip; None for no clip."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """Of AdamW, and of the AdamW side of celo2 and muon."""
+    momentum: float = 0.95
+    """muon only."""
+    adam_lr: float | None = None
+    """muon only: peak learning rate of AdamW on what is not a hidden matrix."""
+    adam_lr_mult: float = 20.0
+    """celo2 only: AdamW's learning rate on embeddings, head and vectors, as a multiple of lr."""
+
+    def _ranges(self) -> dict[str, tuple[bool, str]]:
+        """Of every field, whether its value is allowed, and what is."""
+        return {
+            "lr": (0.0 < self.lr < math.inf, "finite and > 0"),
+            "weight_decay": (0.0 <= self.weight_decay < math.inf, "finite and >= 0"),
+            "warmup_frac": (0.0 <= self.warmup_frac <= 1.0, "within 0..1"),
+            "final_lr_frac": (0.0 <= self.final_lr_frac <= 1.0, "within 0..1"),
+            "max_grad_norm": (
+                self.max_grad_norm is None or 0.0 < self.max_grad_norm < math.inf,
+                "finite and > 0, or None for no clip (--max-grad-norm 0)",
+            ),
+            "betas": (all(0.0 <= beta < 1.0 for beta in self.betas), "within [0, 1)"),
+            "momentum": (0.0 <= self.momentum < 1.0, "within [0, 1)"),
+            "adam_lr": (self.adam_lr is None or 0.0 < self.adam_lr < math.inf, "finite and > 0, or None"),
+            "adam_lr_mult": (0.0 <= self.adam_lr_mult < math.inf, "finite and >= 0"),
+        }
+
+    def __post_init__(self) -> None:
+        for field, (valid, rule) in self._ranges().items():
+            if not valid:
+                raise ValueError(f"{self}: {field}={getattr(self, field)!r} must be {rule}")
+
+    def __str__(self) -> str:
+        return "the optimizer"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe(Tuning):
     """Everything a run needs besides the model; raises ValueError for a value out of its range."""
 
     name: str
-    lr: float
-    """Peak learning rate; of the matrices when the optimizer has two."""
-    weight_decay: float
     batch_tokens: int
     """Tokens an optimizer step, over all ranks and micro-batches."""
-    warmup_frac: float
-    """Part of the steps spent in the linear warm-up."""
-    final_lr_frac: float
-    """Learning rate of the last step, as a part of the peak."""
-    max_grad_norm: float | None
-    """Global gradient-norm clip; None for no clip."""
     tokens: int
     """Training tokens."""
     val_tokens: int
@@ -40,37 +79,20 @@ class Recipe:
     """Where the numbers come from."""
     opt: str = "adamw"
     """The optimizer that the numbers are for, one of `OPTS`."""
-    betas: tuple[float, float] = (0.9, 0.95)
-    """Of AdamW, and of the AdamW side of celo2 and muon."""
-    adam_lr: float | None = None
-    """muon only: peak learning rate of AdamW on what is not a hidden matrix."""
-    adam_lr_mult: float = 20.0
-    """celo2 only: AdamW's learning rate on embeddings, head and vectors, as a multiple of lr."""
 
-    def __post_init__(self) -> None:
-        allowed = {
-            "lr": (0.0 < self.lr < math.inf, "finite and > 0"),
-            "weight_decay": (0.0 <= self.weight_decay < math.inf, "finite and >= 0"),
+    def _ranges(self) -> dict[str, tuple[bool, str]]:
+        return super()._ranges() | {
             "batch_tokens": (self.batch_tokens >= 1, ">= 1"),
-            "warmup_frac": (0.0 <= self.warmup_frac <= 1.0, "within 0..1"),
-            "final_lr_frac": (0.0 <= self.final_lr_frac <= 1.0, "within 0..1"),
             "opt": (self.opt in OPTS, f"one of {', '.join(OPTS)}"),
-            "max_grad_norm": (
-                self.max_grad_norm is None or 0.0 < self.max_grad_norm < math.inf,
-                "finite and > 0, or None for no clip (--max-grad-norm 0)",
-            ),
             "tokens": (
                 self.tokens >= self.batch_tokens,
                 f">= batch_tokens ({self.batch_tokens}), a step at least: lower the batch, or give --steps",
             ),
             "val_tokens": (self.val_tokens >= 1, ">= 1"),
-            "betas": (all(0.0 <= beta < 1.0 for beta in self.betas), "within [0, 1)"),
-            "adam_lr": (self.adam_lr is None or 0.0 < self.adam_lr < math.inf, "finite and > 0, or None"),
-            "adam_lr_mult": (0.0 <= self.adam_lr_mult < math.inf, "finite and >= 0"),
         }
-        for field, (valid, rule) in allowed.items():
-            if not valid:
-                raise ValueError(f"recipe {self.name!r}: {field}={getattr(self, field)!r} must be {rule}")
+
+    def __str__(self) -> str:
+        return f"recipe {self.name!r}"
 
     @property
     def steps(self) -> int:
@@ -78,12 +100,12 @@ class Recipe:
         return self.tokens // self.batch_tokens
 
 
-def warmup_steps(total_steps: int, recipe: Recipe) -> int:
+def warmup_steps(total_steps: int, recipe: Tuning) -> int:
     """Number of warm-up steps of a run of `total_steps`."""
     return round(recipe.warmup_frac * total_steps)
 
 
-def learning_rate(step: int, total_steps: int, recipe: Recipe) -> float:
+def learning_rate(step: int, total_steps: int, recipe: Tuning) -> float:
     """Learning rate of a 0-based step: linear warm-up, then half a cosine.
 
     The peak is at the last warm-up step and the one after it; the cosine would reach `final_lr_frac` of it one step
@@ -181,7 +203,18 @@ def _adamw(
     name: str, lr: float, *, batch: int, steps: int, warmup_frac: float, final: float = 0.0, source: str
 ) -> Recipe:
     """An AdamW run over `steps` batches: decay 0.1, clip 1.0, betas 0.9 and 0.95."""
-    return Recipe(name, lr, 0.1, batch, warmup_frac, final, 1.0, steps * batch, VAL_TOKENS, source)
+    return Recipe(
+        name=name,
+        lr=lr,
+        weight_decay=0.1,
+        batch_tokens=batch,
+        warmup_frac=warmup_frac,
+        final_lr_frac=final,
+        max_grad_norm=1.0,
+        tokens=steps * batch,
+        val_tokens=VAL_TOKENS,
+        source=source,
+    )
 
 
 _ADAMW = {

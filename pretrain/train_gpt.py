@@ -152,7 +152,8 @@ def train(arguments: argparse.Namespace, held: ExitStack) -> int:
         "recipe": {
             key: list(v) if isinstance(v, tuple) else v
             for key, v in vars(recipe).items()
-            if key not in ("name", "source")
+            # checkpoints from before muon's momentum was an option have none
+            if key not in ("name", "source") and (key, v) != ("momentum", 0.95)
         },
         "seed": arguments.seed,
         "shards": shards,
