@@ -44,6 +44,11 @@ def move(p: Tensor, direction: Tensor, lr: Tensor) -> None:
     p.sub_(_expand(lr, p) * update)
 
 
+def move_raw(p: Tensor, direction: Tensor, lr: Tensor) -> None:
+    """p <- p - lr d per problem, in place: the ablation without the output's RMS."""
+    p.sub_(_expand(lr, p) * direction)
+
+
 def adam_step(
     p: Tensor, g: Tensor, momentum: Tensor, v: Tensor, iteration: Tensor, lr: Tensor, bias_correction: bool
 ) -> None:
@@ -89,6 +94,8 @@ class InnerOptimizer:
         self._factor_moments, self._advance_moments = wrap(factor_moments), wrap(advance_moments)
         self._contribution, self._matrix_direction = wrap(vector_contribution), wrap(matrix_direction)
         self._vector_direction, self._adam, self._move = wrap(vector_direction), wrap(adam_step), wrap(move)
+        if not recipe.normalize_update:
+            self._move = wrap(move_raw)
         self._expert_direction, self._imitate = wrap(self._propose), wrap(_imitation)
 
     def state_shapes(self) -> dict[str, tuple[int, ...]]:

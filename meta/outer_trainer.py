@@ -104,7 +104,7 @@ class OuterTrainer:
         mine = range(self.rank * share, (self.rank + 1) * share)
         self.family = family
         self.truncated_step = TruncatedStep(recipe, family, mine, device=self.device, compiled=compiled)
-        start = torch.from_numpy(flatten(initial_theta(seed, recipe.start)))
+        start = torch.from_numpy(flatten(initial_theta(seed, recipe.start, recipe.hidden)))
         self._parameter = torch.nn.Parameter(start)
         self._adamw = torch.optim.AdamW(
             [self._parameter],
@@ -123,7 +123,7 @@ class OuterTrainer:
 
     @property
     def theta(self) -> Theta:
-        return unflatten(self._parameter.detach().numpy().copy())
+        return unflatten(self._parameter.detach().numpy().copy(), self.recipe.hidden)
 
     @property
     def inner_steps_per_outer(self) -> int:

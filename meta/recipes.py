@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 
 from celo2.theta import VARIANTS
@@ -60,6 +61,10 @@ class Recipe:
     """Part of `direction_weight` that stays after the expert has left."""
     expert_until: tuple[float, float] = (0.05, 0.5)
     """Parts of the run at which the expert begins to give way and at which it is gone."""
+    hidden: int = 8
+    """Width of the MLP's two hidden layers; 4 and 16 are the paper's ablations."""
+    normalize_update: bool = True
+    """Whether a step has an RMS of `inner_lr`; False takes the direction as it is: the paper's ablation."""
 
     def __post_init__(self) -> None:
         def require(condition: bool, what: str) -> None:
@@ -81,6 +86,11 @@ class Recipe:
         low, high = self.length_range
         require(0 < self.window < low < high, f"length_range={self.length_range}: expected 0 < window < low < high")
         require(0 <= self.resume_probability < 1, f"resume_probability={self.resume_probability}: expected [0, 1)")
+        require(self.hidden > 0, f"hidden={self.hidden}: expected at least 1")
+        require(
+            self.normalize_update or (self.expert is None and self.variant == "celo2-base"),
+            "normalize_update=False is an ablation of celo2-base, without an expert",
+        )
         require(self.particles > 0 and self.std > 0, f"particles={self.particles} and std={self.std} must be positive")
 
     def lr(self, step: int) -> float:
@@ -112,13 +122,33 @@ class Recipe:
         fields: dict[str, object] = asdict(self)
         if self.outer_final_lr is None and self.expert is None:
             del fields["outer_steps"]
+        # checkpoints from before the ablations have neither
+        for name, default in (("hidden", 8), ("normalize_update", True)):
+            if fields[name] == default:
+                del fields[name]
         return {key: list(value) if isinstance(value, tuple) else value for key, value in fields.items()}
+
+    def ablated(self, names: Sequence[str]) -> Recipe:
+        """Return the recipe with some of `ABLATIONS`; raises ValueError that lists them for another name."""
+        recipe = self
+        for name in names:
+            if name not in ABLATIONS:
+                raise ValueError(f"ablation {name!r}: allowed: {', '.join(ABLATIONS)}")
+            recipe = replace(recipe, name=f"{recipe.name}-{name}", **ABLATIONS[name])  # type: ignore[arg-type]
+        return recipe
 
     def with_outer_steps(self, outer_steps: int) -> Recipe:
         """Return the recipe for another number of outer steps: its schedule stretches with it."""
         return replace(self, outer_steps=outer_steps, outer_warmup=min(self.outer_warmup, outer_steps // 10))
 
 
+# the paper's, of one piece of the method each
+ABLATIONS: dict[str, dict[str, object]] = {
+    "hidden-4": {"hidden": 4},
+    "hidden-16": {"hidden": 16},
+    "no-output-rms": {"normalize_update": False},
+    "no-augmentation": {"scale_range": (1.0, 1.0)},
+}
 CELO2 = Recipe(name="celo2", variant="celo2")
 CELO2_BASE = Recipe(name="celo2-base", variant="celo2-base", outer_lr=1e-4)
 SHORT = {

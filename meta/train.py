@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from celo2.files import remove_temporary, write_atomic
 from celo2.meta.images import load_image_sets
 from celo2.meta.outer_trainer import CURVE, OuterTrainer
-from celo2.meta.recipes import RECIPES, get_recipe
+from celo2.meta.recipes import ABLATIONS, RECIPES, get_recipe
 from celo2.pretrain import options, require
 from celo2.pretrain.device import device_name
 from celo2.pretrain.failures import explain, require_compiler
@@ -50,6 +50,14 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--recipe", type=options.given, default="celo2", metavar="NAME", help=f"{' | '.join(RECIPES)} (default: celo2)"
+    )
+    parser.add_argument(
+        "--ablate",
+        type=options.given,
+        nargs="+",
+        default=[],
+        metavar="NAME",
+        help=f"ablations: {' | '.join(ABLATIONS)}",
     )
     parser.add_argument("--outer-steps", type=int, metavar="N", help="outer steps; the schedule stretches with them")
     parser.add_argument(
@@ -149,7 +157,7 @@ def train(arguments: argparse.Namespace, held: ExitStack) -> int:
     require("matplotlib", "tqdm", extra="meta")
     from tqdm import tqdm
 
-    recipe = get_recipe(arguments.recipe)
+    recipe = get_recipe(arguments.recipe).ablated(arguments.ablate)
     if arguments.outer_steps is not None:
         recipe = recipe.with_outer_steps(arguments.outer_steps)
     world = World.start(arguments.device)

@@ -144,7 +144,7 @@ class TruncatedStep:
         recipe, n = self.recipe, len(self.particles)
         before = {name: x.clone() for name, x in self.state.items()} if self.snapshot else {}
         before_average = self.average.copy()
-        weights = ThetaBatch.from_vectors(theta.to(self.device))
+        weights = ThetaBatch.from_vectors(theta.to(self.device), self.recipe.hidden)
         indices = self.family.batches(outer_step * recipe.window, recipe.window, self.particles)
         index_KNB = torch.from_numpy(indices).to(self.device)
         expert_weight = recipe.expert_weight(outer_step)
