@@ -217,8 +217,8 @@ class VeLO(Optimizer):
         if self._shared["loss_buffer"].device != device or self._shared["loss_buffer"].dtype != dtype:
             moved = {key: value.to(device) for key, value in self._shared.items()}
             self._shared = {**moved, "loss_buffer": moved["loss_buffer"].to(dtype)}
-        for state in self.state.values():
-            state.update(self._shared)
+            for state in self.state.values():
+                state.update(self._shared)
         return self._shared
 
     def _network(self) -> Networks:
@@ -229,7 +229,8 @@ class VeLO(Optimizer):
         return self._networks[key]
 
     def _order(self, parameter: Tensor) -> tuple[int, ...]:
-        if not self._orders:
+        if parameter not in self._orders:
+            # a wrapper may have replaced the parameters
             self._orders = {
                 member: axis_order(member.shape, linear=group["linear"])
                 for group in self.param_groups
@@ -416,7 +417,7 @@ class VeLO(Optimizer):
             bad += found_inf.reshape(()).to(device)
         if groups:
             loss = self._agree(loss, bad, groups, [job.name for job, _ in jobs if job.cut is not None])
-            if loss is not None and not jobs:
+            if not jobs:
                 return
         accepted = (bad == 0) & torch.isfinite(loss)
         mask: Tensor | None = accepted
@@ -442,8 +443,8 @@ class VeLO(Optimizer):
         buffer, loss_features = advance_loss_buffer(shared["loss_buffer"], shared["step"], loss, decays)
         features = lstm_features(sums, sizes, ranks, shared["step"], self.num_steps, loss_features)
         states = [job.state for job, _ in jobs]
-        hidden, cell = (torch.stack([state[key].to(device) for state in states]) for key in ("hidden", "cell"))
-        mlps, step_size, hidden, cell = networks.advance(features, hidden, cell)
+        old = {key: torch.stack([state[key].to(device, loss.dtype) for state in states]) for key in ("hidden", "cell")}
+        mlps, step_size, hidden, cell = networks.advance(features, old["hidden"], old["cell"])
         scale = step_scale(step_size, sums[:, 0], sizes) * _rates([lr for _, lr in jobs], loss)
 
         if sharded:
@@ -462,14 +463,10 @@ class VeLO(Optimizer):
             mixed, its_scale = (x[index].to(stack.device, stack.dtype) for x in (mlps, scale))
             its_mask = None if mask is None else mask.to(stack.device)
             stack.update(columns, networks.split(mixed), its_scale, its_mask)
-        new = {"hidden": hidden, "cell": cell}
-        if mask is not None:
-            buffer = torch.where(mask, buffer, shared["loss_buffer"])
-        for key, value in new.items():
-            if mask is not None:
-                value = torch.where(mask, value, torch.stack([state[key].to(device) for state in states]))
+        for key, value in (("hidden", hidden), ("cell", cell)):
+            value = value if mask is None else torch.where(mask, value, old[key])
             torch._foreach_copy_([state[key] for state in states], list(value.unbind()))
-        shared["loss_buffer"].copy_(buffer)
+        shared["loss_buffer"].copy_(buffer if mask is None else torch.where(mask, buffer, shared["loss_buffer"]))
         self._warn_after_the_end(calls, shared)
         self._finish(shared, accepted)
 
