@@ -913,6 +913,7 @@ def test_import_stays_light():
 def reports(tmp_path_factory: pytest.TempPathFactory, run_ranks: Callable[..., Any]) -> dict[Any, Any]:
     """What the program found on 4, 1, 2 and 3 ranks; the others resume from the checkpoint of the four."""
     folder = tmp_path_factory.mktemp("velo")
+    random_weights().save(folder / "velo.state")
     return {ranks: run_ranks(PROGRAM, ranks, folder) for ranks in (4, 1, 2, 3)}
 
 

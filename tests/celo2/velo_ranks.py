@@ -8,7 +8,6 @@ import os
 import sys
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
@@ -19,23 +18,13 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 from celo2 import VeLO, VeLOWeights, velo_step
-from celo2.theta import GROUP_COLUMNS
 
 # rows that are cut are the largest axis, the second, or another; ties, fewer rows than ranks, vectors, two of a shape
 SHAPES = [(24, 18), (18, 24), (18, 24), (3, 5), (6, 6), (7, 7), (5, 6, 7), (9, 4, 4), (8, 3, 2, 2), (9,), (2,)]
 
 
-def weights(lstm: int = 12, mlps: int = 6, hidden: int = 4) -> VeLOWeights:
-    rng = np.random.default_rng(0)
-    mlp, rnn = "ff_mod_stack/~", "rnn_params"
-    shapes = {f"{mlp}/w0__{i}": (mlps, rows, hidden) for i, rows in enumerate(GROUP_COLUMNS)}
-    shapes |= {f"{mlp}/b0": (mlps, hidden), f"{mlp}/w1": (mlps, hidden, hidden), f"{mlp}/b1": (mlps, hidden)}
-    shapes |= {f"{mlp}/w2": (mlps, hidden, 3), f"{mlp}/b2": (mlps, 3)}
-    shapes |= {"lstm_init_state/hidden": (1, lstm), "lstm_init_state/cell": (1, lstm)}
-    linears = {"linear": (30, lstm), "linear_1": (30, lstm), "linear_2": (30, lstm), "rnn/linear": (2 * lstm, 4 * lstm)}
-    for name, shape in (linears | {"rnn_to_controls": (lstm, mlps), "step_size": (lstm, 1)}).items():
-        shapes |= {f"{rnn}/{name}/w": shape, f"{rnn}/{name}/b": shape[1:]}
-    return VeLOWeights.from_arrays({path: 0.2 * rng.standard_normal(shape) for path, shape in shapes.items()})
+def weights() -> VeLOWeights:
+    return VeLOWeights.load(Path(sys.argv[1]) / "velo.state")
 
 
 def build(placements, mesh, num_steps=20, shapes=SHAPES, **options):
@@ -65,12 +54,13 @@ def difference(placements, mesh, steps=15, scale=0.1, **options) -> float:
     """Largest difference of a parameter from one process's after some steps."""
     single, one = build(None, None, **options)
     sharded, several = build(placements, mesh, **options)
+    before = [p.detach().clone() for p in single]
     for step in range(steps):
         loss = 2.0 - 0.1 * step + (step == 7)
         for params, optimizer in ((single, one), (sharded, several)):
             set_gradients(params, step, scale)
             optimizer.step(loss=loss)
-    moved = max(float((p - q).abs().max()) for p, q in zip(single, build(None, None)[0], strict=True))
+    moved = max(float((p.detach() - q).abs().max()) for p, q in zip(single, before, strict=True))
     assert moved > 1e-3, moved
     for a, b in zip(single, sharded, strict=True):
         mine, theirs = one.state[a], several.state[b]
@@ -199,7 +189,6 @@ def main() -> None:
     world = dist.get_world_size()
     mesh = init_device_mesh("cpu", (world,))
     results = {f"axis {axis}": difference([Shard(axis)], mesh) for axis in (0, 1)}
-    # a step is a thousandth of a parameter's RMS times what an LSTM of random weights makes of it
     results["axis 2"] = difference([Shard(2)], mesh, shapes=[(5, 6, 7), (9, 4, 4), (3, 4, 6, 2)])
     results["decay"] = difference([Shard(0)], mesh, steps=11, scale=2e3, weight_decay=0.1)
     block, velo_step.BLOCK = velo_step.BLOCK, 13
