@@ -88,6 +88,8 @@ class VeLO(Optimizer):
 
     # GradScaler hands over `grad_scale` and `found_inf` instead of unscaling the gradients itself
     _step_supports_amp_scaling = True
+    weights: VeLOWeights
+    _named: dict[Tensor, tuple[str, bool]] | None  # while the optimizer is constructed with a module
 
     def __init__(
         self,
@@ -131,7 +133,7 @@ class VeLO(Optimizer):
                     self._state_of(parameter)
 
     def _reset_caches(self) -> None:
-        self._named: dict[Tensor, tuple[str, bool]] | None = None
+        self._named = None
         self._warned = False
         self._skips = SkipWatch()
         self._networks: dict[tuple[torch.dtype, torch.device], Networks] = {}
@@ -327,9 +329,7 @@ class VeLO(Optimizer):
     # blocks and collectives are planned here: a compiler would trace the planning
     @torch._disable_dynamo  # type: ignore[attr-defined]
     @torch.no_grad()
-    def step(
-        self, closure: Callable[[], float] | None = None, *, loss: float | Tensor | None = None
-    ) -> float | None:
+    def step(self, closure: Callable[[], float] | None = None, *, loss: float | Tensor | None = None) -> float | None:
         """Update every parameter that has a gradient, given the training loss or a closure that returns it.
 
         Returns the closure's loss when there is one. Raises ValueError without a loss.
@@ -406,7 +406,9 @@ class VeLO(Optimizer):
         decay = float(self.param_groups[0]["weight_decay"])
         grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         inverse_scale = 1.0 if grad_scale is None else 1.0 / grad_scale
-        stacks = stack_jobs([job for job, _ in jobs], inverse_scale=inverse_scale, weight_decay=decay, seed=mix64(calls))
+        stacks = stack_jobs(
+            [job for job, _ in jobs], inverse_scale=inverse_scale, weight_decay=decay, seed=mix64(calls)
+        )
 
         # everything is read, and all that can be refused is refused, before anything is written
         gathered = [stack.gather_sums() for stack, _ in stacks]
@@ -427,7 +429,9 @@ class VeLO(Optimizer):
                 return
             mask = None
 
-        sharded = [(stack, sums) for (stack, _), (sums, _) in zip(stacks, gathered, strict=True) if stack.cut is not None]
+        sharded = [
+            (stack, sums) for (stack, _), (sums, _) in zip(stacks, gathered, strict=True) if stack.cut is not None
+        ]
         if sharded:
             for stack, _ in sharded:
                 stack.advance_rows()
@@ -557,7 +561,8 @@ def _rates(rates: Sequence[float | Tensor], like: Tensor) -> Tensor | float:
 
 def _names_of(module: nn.Module) -> dict[Tensor, tuple[str, bool]]:
     """Return the name of every parameter of a module, and whether it is a square weight of an `nn.Linear` alone."""
-    linear, other = set(), set()
+    linear: set[Tensor] = set()
+    other: set[Tensor] = set()
     for member in module.modules():
         for name, parameter in member.named_parameters(recurse=False):
             is_weight = isinstance(member, nn.Linear) and name == "weight"

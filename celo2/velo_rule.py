@@ -136,7 +136,7 @@ def lstm_features(
     differences of their means. `sizes` [n] counts elements, `ranks` [n] axes longer than 1.
     """
     means = sums / sizes[:, None]
-    square, m, v, m_square, v_square = means.split([1, 3, 1, 3, 1], dim=1)
+    square, m, v, m_square, v_square = torch.split(means, [1, 3, 1, 3, 1], dim=1)
     scale = square.clamp_min(SCALE_EPS).rsqrt()
     var_m = (m_square - m * m).clamp_min(0) * scale * scale
     # of v about the mean of m, as the authors have it
@@ -181,7 +181,11 @@ class Networks:
         first = torch.cat([arrays[f"{prefix}w0__{group}"] for group in range(14)], dim=1)
         parts = [first, *(arrays[prefix + name] for name in ("b0", "w1", "b1", "w2", "b2"))]
         return cls(
-            *(linear(name) for name in ("linear_2", "linear_1", "rnn/linear", "rnn_to_controls", "step_size")),
+            own=linear("linear_2"),
+            shared=linear("linear_1"),
+            gates=linear("rnn/linear"),
+            controls=linear("rnn_to_controls"),
+            step_size=linear("step_size"),
             mlps=torch.cat([part.flatten(1) for part in parts], dim=1),
             shapes=tuple(tuple(part.shape[1:]) for part in parts),
         )
@@ -201,7 +205,7 @@ class Networks:
     def split(self, mlps: Tensor) -> list[Tensor]:
         """Return w0 [t, 30, h], b0 [t, h], w1, b1, w2, b2 of mixed MLPs [t, floats]."""
         sizes = [math.prod(shape) for shape in self.shapes]
-        parts = mlps.split(sizes, dim=1)
+        parts = torch.split(mlps, sizes, dim=1)
         return [part.reshape(-1, *shape) for part, shape in zip(parts, self.shapes, strict=True)]
 
 
@@ -300,7 +304,8 @@ def directions(x: Tensor, factors: Factors, mlp: list[Tensor], scales: Tensor) -
     of_element, of_short, of_long = (
         w0.index_select(1, _rows(rows, x.device)) for rows in (ELEMENT_ROWS, SHORT_ROWS, LONG_ROWS)
     )
-    z = torch.baddbmm(b0[..., None], of_element.mT, x.flatten(2)).unflatten(2, x.shape[2:])
+    z = torch.baddbmm(b0[..., None], of_element.mT, x.flatten(2))
+    z = z.reshape(*z.shape[:2], *x.shape[2:])
     short = factor_columns(factors.short)
     if factors.long is None:
         z += _by_axis(short, of_short + of_long)
@@ -310,12 +315,12 @@ def directions(x: Tensor, factors: Factors, mlp: list[Tensor], scales: Tensor) -
     z = torch.baddbmm(b1[..., None], w1.mT, z.flatten(2).relu_()).relu_()
     # the third output is not used
     out = torch.baddbmm(b2[:, :2, None], w2[..., :2].mT, z)
-    return (out[:, 0] * torch.exp(EXP_MULT * out[:, 1])).unflatten(1, x.shape[2:])
+    return (out[:, 0] * torch.exp(EXP_MULT * out[:, 1])).reshape(len(x), *x.shape[2:])
 
 
 def _by_axis(columns: Tensor, weights: Tensor) -> Tensor:
     """Return columns [t, ..., 6] times weights [t, 6, h], [t, h, ...]."""
-    return torch.bmm(columns.flatten(1, -2), weights).unflatten(1, columns.shape[1:-1]).movedim(-1, 1)
+    return torch.bmm(columns.flatten(1, -2), weights).reshape(*columns.shape[:-1], -1).movedim(-1, 1)
 
 
 def step_scale(step_size: Tensor, square_sum: Tensor, size: Tensor) -> Tensor:

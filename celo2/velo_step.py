@@ -260,6 +260,6 @@ def add_up(tensors: Sequence[Tensor], group: dist.ProcessGroup) -> None:
     """Add tensors of one dtype over the ranks of a group, in place, by one message."""
     message = torch.cat([tensor.flatten() for tensor in tensors])
     dist.all_reduce(message, group=group)
-    parts = message.split([tensor.numel() for tensor in tensors])
+    parts = torch.split(message, [tensor.numel() for tensor in tensors])
     for tensor, part in zip(tensors, parts, strict=True):
         tensor.copy_(part.view(tensor.shape))

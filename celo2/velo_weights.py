@@ -114,7 +114,7 @@ class VeLOWeights:
         for path, array in (("lstm_init_state/cell", cell), (f"{_MLP}/b0", b0), (f"{_MLP}/b1", b1)):
             if array.ndim != 2 or not array.size:
                 raise ValueError(f"VeLO array {path!r} has shape {array.shape}: it must have two axes of at least 1")
-        for path, shape in _expected_shapes(cell.shape[1], *b0.shape, b1.shape[1]).items():
+        for path, shape in _expected_shapes(cell.shape[1], b0.shape[0], b0.shape[1], b1.shape[1]).items():
             if converted[path].shape != shape:
                 raise ValueError(f"VeLO array {path!r} has shape {converted[path].shape}, expected {shape}")
             if not np.isfinite(converted[path]).all():
@@ -259,8 +259,10 @@ def _from_pytorch(arrays: dict[str, Any]) -> dict[str, Any]:
         return arrays
     missing, unknown = sorted(known - set(arrays)), sorted(set(arrays) - known - _PYTORCH_SCRATCH)
     if missing or unknown:
-        half = "" if set(_PYTORCH_RNN_NAMES) - set(missing) and set(_PYTORCH_MLP_NAMES) - set(missing) else (
-            "; it is one of two files: join both by a plus, 'RNN+MLP', or give the folder that has both"
+        half = (
+            ""
+            if set(_PYTORCH_RNN_NAMES) - set(missing) and set(_PYTORCH_MLP_NAMES) - set(missing)
+            else ("; it is one of two files: join both by a plus, 'RNN+MLP', or give the folder that has both")
         )
         raise ValueError(f"of PyLO's arrays {missing} are missing, and {unknown} unknown{half}")
     for name in known:

@@ -365,7 +365,9 @@ def test_calls_do_not_depend_on_the_number_of_tensors():
         set_gradients(params, 0)
         with Count() as count:
             optimizer.step(loss=1.0)
-        counts.append({name: count.calls[name] for name in ("addmm", "mm", "baddbmm", "bmm", "stack", "_foreach_copy_")})
+        counts.append(
+            {name: count.calls[name] for name in ("addmm", "mm", "baddbmm", "bmm", "stack", "_foreach_copy_")}
+        )
     assert counts[0] == counts[1]
     # the LSTM once: two maps that mix, its gates, and two that read it
     assert counts[0]["addmm"] == 5 and counts[0]["mm"] == 1 and counts[0]["baddbmm"] == 9
@@ -430,7 +432,11 @@ def test_one_decay_for_all_groups():
 
 def test_refuses_options_out_of_range():
     p = nn.Parameter(torch.ones(3))
-    for options, error in (({"lr": -1.0}, ValueError), ({"weight_decay": "a"}, TypeError), ({"lr": math.nan}, ValueError)):
+    for options, error in (
+        ({"lr": -1.0}, ValueError),
+        ({"weight_decay": "a"}, TypeError),
+        ({"lr": math.nan}, ValueError),
+    ):
         with pytest.raises(error):
             VeLO([p], 10, weights=random_weights(), **options)
     with pytest.raises(ValueError, match="num_steps=3 in a parameter group"):
@@ -739,9 +745,11 @@ def test_loads_by_name_and_refuses_others():
     with pytest.raises(ValueError, match="and no "):
         same_names.load_state_dict(saved)
     with pytest.raises(ValueError, match="state dict of another optimizer"):
-        same_names.load_state_dict(torch.optim.AdamW(module.parameters()).state_dict() | {"param_groups": [
-            {**group, "weights": "a"} for group in before["param_groups"]
-        ]} | {"state": {0: {"step": torch.ones(())}}})
+        same_names.load_state_dict(
+            torch.optim.AdamW(module.parameters()).state_dict()
+            | {"param_groups": [{**group, "weights": "a"} for group in before["param_groups"]]}
+            | {"state": {0: {"step": torch.ones(())}}}
+        )
     assert all(
         torch.equal(value, before["state"][index][key])
         for index, state in same_names.state_dict()["state"].items()

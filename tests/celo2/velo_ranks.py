@@ -92,7 +92,9 @@ def skipped(mesh):
     if dist.get_rank() == 0:
         params[1].grad.to_local()[0, 0] = math.nan
     optimizer.step(loss=1.0)
-    same = all(torch.equal(p.to_local() if hasattr(p, "to_local") else p, q) for p, q in zip(params, before[0], strict=True))
+    same = all(
+        torch.equal(p.to_local() if hasattr(p, "to_local") else p, q) for p, q in zip(params, before[0], strict=True)
+    )
     for p, old in zip(params, before[1], strict=True):
         state = optimizer.state[p]
         same = same and all(torch.equal(whole(state[key]), old[key]) for key in old if key != "skipped")
