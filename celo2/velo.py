@@ -6,9 +6,9 @@ import math
 import os
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from numbers import Integral
 from typing import TYPE_CHECKING, Any, overload
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -74,7 +74,7 @@ class VeLO(Optimizer):
     they are.
 
     Parameters are float32, float64, bfloat16 (written with stochastic rounding) or float16; the rule computes in
-    float32 (float64 for float64), the LSTM in float64 where one of them is. State is 24 bytes a parameter, made when
+    float32 (float64 for float64), the LSTM in float64 where one of them is. State is 16 bytes a parameter, made when
     the optimizer is. A step with a loss or a gradient that is not finite leaves parameters and state untouched and is
     counted in `skipped_steps`. On a GPU no step waits for the device, but for one with sharded parameters.
 
@@ -101,7 +101,7 @@ class VeLO(Optimizer):
         weight_decay: float = 0.0,
         module: nn.Module | None = None,
     ) -> None:
-        if isinstance(num_steps, bool) or not isinstance(num_steps, Integral):
+        if isinstance(num_steps, bool) or not isinstance(num_steps, (int, np.integer)):
             raise TypeError(
                 f"num_steps={num_steps!r}: VeLO needs the number of steps of the whole training in advance, a whole "
                 "number: how much is left decides how it steps"
@@ -155,7 +155,7 @@ class VeLO(Optimizer):
     # groups and state
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a copy of a group after checking its options and parameters; a module's square weights as a second one."""
+        """Add a copy of a group after checking its options and parameters; a module's square weights as another."""
         if not isinstance(param_group, dict):
             raise TypeError(f"a parameter group must be a dict, got {type(param_group).__name__}")
         group = dict(param_group)
@@ -503,8 +503,8 @@ class VeLO(Optimizer):
                     found[name] = placing, parameter.device_mesh  # type: ignore[attr-defined]
         if not found:
             return []
-        (first, mesh), *others = found.values()
-        for name, (placing, _) in list(found.items())[1:]:
+        first, mesh = next(iter(found.values()))
+        for name, (placing, _) in found.items():
             if placing.group != first.group:
                 raise ValueError(f"{name} is sharded over other ranks than {next(iter(found))}: use one mesh for all")
         own = [mesh.get_group(axis) for axis in range(mesh.ndim)]

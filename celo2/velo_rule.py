@@ -1,6 +1,6 @@
-"""The rule of VeLO (arXiv 2211.09760, `hyper_v2` of google/learned_optimization): pure functions over stacks of tensors.
+"""The rule of VeLO (arXiv 2211.09760, `hyper_v2` of google/learned_optimization) as functions of stacks of tensors.
 
-The loss buffer gives 9 features of the training loss, every tensor 12 of its own and 9 of the time that is left. An LSTM
+The loss buffer gives 9 features of the training loss, every tensor 12 of its own, the time 9. An LSTM
 over [tensors, 30] gives each tensor a step size, and the weights of an MLP of its own that maps 30 columns of each
 element to its step. The rule computes in the dtype of its inputs, float32 or float64.
 
@@ -214,9 +214,9 @@ class Networks:
 
 @dataclass(frozen=True)
 class Factors:
-    """New factored second moments of t tensors: `short` [t, rest, m, 3], `long` [t, rest, n, 3]; V [t, n, 3] of vectors.
+    """New factored second moments of t tensors: `short` [t, rest, m, 3] and `long` [t, rest, n, 3].
 
-    `short_mean` [t, rest, 1, 3] is the mean of `short` over m. A vector has V as `short`, and no `long`.
+    `short_mean` [t, rest, 1, 3] is the mean of `short` over m. A vector has V [t, n, 3] as `short`, and no `long`.
     """
 
     short: Tensor
@@ -251,8 +251,8 @@ def advance_factor(old: Tensor, square_mean: Tensor) -> Tensor:
 def element_columns(p: Tensor, g: Tensor, momenta: tuple[Tensor, ...], v: Tensor, factors: Factors) -> Tensor:
     """Return the 18 columns that an element has for itself, [t, 18, elements], in the order of `ELEMENT_ROWS`.
 
-    All are [t, elements]; g is clipped; the accumulators are those before this step, their new values are columns 1 to 3
-    and 16.
+    All are [t, elements]; g is clipped; the accumulators are those before this step; columns 1 to 3 and 16 are the
+    new ones.
     """
     x = p.new_empty(len(p), len(ELEMENT_ROWS), *p.shape[1:])
     x[:, 0] = g

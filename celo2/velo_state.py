@@ -1,6 +1,6 @@
 """The state of a parameter under VeLO, and of all of them together.
 
-`momentum_fast`, `momentum_medium`, `momentum_slow` and `second_moment` like the parameter; `row_factor` [rest, m, 3] and
+`momentum_fast`, `momentum_medium`, `momentum_slow` and `second_moment` like the parameter; `row_factor` [rest, m, 3],
 `column_factor` [rest, n, 3] in the rule's order of axes (`velo_rule.axis_order`), or `factor` [n, 3] for fewer than two
 axes; `hidden` and `cell`, the LSTM's. Every parameter also has what all share, the same tensors: `step`, 0-d, the steps
 taken; `loss_buffer` [2, 10]; `skipped`, 0-d, the steps that were not taken. The state of a sharded parameter is sharded
@@ -33,7 +33,7 @@ def create_shared(dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]
 
 
 def create_velo_state(parameter: Tensor, order: tuple[int, ...], lstm: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return a parameter's own accumulators, zero, and the LSTM's first state: `lstm` has `hidden` and `cell` [1, L]."""
+    """Return a parameter's own accumulators, zero, and the LSTM's first `hidden` and `cell` out of `lstm`, [1, L]."""
     wide, device, shape = compute_dtype(parameter), parameter.device, parameter.shape
     state = {
         key: torch.zeros_like(parameter, dtype=wide, memory_format=torch.preserve_format, requires_grad=False)

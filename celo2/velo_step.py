@@ -26,7 +26,6 @@ from celo2.velo_rule import (
     Block,
     Factors,
     advance_factor,
-    axis_order,
     column_scales,
     column_sums,
     directions,

@@ -104,7 +104,7 @@ class VeLOWeights:
         missing, unknown = sorted(set(PATHS) - set(arrays)), sorted(set(arrays) - set(PATHS))
         if missing or unknown:
             raise ValueError(f"VeLO needs the arrays {', '.join(PATHS)}; missing {missing}, unknown {unknown}")
-        converted = {}
+        converted: dict[str, NDArray[np.float32]] = {}
         for path in PATHS:
             array = np.array(arrays[path])
             if array.dtype.kind not in "fiu":

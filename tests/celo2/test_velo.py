@@ -487,7 +487,7 @@ def test_closure_and_0d_tensor_give_the_same_step():
         for step in range(3):
             set_gradients(params, step)
             if way == "closure":
-                assert optimizer.step(lambda: x) is x
+                assert optimizer.step(lambda x=x: x) is x
             else:
                 optimizer.step(loss=1.25 if way == "float" else x)
         results.append([p.detach().clone() for p in params])
@@ -757,10 +757,10 @@ def test_loads_by_name_and_refuses_others():
     )
 
 
-def test_state_is_24_bytes_a_parameter():
+def test_state_is_16_bytes_a_parameter():
     params, optimizer = make(((200, 300),))
     own = sum(v.numel() * v.element_size() for k, v in optimizer.state[params[0]].items() if v.numel() > 100)
-    assert own / params[0].numel() < 16.5 + 0.5
+    assert own / params[0].numel() < 16.5
 
 
 # weights
