@@ -34,7 +34,7 @@ from celo2.velo_state import (
     create_velo_state,
     follow_velo_parameter,
 )
-from celo2.velo_step import Job, Stack, add_up, stack_jobs, sum_dtype
+from celo2.velo_step import Job, add_up, stack_jobs, sum_dtype
 from celo2.velo_weights import VeLOWeights, load_velo_weights
 
 if TYPE_CHECKING:
