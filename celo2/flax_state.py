@@ -1,4 +1,6 @@
-"""The authors' `theta.state` without flax: one MessagePack map {"ff_mod_stack": {"~": {name: array}}}.
+"""The authors' `theta.state` without flax: one MessagePack map of maps of arrays.
+
+Celo2's is {"ff_mod_stack": {"~": {name: array}}}; `read_tree` and `write_tree` take any (`celo2.velo_weights`).
 
 An array is MessagePack extension type 1 whose payload is again MessagePack: [shape, dtype name, little-endian bytes]
 (`flax.serialization.to_bytes`). Only the types that such a file holds are implemented; anything else is refused.
@@ -69,12 +71,18 @@ class _Reader:
         return np.frombuffer(raw, "<f4").reshape(shape)
 
 
-def loads(data: bytes) -> dict[str, NDArray[Any]]:
-    """Read the named arrays of a `theta.state`; raises ValueError when it is damaged or something else."""
+def read_tree(data: bytes) -> Any:
+    """Read maps of maps of arrays; raises ValueError when the file is damaged or something else."""
     reader = _Reader(data)
     content = reader.value()
     if reader.at != len(data):
         raise ValueError(f"theta.state has {len(data) - reader.at} bytes after its end")
+    return content
+
+
+def loads(data: bytes) -> dict[str, NDArray[Any]]:
+    """Read the named arrays of a `theta.state`; raises ValueError when it is damaged or something else."""
+    content = read_tree(data)
     try:
         arrays = content["ff_mod_stack"]["~"]
     except (KeyError, TypeError) as error:
@@ -84,33 +92,36 @@ def loads(data: bytes) -> dict[str, NDArray[Any]]:
     return arrays
 
 
-def _pack_length(length: int, fix: int | None, fix_limit: int, tags: tuple[int, int]) -> bytes:
-    if fix is not None and length < fix_limit:
-        return bytes([fix | length])
-    small, large = tags
-    if small >= 0xC4 and length < 256 and small not in (0xDC, 0xDE):
-        return bytes([small, length])
-    return bytes([large]) + struct.pack(">H", length)
+def _pack_length(length: int, tags: tuple[int, ...]) -> bytes:
+    """Pack a length behind the tag of its width; the tags are for 1 (where there are three), 2 and 4 bytes."""
+    widths = ("B", ">H", ">I")[-len(tags) :]
+    for tag, width in zip(tags, widths, strict=True):
+        if length < 1 << (8 * struct.calcsize(width)):
+            return bytes([tag]) + struct.pack(width, length)
+    raise ValueError(f"{length} bytes are too many for one value of a theta.state")
 
 
 def _pack_text(text: str) -> bytes:
-    return bytes([0xA0 | len(text)]) + text.encode("ascii")
+    raw = text.encode("ascii")
+    return (bytes([0xA0 | len(raw)]) if len(raw) < 32 else _pack_length(len(raw), (0xD9, 0xDA, 0xDB))) + raw
 
 
 def _pack_array(array: NDArray[Any]) -> bytes:
     raw = np.ascontiguousarray(array, "<f4").tobytes()
-    shape = b"".join(bytes([size]) if size < 128 else b"\xcd" + struct.pack(">H", size) for size in array.shape)
-    payload = (
-        b"\x93"
-        + bytes([0x90 | array.ndim])
-        + shape
-        + _pack_text("float32")
-        + _pack_length(len(raw), None, 0, (0xC4, 0xC5))
-        + raw
-    )
+    shape = b"".join(bytes([size]) if size < 128 else _pack_length(size, (0xCC, 0xCD, 0xCE)) for size in array.shape)
+    header = b"\x93" + bytes([0x90 | array.ndim]) + shape + _pack_text("float32")
+    payload = header + _pack_length(len(raw), (0xC4, 0xC5, 0xC6)) + raw
     if len(payload) in (1, 2, 4, 8, 16):  # MessagePack's fixed-size extension headers
         return bytes([0xD4 + len(payload).bit_length() - 1, _ARRAY_EXTENSION]) + payload
-    return _pack_length(len(payload), None, 0, (0xC7, 0xC8)) + bytes([_ARRAY_EXTENSION]) + payload
+    return _pack_length(len(payload), (0xC7, 0xC8, 0xC9)) + bytes([_ARRAY_EXTENSION]) + payload
+
+
+def write_tree(tree: Mapping[str, Any] | NDArray[Any]) -> bytes:
+    """Serialise maps of maps of float32 arrays, in the order of their entries."""
+    if not isinstance(tree, Mapping):
+        return _pack_array(tree)
+    size = bytes([0x80 | len(tree)]) if len(tree) < 16 else _pack_length(len(tree), (0xDE, 0xDF))
+    return size + b"".join(_pack_text(name) + write_tree(entry) for name, entry in tree.items())
 
 
 def dumps(arrays: Mapping[str, NDArray[Any]]) -> bytes:
@@ -118,12 +129,4 @@ def dumps(arrays: Mapping[str, NDArray[Any]]) -> bytes:
     largest = max(array.nbytes for array in arrays.values())
     if largest > 60_000:
         raise ValueError(f"an array of {largest} bytes is too large for theta.state; save as .safetensors instead")
-    body = b"".join(_pack_text(name) + _pack_array(array) for name, array in arrays.items())
-    return (
-        b"\x81"
-        + _pack_text("ff_mod_stack")
-        + b"\x81"
-        + _pack_text("~")
-        + _pack_length(len(arrays), 0x80, 16, (0xDE, 0xDE))
-        + body
-    )
+    return write_tree({"ff_mod_stack": {"~": arrays}})

@@ -121,7 +121,7 @@ def _part_of(
 DERIVING = ("adam_lr_mult", "adam_weight_decay", "vector_weight_decay")
 
 
-def _check_number(name: str, value: Any, *, none: bool = False, positive: bool = False) -> None:
+def check_number(name: str, value: Any, *, none: bool = False, positive: bool = False) -> None:
     if value is None and none:
         return
     if isinstance(value, Tensor):
@@ -139,15 +139,15 @@ def _check_number(name: str, value: Any, *, none: bool = False, positive: bool =
 def check_options(group: dict[str, Any]) -> None:
     """Raise for an option out of range, naming it."""
     for name in ("lr", "weight_decay", "adam_lr_mult", "adam_eps"):
-        _check_number(name, group[name])
+        check_number(name, group[name])
     for name in ("adam_weight_decay", "vector_weight_decay"):
-        _check_number(name, group[name], none=True)
-    _check_number("max_grad_norm", group["max_grad_norm"], none=True, positive=True)
+        check_number(name, group[name], none=True)
+    check_number("max_grad_norm", group["max_grad_norm"], none=True, positive=True)
     betas = group["adam_betas"]
     if not (isinstance(betas, (tuple, list)) and len(betas) == 2):
         raise ValueError(f"adam_betas={betas!r}: must be two numbers")
     for index, beta in enumerate(betas):
-        _check_number(f"adam_betas[{index}]", beta)
+        check_number(f"adam_betas[{index}]", beta)
         if not beta < 1:
             raise ValueError(f"adam_betas[{index}]={beta!r}: must be less than 1")
     steps = group["ns_steps"]

@@ -30,9 +30,9 @@ def match(state_dict: Mapping[str, Any], groups: list[dict[str, Any]], defaults:
     were split by rule and kind are split. Raises ValueError for other parameters, names, weights, rules or views.
     """
     saved_groups, states = state_dict["param_groups"], state_dict["state"]
-    sources = _sources(saved_groups, states, groups)
+    found = find_sources(saved_groups, states, groups)
     merged, matched, position = [], {}, 0
-    for index, (group, there) in enumerate(zip(groups, sources, strict=True)):
+    for index, (group, there) in enumerate(zip(groups, found, strict=True)):
         options = _options(index, group, [saved_groups[number] for number in dict.fromkeys(s.group for s in there)])
         check_options({**defaults, **options})
         options["params"] = []
@@ -45,7 +45,7 @@ def match(state_dict: Mapping[str, Any], groups: list[dict[str, Any]], defaults:
     return {**state_dict, "state": matched, "param_groups": merged}
 
 
-def _sources(
+def find_sources(
     saved_groups: list[dict[str, Any]], states: Mapping[Any, Any], groups: list[dict[str, Any]]
 ) -> list[list[_Source]]:
     """Return where the state of every parameter of every group is."""

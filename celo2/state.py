@@ -282,7 +282,7 @@ def copy_saved_state(saved: dict[str, Any], state: dict[str, Tensor], view: Matr
     for entry, value in values.items():
         if entry == "column_factor" and value.ndim != state[entry].ndim:
             value = value.reshape(state[entry].shape)
-        state[entry].copy_(_placed(value, state[entry]))
+        state[entry].copy_(placed(value, state[entry]))
 
 
 def _same_levels(saved: dict[str, Any], state: dict[str, Tensor]) -> bool:
@@ -292,7 +292,7 @@ def _same_levels(saved: dict[str, Any], state: dict[str, Tensor]) -> bool:
     return all(saved[key].stride() == state[key].stride() for key in MOMENTUM_KEYS)
 
 
-def _placed(saved: Tensor, like: Tensor) -> Tensor:
+def placed(saved: Tensor, like: Tensor) -> Tensor:
     """Return a saved tensor placed on the ranks as `like` is; collective when it is sharded otherwise."""
     if not (is_dtensor(saved) or is_dtensor(like)):
         return saved

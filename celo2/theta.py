@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,7 +21,7 @@ from numpy.typing import ArrayLike, NDArray
 from safetensors.numpy import load as load_safetensors
 from safetensors.numpy import save as save_safetensors
 
-from celo2 import flax_state
+from celo2 import flax_state, hub
 from celo2.files import write_atomic
 
 # columns of each of the 14 feature groups, in the order of the rule
@@ -212,55 +211,6 @@ def closed_form(name: str) -> Theta:
     return Theta.from_arrays(arrays, card)
 
 
-_HUB_ID = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?")
-
-
-def _load_from_hub(repo: str, revision: str | None) -> Theta:
-    try:
-        from huggingface_hub import hf_hub_download, list_repo_files
-        from huggingface_hub.errors import HfHubHTTPError
-    except ImportError as error:
-        raise ImportError(
-            f"weights={repo!r} is a hub id: pip install huggingface_hub, or pass a file's path"
-        ) from error
-    try:
-        try:
-            files = list_repo_files(repo, revision=revision)
-        except (OSError, RuntimeError) as error:
-            # no network, or told to use none: what was fetched before serves
-            if (cached := _load_cached(repo, revision)) is not None:
-                return cached
-            raise OSError(str(error)) from error
-        for name in sorted(files, key=lambda file: (not file.endswith(".safetensors"), file != "theta.state", file)):
-            if name.endswith((".safetensors", ".state")):
-                return Theta.load(hf_hub_download(repo, name, revision=revision))
-    except (HfHubHTTPError, OSError) as error:
-        raise OSError(
-            f"weights={repo!r} could not be fetched from the hub ({type(error).__name__}: {error}); check the id and "
-            "the network, or download the file and pass its path"
-        ) from error
-    raise ValueError(f"hub repository {repo!r} holds no .safetensors or .state file, only {files}")
-
-
-def _load_cached(repo: str, revision: str | None) -> Theta | None:
-    """Return a theta that was fetched from the hub before, None when there is none."""
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import LocalEntryNotFoundError
-
-    try:
-        folder = snapshot_download(repo, revision=revision, local_files_only=True)
-    except LocalEntryNotFoundError:
-        return None
-    return _load_folder(Path(folder))
-
-
-def _load_folder(folder: Path) -> Theta | None:
-    """Return the theta of a folder, the first of theta.safetensors, any other safetensors, theta.state; or None."""
-    found = [path for path in folder.iterdir() if path.suffix in (".safetensors", ".state")]
-    found.sort(key=lambda path: (path.suffix != ".safetensors", path.stem != "theta", path.name))
-    return Theta.load(found[0]) if found else None
-
-
 def load_weights(weights: str | os.PathLike[str] | Theta) -> Theta:
     """Resolve what the `weights=` argument of `FusedCelo2` accepts.
 
@@ -283,14 +233,13 @@ def load_weights(weights: str | os.PathLike[str] | Theta) -> Theta:
     if path.is_file():
         return Theta.load(path)
     if path.is_dir():
-        theta = _load_folder(path)
-        if theta is None:
+        found = hub.files_in(path)
+        if not found:
             raise FileNotFoundError(f"weights={name!r}: the folder holds no .safetensors or .state file")
-        return theta
-    hub = _HUB_ID.fullmatch(name)
-    if isinstance(weights, str) and hub and not name.endswith((".safetensors", ".state")) and name[0] not in "./":
-        return _load_from_hub(hub["repo"], hub["revision"])
-    if "/" in name or name.endswith((".safetensors", ".state")) or not isinstance(weights, str):
+        return Theta.load(found[0])
+    if isinstance(weights, str) and (where := hub.parse_id(name)) is not None:
+        return Theta.load(hub.fetch(*where))
+    if "/" in name or name.endswith(hub.SUFFIXES) or not isinstance(weights, str):
         raise FileNotFoundError(f"weights={name!r}: no such file")
     raise ValueError(
         f"weights={name!r}: not a known name ({', '.join((*TRAINED, *CLOSED_FORMS))}), a file, or a hub id owner/name"

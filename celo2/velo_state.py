@@ -1,0 +1,97 @@
+"""The state of a parameter under VeLO, and of all of them together.
+
+`momentum_fast`, `momentum_medium`, `momentum_slow` and `second_moment` like the parameter; `row_factor` [rest, m, 3],
+`column_factor` [rest, n, 3] in the rule's order of axes (`velo_rule.axis_order`), or `factor` [n, 3] for fewer than two
+axes; `hidden` and `cell`, the LSTM's. Every parameter also has what all share, the same tensors: `step`, 0-d, the steps
+taken; `loss_buffer` [2, 10]; `skipped`, 0-d, the steps that were not taken. The state of a sharded parameter is sharded
+as it is, what belongs to the LSTM is on every rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from celo2.state import MOMENTUM_KEYS, compute_dtype, is_dtensor, placed, placing_of
+from celo2.velo_rule import FIRST_MINIMUM, LOSS_DECAYS
+
+SHARED_KEYS = ("step", "loss_buffer", "skipped")
+
+
+def create_shared(dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
+    """Return what all parameters share before the first step."""
+    buffer = torch.zeros(2, LOSS_DECAYS, dtype=dtype, device=device)
+    buffer[1] = FIRST_MINIMUM
+    return {
+        "step": torch.zeros((), dtype=torch.float32, device=device),
+        "loss_buffer": buffer,
+        "skipped": torch.zeros((), dtype=torch.int64, device=device),
+    }
+
+
+def create_velo_state(parameter: Tensor, order: tuple[int, ...], lstm: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return a parameter's own accumulators, zero, and the LSTM's first `hidden` and `cell` out of `lstm`, [1, L]."""
+    wide, device, shape = compute_dtype(parameter), parameter.device, parameter.shape
+    state = {
+        key: torch.zeros_like(parameter, dtype=wide, memory_format=torch.preserve_format, requires_grad=False)
+        for key in (*MOMENTUM_KEYS, "second_moment")
+    }
+    *rest, rows, columns = (None, None, *order) if parameter.ndim < 2 else order
+    factors: dict[str, tuple[Any, ...]] = {"row_factor": (*rest, rows), "column_factor": (*rest, columns)}
+    if parameter.ndim < 2:
+        factors = {"factor": tuple(order)}
+    placing = placing_of(parameter) if is_dtensor(parameter) else None
+    for key, axes in factors.items():
+        sizes = (*(shape[axis] for axis in axes), 3) if axes else (1, 3)
+        if is_dtensor(parameter):
+            from celo2.sharding import zeros_placed
+
+            cut = axes.index(placing.axis) if placing is not None and placing.axis in axes else None
+            state[key] = zeros_placed(sizes, parameter, cut, wide)
+        else:
+            state[key] = torch.zeros(sizes, dtype=wide, device=device)
+    state |= {name: lstm[name][0].to(device, copy=True) for name in ("hidden", "cell")}
+    return state
+
+
+def follow_velo_parameter(state: dict[str, Tensor], parameter: Tensor) -> None:
+    """Move the state to where the parameter is, when `module.to(...)` changed its dtype or device.
+
+    Raises ValueError when the parameter's shape is another.
+    """
+    like, wide = state["second_moment"], compute_dtype(parameter)
+    if like.shape != parameter.shape:
+        raise ValueError(
+            f"its shape is {tuple(parameter.shape)} and that of its state {tuple(like.shape)}: a parameter whose data "
+            "got another shape is another one; construct the optimizer again"
+        )
+    if is_dtensor(parameter) or (like.device == parameter.device and like.dtype == wide):
+        return
+    for key, value in state.items():
+        if key not in SHARED_KEYS:
+            state[key] = value.to(parameter.device, value.dtype if key in ("hidden", "cell") else wide)
+
+
+def check_saved_velo_state(name: str, parameter: Tensor, saved: Any, state: dict[str, Tensor]) -> None:
+    """Raise ValueError when saved state does not fit a parameter's."""
+    if saved is None:
+        if parameter.requires_grad:
+            raise ValueError(f"state dict has no state for parameter {name}: it is incomplete")
+        return
+    for key, value in state.items():
+        if key not in saved:
+            raise ValueError(f"state dict of another optimizer: {name} has {', '.join(sorted(saved))} and no {key}")
+        shape = tuple(torch.as_tensor(saved[key]).shape)
+        if shape != tuple(value.shape):
+            raise ValueError(
+                f"state dict of another model: {key} of {name} has shape {shape}, expected {tuple(value.shape)}"
+            )
+
+
+def copy_saved_velo_state(saved: Mapping[str, Any], state: dict[str, Tensor]) -> None:
+    """Copy checked saved values into the state, which keeps its dtypes and devices."""
+    for key, value in state.items():
+        value.copy_(placed(torch.as_tensor(saved[key]), value))
