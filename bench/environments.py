@@ -1,7 +1,7 @@
 """Atari and MinAtar games for `ppo.py`: many at once, stepped together, whole games with their own rewards.
 
 All of them reset as gymnasium's vectors do by default: the step after a game's last one ignores its action, earns
-nothing and brings the first observation of the next game. A life that is lost ends what an agent learns from, not the game.
+nothing and brings the first observation of the next game. A lost life ends what an agent learns from, not the game.
 """
 
 from __future__ import annotations

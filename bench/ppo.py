@@ -439,8 +439,8 @@ def finish(
     log.close()
     attempt("picture", lambda: draw_returns(out_dir, f"{game}, {opt}", random["return"]))
     print(
-        f"final:      return {mean:.4g} +- {error:.2g} over the last {len(returns.window)} of {returns.episodes:,} games; "
-        f"random policy: {random['return']:.4g} +- {random['return_se']:.2g}; {duration(seconds)}, {out_dir}"
+        f"final:      return {mean:.4g} +- {error:.2g} over the last {len(returns.window)} of {returns.episodes:,};"
+        f" random policy: {random['return']:.4g} +- {random['return_se']:.2g}; {duration(seconds)}, {out_dir}"
     )
     return 0
 
