@@ -256,7 +256,7 @@ def train(arguments: argparse.Namespace, held: ExitStack) -> int:
         mean, error = mean_and_error(random_returns(start(seed ^ 1 << 63), arguments.random_episodes, seed))
         print(f"{game}: the random policy's return {mean:.4g} +- {error:.2g} over {arguments.random_episodes} games")
         return 0
-    require("matplotlib")
+    require("matplotlib", extra="rl")
     torch.manual_seed(arguments.seed)
     games = start(seed)
     returns = Returns(algorithm.envs)
