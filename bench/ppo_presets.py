@@ -80,6 +80,7 @@ ALGORITHMS = {
 }
 
 _PPO = "clip 0.5, linear to 0, no warm-up: CleanRL ppo_atari.py"
+_SWEPT = "lr: ours, the best of a few on Breakout, one seed, celo2-base as celo2"
 _BASE = Tuning(lr=2.5e-4, warmup_frac=0.0, max_grad_norm=0.5, betas=(0.9, 0.999))
 # of the AdamW of these runs, also of the one beside muon; PyTorch's own is 1e-8
 ADAM_EPS = 1e-5
@@ -92,10 +93,13 @@ TUNINGS: dict[tuple[str, str], tuple[Tuning, str]] = {
     },
     ("ALE", "velo"): (dataclasses.replace(_BASE, lr=1.0, final_lr_frac=1.0), "no schedule: VeLO has its own; untested"),
     ("MinAtar", "velo"): (dataclasses.replace(_BASE, lr=1.0, final_lr_frac=1.0), "as on ALE; untested"),
-    ("MinAtar", "adamw"): (dataclasses.replace(_BASE, lr=1e-3), f"lr: ours; eps 1e-5, {_PPO}"),
-    ("MinAtar", "muon"): (dataclasses.replace(_BASE, lr=1e-2, adam_lr=1e-3), f"lr: ours; AdamW's eps 1e-5, {_PPO}"),
+    ("MinAtar", "adamw"): (dataclasses.replace(_BASE, lr=1e-2), f"{_SWEPT}; eps 1e-5, {_PPO}"),
+    ("MinAtar", "muon"): (
+        dataclasses.replace(_BASE, lr=3e-2, adam_lr=1e-3),
+        f"{_SWEPT}; AdamW's beside it: ours, untested; its eps 1e-5, {_PPO}",
+    ),
     **{
-        ("MinAtar", opt): (dataclasses.replace(_BASE, lr=4.64e-4, betas=(0.9, 0.95)), f"lr: ours; {_PPO}")
+        ("MinAtar", opt): (dataclasses.replace(_BASE, lr=1e-3, betas=(0.9, 0.95)), f"{_SWEPT}; {_PPO}")
         for opt in ("celo2", "celo2-base")
     },
 }
