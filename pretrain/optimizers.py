@@ -76,8 +76,10 @@ class Optimizers:
         else:
             rules = {name: group["rule"] for group in param_groups(model) for name, _ in group["params"]}
             pairs = list(model.named_parameters())
-            hidden = [pair for pair in pairs if rules[pair[0]] == "celo2"]
-            rest = [pair for pair in pairs if rules[pair[0]] == "adamw"]
+            # PyTorch's Muon takes matrices alone: kernels of convolutions are AdamW's
+            hidden = [pair for pair in pairs if rules[pair[0]] == "celo2" and pair[1].ndim == 2]
+            names = {name for name, _ in hidden}
+            rest = [pair for pair in pairs if pair[0] not in names]
             self.members.append(Muon(hidden, lr=tuning.lr, momentum=tuning.momentum, weight_decay=tuning.weight_decay))
             self.members.append(_adamw(rest, tuning.adam_lr or tuning.lr, tuning))
         for group in self._groups():
