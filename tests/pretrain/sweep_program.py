@@ -45,9 +45,9 @@ if arguments.lr > arguments.fail_above:
 distance = math.log10(arguments.lr / OPTIMUM[arguments.opt])
 loss = 2.0 + OFFSET[arguments.opt] + distance**2 + 0.01 * arguments.seed
 with open(arguments.out_dir / "metrics.jsonl", "w") as file:
-    records = [{"kind": "run", "versions": {"torch": "0"}}]
+    steps = arguments.steps
     # a straight line from 4 down to the final loss
-    for step in range(0, arguments.steps + 1, 10):
-        records.append({"kind": "val", "step": step, "loss": 4 + (loss - 4) * step / arguments.steps})
-    records.append({"kind": "final", "step": arguments.steps, "loss": loss, "note": "text stays out"})
+    line = [{"kind": "val", "step": step, "loss": 4 + (loss - 4) * step / steps} for step in range(0, steps + 1, 10)]
+    final = {"kind": "final", "step": steps, "loss": loss, "note": "text stays out"}
+    records = [{"kind": "run", "versions": {"torch": "0"}}, *line, final]
     file.writelines(json.dumps(record) + "\n" for record in records)
