@@ -13,7 +13,16 @@ from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim import AdamW, Muon, Optimizer
 
-from celo2 import FusedCelo2, MatrixView, Theta, load_weights, param_groups
+from celo2 import (
+    FusedCelo2,
+    MatrixView,
+    Theta,
+    VeLO,
+    VeLOWeights,
+    load_velo_weights,
+    load_weights,
+    param_groups,
+)
 from celo2.pretrain.model import GPT
 from celo2.pretrain.recipes import OPTS, Tuning
 from celo2.routing import format_table
@@ -24,9 +33,10 @@ from celo2.theta import VARIANTS
 class Optimizers:
     """The torch optimizers of one run, stepped together, for a GPT or any other module.
 
-    `views` are the matrices that parameters split into, by name; those of a GPT are known. Every group carries
-    `initial_lr`, its peak learning rate; `set_lr` scales them all. The model may be sharded by `fully_shard`;
-    `wire_dtype` is then celo2's, and so is `split_over`, a mesh of the ranks that have a model whole.
+    `num_steps`, of the whole training, is what velo needs, beside `weights`. `views` are the matrices that parameters
+    split into, by name; those of a GPT are known. Every group carries `initial_lr`, its peak learning rate; `set_lr`
+    scales them all. The model may be sharded by `fully_shard`; `wire_dtype` is then celo2's, and so is `split_over`, a
+    mesh of the ranks that have a model whole.
     Raises ValueError for an unknown `opt`, and for `weights` or `split_over` given to an optimizer that has none.
     """
 
@@ -35,19 +45,22 @@ class Optimizers:
         opt: str,
         tuning: Tuning,
         model: nn.Module,
-        weights: str | Theta | None = None,
+        weights: str | Theta | VeLOWeights | None = None,
         *,
+        num_steps: int | None = None,
         views: Mapping[str, MatrixView] | None = None,
         wire_dtype: str = "auto",
         split_over: DeviceMesh | None = None,
     ) -> None:
         if opt not in OPTS:
             raise ValueError(f"unknown optimizer {opt!r}: choose one of {', '.join(OPTS)}")
-        if weights is not None and opt not in VARIANTS:
-            raise ValueError(f"--weights {weights} belongs to --opt celo2 or celo2-base; --opt {opt} has no weights")
+        if weights is not None and opt not in (*VARIANTS, "velo"):
+            raise ValueError(
+                f"--weights {weights} belongs to --opt celo2, celo2-base or velo; --opt {opt} has no weights"
+            )
         if split_over is not None and opt not in VARIANTS:
             raise ValueError(f"--split-step belongs to --opt celo2 or celo2-base, not to {opt}")
-        self.theta: Theta | None = None
+        self.theta: Theta | VeLOWeights | None = None
         self._max_grad_norm = tuning.max_grad_norm
         self._padding = model.padding() if isinstance(model, GPT) else {}
         if views is None and isinstance(model, GPT):
@@ -56,19 +69,38 @@ class Optimizers:
         self.members: list[Optimizer] = []
         if opt in VARIANTS:
             # a bundled theta has the name of its variant
-            self.theta = load_weights(weights or opt)
+            if isinstance(weights, VeLOWeights):
+                raise TypeError(f"weights={weights.label}: those of VeLO do not fit --opt {opt}")
+            theta = self.theta = load_weights(weights or opt)
+            orthogonalize = None if opt == "celo2" else False
+            if tuning.newton_schulz != "auto":
+                orthogonalize = tuning.newton_schulz == "on"
             self.members.append(
                 FusedCelo2(
                     param_groups(model, variant=opt, views=views),
                     tuning.lr,
-                    weights=self.theta,
+                    weights=theta,
                     weight_decay=tuning.weight_decay,
-                    orthogonalize=None if opt == "celo2" else False,
+                    orthogonalize=orthogonalize,
                     adam_lr_mult=tuning.adam_lr_mult,
                     adam_betas=tuning.betas,
                     max_grad_norm=tuning.max_grad_norm,
                     wire_dtype=wire_dtype,
                     split_over=split_over,
+                )
+            )
+        elif opt == "velo":
+            if isinstance(weights, Theta):
+                raise TypeError(f"weights={weights.label}: a theta of Celo2 does not fit --opt velo")
+            self.theta = load_velo_weights(weights)
+            self.members.append(
+                VeLO(
+                    model.named_parameters(),
+                    num_steps,
+                    weights=self.theta,
+                    lr=tuning.lr,
+                    weight_decay=tuning.weight_decay,
+                    module=model,
                 )
             )
         elif opt == "adamw":
@@ -127,7 +159,10 @@ class Optimizers:
                 member.step()
         elif not bad:
             for member in self.members:
-                member.step()
+                if isinstance(member, VeLO):
+                    member.step(loss=loss)
+                else:
+                    member.step()
         return norm
 
     def state_bytes(self) -> int:

@@ -12,7 +12,7 @@ from celo2.pretrain import interruption
 from celo2.pretrain.device import DTYPES
 from celo2.pretrain.model import ARCHS, SIZES
 from celo2.pretrain.parallel import PARALLEL, REDUCE
-from celo2.pretrain.recipes import OPTS, RECIPES, Recipe, Tuning, recipe_for
+from celo2.pretrain.recipes import NEWTON_SCHULZ, OPTS, RECIPES, Recipe, Tuning, recipe_for
 
 AnyTuning = TypeVar("AnyTuning", bound=Tuning)
 
@@ -64,13 +64,16 @@ def add_tuning(parser: argparse.ArgumentParser | argparse._ArgumentGroup) -> Non
     parser.add_argument("--momentum", type=float, help="of muon")
     parser.add_argument("--adam-lr", type=float, help="of muon: AdamW's learning rate beside it")
     parser.add_argument("--adam-lr-mult", type=float, help="of celo2: AdamW's learning rate, as a multiple of --lr")
+    parser.add_argument("--newton-schulz", choices=NEWTON_SCHULZ, help="of celo2 (auto: not of celo2-base)")
 
 
 def tuned(tuning: AnyTuning, arguments: argparse.Namespace) -> AnyTuning:
     """`tuning` with what the flags of `add_tuning` say; raises ValueError for a value out of range."""
     fields = ("lr", "weight_decay", "max_grad_norm", "warmup_frac", "final_lr_frac", "momentum", "adam_lr")
     changes: dict[str, Any] = {
-        key: value for key in (*fields, "adam_lr_mult") if (value := getattr(arguments, key)) is not None
+        key: value
+        for key in (*fields, "adam_lr_mult", "newton_schulz")
+        if (value := getattr(arguments, key)) is not None
     }
     if changes.get("max_grad_norm") == 0:
         changes["max_grad_norm"] = None
@@ -92,7 +95,9 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     run.add_argument("--bias", action="store_true", help="biases, as in the published GPT-2 weights (arch gpt2)")
     run.add_argument("--recipe", type=given, metavar="NAME", help="a named recipe instead of the default one")
     run.add_argument(
-        "--weights", type=given, help="theta of celo2: a name, a file or a hub id (default: the bundled one of --opt)"
+        "--weights",
+        type=given,
+        help="theta of celo2 (default: the bundled one of --opt) or weights of velo: a name, a file or a hub id",
     )
     run.add_argument("--seed", type=seed, default=1337, help="initial weights and data order (default: 1337)")
     recipe = parser.add_argument_group("changes to the recipe")

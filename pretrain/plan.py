@@ -155,6 +155,8 @@ def make_plan(
     Raises ValueError for an unknown GPU, layout, size or dtype, for fewer than one rank, a batch that does not divide
     among the ranks, and in a process that belongs to a process group already.
     """
+    if opt == "velo":
+        raise ValueError("--opt velo cannot be planned: its messages are not modelled; leave --world-size out")
     gpu = gpu.lower()
     choices = {"--gpu": (gpu, MACHINES), "--parallel": (parallel, PARALLEL), "--reduce": (reduce, REDUCE)}
     for name, (value, allowed) in {**choices, "--dtype": (dtype, DTYPES)}.items():

@@ -9,9 +9,10 @@ from dataclasses import dataclass, replace
 
 from celo2.pretrain.model import SIZES
 
-OPTS = ("celo2", "celo2-base", "adamw", "muon")
+OPTS = ("celo2", "celo2-base", "adamw", "muon", "velo")
 CELO2_LR_SWEEP = (1e-5, 2.15e-5, 4.64e-5, 1e-4, 2.15e-4, 4.64e-4, 1e-3)
 CELO2_DECAY_SWEEP = (0.0, 0.1, 10.0)
+NEWTON_SCHULZ = ("auto", "on", "off")
 # tokens of a micro-batch when none is asked for
 MICRO_TOKENS = 16_384
 
@@ -37,6 +38,8 @@ class Tuning:
     """muon only: peak learning rate of AdamW on what is not a hidden matrix."""
     adam_lr_mult: float = 20.0
     """celo2 only: AdamW's learning rate on embeddings, head and vectors, as a multiple of lr."""
+    newton_schulz: str = "auto"
+    """celo2 only, one of `NEWTON_SCHULZ`: whether matrices are orthogonalised; auto: for celo2, not for celo2-base."""
 
     def _ranges(self) -> dict[str, tuple[bool, str]]:
         """Of every field, whether its value is allowed, and what is."""
@@ -53,6 +56,7 @@ class Tuning:
             "momentum": (0.0 <= self.momentum < 1.0, "within [0, 1)"),
             "adam_lr": (self.adam_lr is None or 0.0 < self.adam_lr < math.inf, "finite and > 0, or None"),
             "adam_lr_mult": (0.0 <= self.adam_lr_mult < math.inf, "finite and >= 0"),
+            "newton_schulz": (self.newton_schulz in NEWTON_SCHULZ, f"one of {', '.join(NEWTON_SCHULZ)}"),
         }
 
     def __post_init__(self) -> None:
@@ -344,10 +348,27 @@ def _muon(size: str) -> Recipe:
     )
 
 
+def _velo(size: str) -> Recipe:
+    """The size's tokens and batch; VeLO has no learning rate and no schedule, and knows the number of steps."""
+    base = _ADAMW[size]
+    return replace(
+        base,
+        name=f"{size}-velo",
+        opt="velo",
+        lr=1.0,
+        weight_decay=0.0,
+        warmup_frac=0.0,
+        final_lr_frac=1.0,
+        max_grad_norm=None,
+        source=f"no rate, no schedule: VeLO (arXiv 2211.09760), untested; tokens, batch: {base.name}",
+    )
+
+
 _DEFAULTS: dict[tuple[str, str], Recipe] = {
     **{(size, "adamw"): recipe for size, recipe in _ADAMW.items()},
     **{(size, opt): _celo2(size, opt) for size in _ADAMW for opt in ("celo2", "celo2-base")},
     **{(size, "muon"): _muon(size) for size in _ADAMW},
+    **{(size, "velo"): _velo(size) for size in _ADAMW},
 }
 
 RECIPES: dict[str, Recipe] = {recipe.name: recipe for recipe in (*_DEFAULTS.values(), *_OTHERS)}

@@ -38,7 +38,7 @@ from celo2.pretrain.optimizers import Optimizers
 from celo2.pretrain.options import parse_arguments, resolve_recipe
 from celo2.pretrain.parallel import Parallel, World, micro_step, replicate, shard
 from celo2.pretrain.prepare_data import prepare_embedded
-from celo2.pretrain.recipes import Recipe, Schedule, split_batch
+from celo2.pretrain.recipes import Schedule, split_batch
 from celo2.pretrain.runlog import METRICS, RunLog, ZScore, format_step, has_records, versions
 from celo2.pretrain.shards import Loader, find_shards, open_shard, shard_fingerprint, validation_batches
 from celo2.pretrain.summary import describe, finish, plan_of, setting_of
@@ -47,7 +47,7 @@ from celo2.pretrain.tokenizer import get_tokenizer
 
 
 def build(
-    arguments: argparse.Namespace, recipe: Recipe, world: World, parallel: Parallel, dtype: str
+    arguments: argparse.Namespace, schedule: Schedule, world: World, parallel: Parallel, dtype: str
 ) -> tuple[GPT, nn.Module, Optimizers]:
     """The model, what its training forward pass goes through, and the optimizers; weights are drawn from the seed."""
     config = model_config(arguments.size, arguments.arch, bias=arguments.bias)
@@ -68,9 +68,10 @@ def build(
             forward = replicate(model, world.device)
     optimizers = Optimizers(
         arguments.opt,
-        recipe,
+        schedule.recipe,
         model,
         arguments.weights,
+        num_steps=schedule.steps,
         wire_dtype=arguments.wire_dtype,
         split_over=parallel.mesh if arguments.split_step else None,
     )
@@ -102,7 +103,7 @@ def train(arguments: argparse.Namespace, held: ExitStack) -> int:
         require_compiler(device, "leave --compile out")
 
     torch.manual_seed(arguments.seed)
-    model, forward, optimizers = build(arguments, recipe, world, parallel, dtype)
+    model, forward, optimizers = build(arguments, schedule, world, parallel, dtype)
     if world.main:
         print(describe(arguments, schedule, model, optimizers, (micro_batch, micro_steps), parallel, where))
     if arguments.dry_run:
@@ -152,8 +153,8 @@ def train(arguments: argparse.Namespace, held: ExitStack) -> int:
         "recipe": {
             key: list(v) if isinstance(v, tuple) else v
             for key, v in vars(recipe).items()
-            # checkpoints from before muon's momentum was an option have none
-            if key not in ("name", "source") and (key, v) != ("momentum", 0.95)
+            # checkpoints from before these were options have none
+            if key not in ("name", "source") and (key, v) not in (("momentum", 0.95), ("newton_schulz", "auto"))
         },
         "seed": arguments.seed,
         "shards": shards,

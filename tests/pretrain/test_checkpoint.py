@@ -18,6 +18,7 @@ from celo2.pretrain.model import GPT, GPTConfig
 from celo2.pretrain.optimizers import Optimizers
 from celo2.pretrain.recipes import OPTS, recipe_for
 
+GOLDEN = Path(__file__).parents[1] / "golden"
 CONFIG = GPTConfig("gpt2", n_layer=2, n_head=2, head_dim=8, context=16, vocab_size=31)
 IDENTITY = {"model": dataclasses.asdict(CONFIG), "seed": 1}
 
@@ -25,7 +26,8 @@ IDENTITY = {"model": dataclasses.asdict(CONFIG), "seed": 1}
 def build(opt: str = "celo2", seed: int = 0) -> tuple[GPT, Optimizers]:
     model = GPT(CONFIG)
     model.init_weights(seed)
-    return model, Optimizers(opt, recipe_for("nano", opt), model)
+    weights = str(GOLDEN / "velo_small.theta.state") if opt == "velo" else None
+    return model, Optimizers(opt, recipe_for("nano", opt), model, weights, num_steps=10)
 
 
 def steps(model: GPT, optimizers: Optimizers, numbers: range) -> list[float]:
@@ -36,7 +38,7 @@ def steps(model: GPT, optimizers: Optimizers, numbers: range) -> list[float]:
         optimizers.zero_grad()
         loss = model(tokens_BT[:, :-1], tokens_BT[:, 1:])
         loss.backward()
-        optimizers.step()
+        optimizers.step(loss.detach())
         losses.append(loss.item())
     return losses
 

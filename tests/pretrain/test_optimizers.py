@@ -1,6 +1,7 @@
 """The optimizers of the harness: routing, rates, clipping, skipping."""
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,7 +10,13 @@ from celo2.pretrain.model import GPT, GPTConfig
 from celo2.pretrain.optimizers import Optimizers
 from celo2.pretrain.recipes import OPTS, recipe_for
 
+VELO = Path(__file__).parents[1] / "golden" / "velo_small.theta.state"
 CONFIG = GPTConfig("gpt2", n_layer=2, n_head=2, head_dim=8, context=16, vocab_size=31, bias=True)
+
+
+def weights_of(opt: str) -> str | None:
+    """VeLO has no weights of its own."""
+    return str(VELO) if opt == "velo" else None
 
 
 def build(opt: str, **changes: object) -> tuple[GPT, Optimizers]:
@@ -17,12 +24,15 @@ def build(opt: str, **changes: object) -> tuple[GPT, Optimizers]:
 
     model = GPT(CONFIG)
     model.init_weights(0)
-    return model, Optimizers(opt, dataclasses.replace(recipe_for("nano", opt), **changes), model)
+    recipe = dataclasses.replace(recipe_for("nano", opt), **changes)
+    return model, Optimizers(opt, recipe, model, weights_of(opt), num_steps=100)
 
 
-def backward(model: GPT, scale: float = 1.0) -> None:
+def backward(model: GPT, scale: float = 1.0) -> torch.Tensor:
     tokens_BT = torch.randint(31, (2, 9), generator=torch.Generator().manual_seed(0))
-    (model(tokens_BT[:, :-1], tokens_BT[:, 1:]) * scale).backward()
+    loss = model(tokens_BT[:, :-1], tokens_BT[:, 1:])
+    (loss * scale).backward()
+    return loss.detach()
 
 
 @pytest.mark.parametrize("opt", OPTS)
@@ -30,8 +40,7 @@ def test_every_parameter_is_stepped_once(opt: str) -> None:
     model, optimizers = build(opt)
     assert sum(optimizers.parameters_by_rule().values()) == model.num_params()
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    backward(model)
-    norm = optimizers.step()
+    norm = optimizers.step(backward(model))
     expected = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
     if opt in ("celo2", "celo2-base"):
         assert norm == pytest.approx(float(expected), rel=1e-5)
@@ -55,8 +64,7 @@ def test_hidden_matrices_go_to_the_method() -> None:
 def test_state_bytes_are_those_of_the_state(opt: str) -> None:
     model, optimizers = build(opt)
     predicted = optimizers.state_bytes()
-    backward(model)
-    optimizers.step()
+    optimizers.step(backward(model))
     states = [state for member in optimizers.members for state in member.state.values()]
     tensors = [(name, value) for state in states for name, value in state.items() if torch.is_tensor(value)]
     actual = sum(value.numel() * value.element_size() for _, value in tensors)
@@ -85,8 +93,7 @@ def test_muon_has_two_peaks_and_adamw_decays_matrices_only() -> None:
 @pytest.mark.parametrize("opt", OPTS)
 def test_a_gradient_that_is_not_finite_steps_nothing(opt: str) -> None:
     model, optimizers = build(opt)
-    backward(model)
-    optimizers.step()
+    optimizers.step(backward(model))
     before = [p.detach().clone() for p in model.parameters()]
     states = [
         value.clone()
@@ -95,8 +102,7 @@ def test_a_gradient_that_is_not_finite_steps_nothing(opt: str) -> None:
         for value in s.values()
         if torch.is_tensor(value)
     ]
-    backward(model, math.inf)
-    assert not math.isfinite(optimizers.step())
+    assert not math.isfinite(optimizers.step(backward(model, math.inf)))
     assert all(torch.equal(p.detach(), old) for p, old in zip(model.parameters(), before, strict=True))
     after = [
         value for m in optimizers.members for s in m.state.values() for value in s.values() if torch.is_tensor(value)
@@ -113,6 +119,35 @@ def test_clip_is_applied_to_adamw() -> None:
     assert clipped == pytest.approx(1e-3, rel=1e-2)
 
 
+def test_velo_steps_by_its_horizon_and_the_loss() -> None:
+    def first_step(num_steps: int, loss: float) -> torch.Tensor:
+        model = GPT(CONFIG)
+        model.init_weights(0)
+        optimizers = Optimizers("velo", recipe_for("nano", "velo"), model, str(VELO), num_steps=num_steps)
+        for _ in range(3):
+            # the losses of two steps do not show in the features yet
+            backward(model)
+            optimizers.step(torch.tensor(loss))
+            loss *= 2
+        return model.blocks[0].mlp.up.weight.detach()
+
+    assert not torch.equal(first_step(100, 4.0), first_step(10, 4.0))
+    model, optimizers = build("velo")
+    backward(model)
+    with pytest.raises(ValueError, match="loss"):
+        optimizers.step()
+
+
+def test_newton_schulz_may_be_switched() -> None:
+    def orthogonalised(opt: str, **changes: object) -> set[bool]:
+        groups = build(opt, **changes)[1].members[0].param_groups
+        return {group["orthogonalize"] for group in groups if group["rule"] == "celo2"}
+
+    assert orthogonalised("celo2") == {True} and orthogonalised("celo2-base") == {False}
+    assert orthogonalised("celo2", newton_schulz="off") == {False}
+    assert orthogonalised("celo2-base", newton_schulz="on") == {True}
+
+
 def test_theta_is_the_bundled_one_by_default_and_may_be_given(random_theta, tmp_path) -> None:
     assert build("celo2")[1].theta.name == "celo2"
     assert build("celo2-base")[1].theta.name == "celo2-base"
@@ -125,10 +160,14 @@ def test_theta_is_the_bundled_one_by_default_and_may_be_given(random_theta, tmp_
 
 def test_refusals() -> None:
     model = GPT(CONFIG)
-    with pytest.raises(ValueError, match="unknown optimizer 'sgd': choose one of celo2, celo2-base, adamw, muon"):
+    with pytest.raises(ValueError, match="unknown optimizer 'sgd': choose one of celo2, celo2-base, adamw, muon, velo"):
         Optimizers("sgd", recipe_for("nano", "adamw"), model)
-    with pytest.raises(ValueError, match="--weights momentum belongs to --opt celo2 or celo2-base"):
+    with pytest.raises(ValueError, match="--weights momentum belongs to --opt celo2, celo2-base or velo"):
         Optimizers("adamw", recipe_for("nano", "adamw"), model, "momentum")
+    with pytest.raises(ValueError, match="VeLO has no weights of its own"):
+        Optimizers("velo", recipe_for("nano", "velo"), model, num_steps=3)
+    with pytest.raises(TypeError, match="needs the number of steps"):
+        Optimizers("velo", recipe_for("nano", "velo"), model, str(VELO))
     with pytest.raises(ValueError, match="--split-step belongs to --opt celo2 or celo2-base, not to muon"):
         Optimizers("muon", recipe_for("nano", "muon"), model, split_over=object())
 
