@@ -101,9 +101,18 @@ def _compiled_forward(config: GPTConfig) -> tuple[GPT, Callable[..., torch.Tenso
 
 
 def train_once(
-    method: Method, lr: float, seed: int, settings: Settings, text: Text, *, compiled: bool = True
+    method: Method,
+    lr: float,
+    seed: int,
+    settings: Settings,
+    text: Text,
+    *,
+    compiled: bool = True,
+    build: Callable[[Recipe, GPT], Optimizers] | None = None,
 ) -> dict[str, Any]:
     """Train one model; return its validation losses in nats a byte, `curve` [[step, loss], ...] and `final`.
+
+    `build` makes the optimizers of the recipe and the model, where they are not those of the method's name.
 
     A step with a gradient that is not finite is skipped and counted (`skipped`); a run whose loss ends not finite has
     `final` infinity.
@@ -126,7 +135,10 @@ def train_once(
     else:
         model = forward = GPT(settings.model())
     model.init_weights(seed)
-    optimizers = Optimizers(method.opt, recipe, model, method.weights)
+    if build is None:
+        optimizers = Optimizers(method.opt, recipe, model, method.weights)
+    else:
+        optimizers = build(recipe, model)
     loader = text.loader(seed)
     curve, skipped, started = [], 0, time.perf_counter()
     for step in range(settings.steps):
