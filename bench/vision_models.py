@@ -61,12 +61,16 @@ def build_model(name: str, images: Images, drop_path: float) -> nn.Module:
     try:
         try:
             # a transformer's positions have a number, a convolution's do not
-            return timm.create_model(name, img_size=images.side, **given)
+            model = timm.create_model(name, img_size=images.side, **given)
         except TypeError as error:
             if "img_size" not in str(error):
                 raise
-            return timm.create_model(name, **given)
-    except (AssertionError, TypeError, ValueError) as error:
+            model = timm.create_model(name, **given)
+        # some find out in their first forward pass
+        with torch.no_grad():
+            model.eval()(torch.zeros(1, images.channels, images.side, images.side))
+        return model.train()
+    except (AssertionError, TypeError, ValueError, RuntimeError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ValueError(
             f"--model {name} is not made for {images.side} x {images.side} pixels, {images.channels} channels and "

@@ -25,9 +25,9 @@ REAL = {
 }
 EMBEDDED = {
     "model": NANO,
-    "steps": 500,
+    "steps": 400,
     "batch": 128,
-    "save_every": 250,
+    "save_every": 200,
     "eval_every": 100,
     "log_every": 25,
     "mixup": 0.0,
