@@ -294,7 +294,8 @@ def train(arguments: argparse.Namespace, held: ExitStack) -> int:
         return world.shared(log.last("val", "step")[-1:] == [step])
 
     def validate() -> None:
-        found = evaluate(model, images, share.size, dtype, world, interrupted)
+        # without activations to keep there is room for more than a micro-batch
+        found = evaluate(model, images, max(128, share.size), dtype, world, interrupted)
         if found is not None:
             log.write("val", step=step, loss=found[0], accuracy=found[1])
             say(f"step {step}/{total} | validation loss {found[0]:.4f} | accuracy {100 * found[1]:.2f} %")
