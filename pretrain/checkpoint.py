@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
@@ -27,7 +28,6 @@ from torch.distributed.checkpoint.state_dict_loader import load as load_distribu
 from torch.distributed.checkpoint.state_dict_saver import save as save_distributed
 
 from celo2.files import remove_temporary, write_atomic
-from celo2.pretrain.model import GPT
 from celo2.pretrain.optimizers import Optimizers
 from celo2.pretrain.parallel import World
 
@@ -79,7 +79,7 @@ class Checkpoints:
         self._failure: OSError | None = None
 
     def save(
-        self, model: GPT, optimizers: Optimizers, state: RunState, *, before: Callable[[], None] = lambda: None
+        self, model: nn.Module, optimizers: Optimizers, state: RunState, *, before: Callable[[], None] = lambda: None
     ) -> Path:
         """Write a checkpoint and remove those that are no longer kept; returns its folder.
 
@@ -195,7 +195,7 @@ class Checkpoints:
 
     def load(
         self,
-        model: GPT,
+        model: nn.Module,
         optimizers: Optimizers,
         identity: dict[str, Any],
         *,
@@ -260,7 +260,7 @@ class Checkpoints:
         problem = next((text for text in self.world.gather(problem) if text is not None), None)
         return (state, None) if problem is None else (None, problem)
 
-    def load_weights(self, model: GPT, source: Path, config: dict[str, Any]) -> str:
+    def load_weights(self, model: nn.Module, source: Path, config: dict[str, Any]) -> str:
         """Load the model alone, of a checkpoint or of the newest whole one in a run's folder; collective.
 
         `config` is this model's, as JSON values. Returns which it was, as `run 0123abcd, step 120`. Raises ValueError
@@ -337,13 +337,18 @@ def _differences(there: dict[str, Any], here: dict[str, Any], prefix: str = "") 
     return found
 
 
-def _tensors(model: GPT, optimizers: Optimizers) -> dict[str, Any]:
+def _tensors(model: nn.Module, optimizers: Optimizers) -> dict[str, Any]:
     """What `torch.distributed.checkpoint` stores; a tied weight is one entry."""
-    return {
+    tensors = {
         "model": dict(model.named_parameters()),
         "optimizer": get_optimizer_state_dict(model, optimizers.members),
         "rng": torch.get_rng_state(),
     }
+    persistent = model.state_dict().keys()
+    # a GPT has none; running means of a network with batch norm are as much part of it as its weights
+    if buffers := {name: buffer for name, buffer in model.named_buffers() if name in persistent}:
+        tensors["buffers"] = buffers
+    return tensors
 
 
 def _quietly(call: Callable[..., Any], *arguments: Any, **options: Any) -> Any:

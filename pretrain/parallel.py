@@ -191,7 +191,7 @@ def shard(model: GPT, parallel: Parallel, dtype: str) -> None:
     fully_shard(model, mesh=parallel.mesh, mp_policy=policy)
 
 
-def replicate(model: GPT, device: torch.device) -> DistributedDataParallel:
+def replicate(model: nn.Module, device: torch.device) -> DistributedDataParallel:
     """Wrap a model for data parallelism: `DistributedDataParallel`, with gradients as views of its buckets."""
     ids = [device] if device.type == "cuda" else None
     return DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True)

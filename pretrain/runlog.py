@@ -100,10 +100,10 @@ def format_step(record: dict[str, Any], total: int, seconds_left: float) -> str:
 class RunLog:
     """Appends records to `metrics.jsonl` and, when asked, to Weights & Biases.
 
-    A record is a JSON object with `kind`: `run` (once a start), `train` (a step), `val`, `final`. Values that are not
-    finite are null. On a resume, records of steps after the checkpoint are dropped, since they are made again; a run
-    from the start keeps an older file as `metrics.jsonl.old`. The last 128 values of each number stay in memory. With
-    `main=False`, on the other ranks of a run, nothing is kept.
+    A record is a JSON object with `kind`: `run` (once a start), `train` (a step), `val`, `final`; other programs have
+    kinds of their own, as `norms`. Values that are not finite are null. On a resume, records of steps after the
+    checkpoint are dropped, since they are made again; a run from the start keeps an older file as `metrics.jsonl.old`.
+    The last 128 values of each number stay in memory. With `main=False`, on the other ranks of a run, nothing is kept.
     """
 
     def __init__(
@@ -163,7 +163,7 @@ class RunLog:
                 f"cannot write {self.path}: {error.strerror}; free space, then go on from the last checkpoint with "
                 "--resume auto",
             ) from error
-        if self._wandb is not None and kind in ("train", "val", "final"):
+        if self._wandb is not None and kind in ("train", "val", "norms", "final"):
             numbers = {f"{kind}/{key}": value for key, value in values.items() if isinstance(value, (int, float))}
             self._wandb.log(numbers, step=values["step"])
         return record

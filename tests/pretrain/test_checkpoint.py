@@ -16,7 +16,7 @@ from celo2.pretrain import checkpoint as checkpoint_module
 from celo2.pretrain.checkpoint import DONE, Checkpoints, RunState
 from celo2.pretrain.model import GPT, GPTConfig
 from celo2.pretrain.optimizers import Optimizers
-from celo2.pretrain.recipes import OPTS, recipe_for
+from celo2.pretrain.recipes import OPTS, Tuning, recipe_for
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 CONFIG = GPTConfig("gpt2", n_layer=2, n_head=2, head_dim=8, context=16, vocab_size=31)
@@ -299,3 +299,20 @@ def test_the_background_writes_what_was_there_when_it_was_asked(tmp_path, monkey
     assert Checkpoints(tmp_path).load(other, others, IDENTITY) == (state_at(1), [])
     assert all(torch.equal(a, b) for a, b in zip(other.parameters(), before, strict=True))
     assert all(not value.any() for m in others.members for state in m.state.values() for value in state.values())
+
+
+def test_running_means_are_part_of_a_checkpoint(tmp_path) -> None:
+    def network() -> tuple[torch.nn.Module, Optimizers]:
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.BatchNorm1d(3), torch.nn.Linear(3, 2))
+        return model, Optimizers("adamw", Tuning(lr=1e-3), model)
+
+    model, optimizers = network()
+    model(torch.randn(8, 4))
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(model, optimizers, RunState(1, 0, "run", {}))
+    other, others = network()
+    assert not torch.equal(other[1].running_mean, model[1].running_mean)
+    checkpoints.load(other, others, {})
+    for name, buffer in model.named_buffers():
+        assert torch.equal(other.get_buffer(name), buffer), name
