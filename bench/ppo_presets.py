@@ -93,7 +93,7 @@ TUNINGS: dict[tuple[str, str], tuple[Tuning, str]] = {
     },
     ("ALE", "velo"): (dataclasses.replace(_BASE, lr=1.0, final_lr_frac=1.0), "no schedule: VeLO has its own; untested"),
     ("MinAtar", "velo"): (dataclasses.replace(_BASE, lr=1.0, final_lr_frac=1.0), "as on ALE; untested"),
-    ("MinAtar", "adamw"): (dataclasses.replace(_BASE, lr=1e-2), f"{_SWEPT}; eps 1e-5, {_PPO}"),
+    ("MinAtar", "adamw"): (dataclasses.replace(_BASE, lr=3e-2), f"{_SWEPT}; eps 1e-5, {_PPO}"),
     ("MinAtar", "muon"): (
         dataclasses.replace(_BASE, lr=3e-2, adam_lr=1e-3),
         f"{_SWEPT}; AdamW's beside it: ours, untested; its eps 1e-5, {_PPO}",
