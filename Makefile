@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help setup train meta evaluate test test-dist test-kernels test-lowest test-interop lint bench report gpu-check data clean
+.PHONY: help setup train meta evaluate evaluate-small test test-dist test-kernels test-lowest test-interop lint bench report gpu-check data clean
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
@@ -27,6 +27,9 @@ meta: $(INSTALLED) ## meta-train a theta for 400 outer steps on the embedded ima
 
 evaluate: $(INSTALLED) ## test the bundled thetas beside tuned baselines, some hours; writes docs/results.md
 	$(BIN)/python -m celo2.meta.evaluate $(ARGS)
+
+evaluate-small: $(INSTALLED) ## the paper's evaluations at CPU size, under 40 minutes; writes docs/evaluations.md
+	$(BIN)/python bench/evaluate_small.py $(ARGS)
 
 test: $(INSTALLED) ## run the tests, but for the two below (ARGS="-k golden")
 	$(BIN)/python -m pytest -q -m "not kernels and not dist" $(ARGS)

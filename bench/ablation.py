@@ -1,11 +1,12 @@
 """The Celo2 paper's ablations at a size for a CPU: a small language model trained with one piece of the method changed.
 
     python bench/ablation.py --row no-output-rms --lr 1e-3
-    python -m celo2.pretrain.sweep --by row --grid "row=base,hidden-4 lr=1e-4..1e-2:5" --out runs/ablations -- bench/ablation.py
+    python -m celo2.pretrain.sweep --by row --grid "row=base,hidden-4 lr=1e-4..1e-2:5" --out runs/ablations \
+        -- bench/ablation.py
 
-Rows of Fig. 4: `base`, then Newton-Schulz on the matrices, then AdamW for vectors and embeddings, all with one theta. Rows
-of the tables: thetas that were meta-trained alike but for one change (`celo2.meta.train --ablate NAME`), applied alike. The
-thetas are in `bench/ablations`, 1,000 outer steps of the recipe celo2-base-short each, from the same seed.
+Rows of Fig. 4: `base`, then Newton-Schulz on the matrices, then AdamW for vectors and embeddings, all with one theta.
+Rows of the tables: thetas that were meta-trained alike but for one change (`celo2.meta.train --ablate NAME`), applied
+alike. The thetas are in `bench/ablations`, 1,000 outer steps of the recipe celo2-base-short each, from the same seed.
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ ROWS = {
     "no-output-rms": ("no-output-rms", "celo2-base", "off", "base without the RMS of the update"),
     "no-augmentation": ("no-augmentation", "celo2-base", "off", "base, meta-trained at one scale of the weights"),
 }
-SETTINGS = dataclasses.replace(SELECTION, steps=200, eval_every=25)
+SETTINGS = dataclasses.replace(SELECTION, steps=150, eval_every=25)
 
 
 def _normalised(columns: Tensor, dims: tuple[int, ...]) -> Tensor:
@@ -121,7 +122,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--lr", type=float, default=5e-4, help="peak learning rate (default: 0.0005)")
     parser.add_argument("--seed", type=options.seed, default=0, help="weights and data order (default: 0)")
     parser.add_argument(
-        "--steps", type=options.whole_number(1), default=SETTINGS.steps, metavar="N", help="(default: 200)"
+        "--steps", type=options.whole_number(1), default=SETTINGS.steps, metavar="N", help="(default: 150)"
     )
     parser.add_argument("--out-dir", type=options.path, metavar="DIR", help="(default: runs/ablation-ROW)")
     parser.add_argument("--resume", choices=("auto", "never"), default="never", help="auto: begin again where it ended")
@@ -132,7 +133,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def run(arguments: argparse.Namespace, held: ExitStack) -> int:
-    require("numpy")
+    require("regex", "tiktoken")
     out_dir: Path = arguments.out_dir or Path("runs") / f"ablation-{arguments.row}"
     held.enter_context(locked(out_dir, World(0, 1, 0, 1, torch.device("cpu"))))
     if arguments.resume == "never" and has_records(out_dir / METRICS):
@@ -151,7 +152,6 @@ def run(arguments: argparse.Namespace, held: ExitStack) -> int:
     started = time.perf_counter()
 
     def make(recipe: Recipe, model: GPT) -> Optimizers:
-        # the rule knows no decay of averages from a clip: rows without the RMS need none either
         return build(arguments.row, recipe, model)
 
     method = Method(arguments.row, opt, (arguments.lr,))

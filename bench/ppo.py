@@ -262,7 +262,8 @@ def train(arguments: argparse.Namespace, held: ExitStack) -> int:
     returns = Returns(algorithm.envs)
     player = Player(games, returns, device)
     model = ActorCritic(game.family, player.channels, games.actions).to(device)
-    optimizers = Optimizers(arguments.opt, tuning, model, arguments.weights)
+    num_steps = algorithm.updates * algorithm.epochs * algorithm.minibatches
+    optimizers = Optimizers(arguments.opt, tuning, model, arguments.weights, num_steps=num_steps)
     for member in optimizers.members:
         if isinstance(member, torch.optim.AdamW):
             for group in member.param_groups:

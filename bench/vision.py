@@ -201,7 +201,7 @@ def train(arguments: argparse.Namespace, held: ExitStack) -> int:
     model = build_model(arguments.model, images, arguments.drop_path).to(device)
     forward: nn.Module = replicate(model, device) if world.ranks > 1 else model
     views = attention_views(model) if arguments.opt in VARIANTS else None
-    optimizers = Optimizers(arguments.opt, tuning, model, arguments.weights, views=views)
+    optimizers = Optimizers(arguments.opt, tuning, model, arguments.weights, num_steps=arguments.steps, views=views)
     kinds = parameters_by_kind(model)
     mixup = None
     if arguments.mixup or arguments.cutmix:

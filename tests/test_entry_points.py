@@ -15,12 +15,17 @@ PROGRAMS = {
     "prepare_data": ["-m", "celo2.pretrain.prepare_data"],
     "prepare_data.py": [str(ROOT / "pretrain" / "prepare_data.py")],
     "plan": ["-m", "celo2.pretrain.plan"],
+    "sweep": ["-m", "celo2.pretrain.sweep"],
     "meta.train": ["-m", "celo2.meta.train"],
     "meta.select": ["-m", "celo2.meta.select"],
     "meta.evaluate": ["-m", "celo2.meta.evaluate"],
     "report": ["-m", "celo2.kernels.report"],
     "gpu_check.py": [str(ROOT / "bench" / "gpu_check.py")],
     "gpu_page.py": [str(ROOT / "bench" / "gpu_page.py")],
+    "ablation.py": [str(ROOT / "bench" / "ablation.py")],
+    "evaluate_small.py": [str(ROOT / "bench" / "evaluate_small.py")],
+    "ppo.py": [str(ROOT / "bench" / "ppo.py")],
+    "vision.py": [str(ROOT / "bench" / "vision.py")],
 }
 
 
