@@ -132,6 +132,13 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         "--eval-every", type=int, default=100, metavar="N", help="steps between validations (default: 100)"
     )
     data.add_argument("--log-every", type=int, default=1, metavar="N", help="steps between printed lines (default: 1)")
+    data.add_argument(
+        "--hellaswag",
+        type=given,
+        metavar="SOURCE",
+        help="score HellaSwag at the end: a .jsonl file, an id of datasets (Rowan/hellaswag), or off (default: "
+        "hellaswag_val.jsonl in --data, when it is there)",
+    )
     data.add_argument("--prompt", default="The ", help="start of the text sample")
     data.add_argument("--sample-tokens", type=int, default=200, metavar="N", help="length of the sample, 0 for none")
     data.add_argument("--wandb", choices=("off", "online", "offline"), default="off", help="log to Weights & Biases")

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from celo2.pretrain.device import peak_flops
+from celo2.pretrain.hellaswag import Score
 from celo2.pretrain.model import GPT
 from celo2.pretrain.optimizers import Optimizers, local_bytes
 from celo2.pretrain.parallel import Parallel, World
@@ -124,6 +125,7 @@ def finish(
     out_dir: Path,
     skipped: int,
     world: World,
+    hellaswag: Score | None,
 ) -> None:
     """Print and write what a finished run has to show: validation loss, sample, picture, report. Collective.
 
@@ -160,10 +162,15 @@ def finish(
         skipped=skipped,
         train_seconds=seconds,
         sample=sample,
+        **({} if hellaswag is None else {f"hellaswag_{key}": value for key, value in vars(hellaswag).items()}),
     )
+    answered = "not scored: no data (--hellaswag)"
+    if hellaswag is not None:
+        answered = f"{hellaswag.accuracy_norm:.4f} of {hellaswag.items:,} (by sums {hellaswag.accuracy:.4f})"
     facts: dict[str, Any] = {
         "run": title,
         "validation loss": f"{loss:.4f} nats a token, {bpb:.4f} bits per byte",
+        **({} if hellaswag is None else {"HellaSwag": answered}),
         "steps": f"{schedule.steps:,} of {recipe.batch_tokens:,} tokens, {skipped} skipped",
         "peak lr, decay": f"{recipe.lr:g}, {recipe.weight_decay:g}",
         "training time": duration(seconds),
@@ -176,5 +183,7 @@ def finish(
         print(f"\nsample:\n{sample}\n")
     print(f"theta:           {optimizers.theta.label}" if optimizers.theta else f"optimizer:       {arguments.opt}")
     print(f"validation loss: {facts['validation loss']}")
+    if tokenizer.name == "gpt2":
+        print(f"HellaSwag:       {answered}")
     print(f"training time:   {facts['training time']}")
     print(f"picture:         {out_dir / CURVE}")

@@ -32,6 +32,7 @@ from celo2.pretrain.device import OptimizerTimer, device_name, peak_flops, preci
 from celo2.pretrain.evaluation import bits_per_byte, evaluate
 from celo2.pretrain.failures import explain, require_compiler
 from celo2.pretrain.folder_lock import locked
+from celo2.pretrain.hellaswag import find_items, score
 from celo2.pretrain.interruption import Interruption, signals_restored
 from celo2.pretrain.model import GPT, SIZES, model_config
 from celo2.pretrain.optimizers import Optimizers
@@ -123,6 +124,7 @@ def train(arguments: argparse.Namespace, held: ExitStack) -> int:
     paths = (*train_paths, *val_paths) if world.main else ()
     shards = world.shared({path.name: shard_fingerprint(path) for path in paths})
     token_bytes = tokenizer.token_bytes()
+    items = find_items(arguments.hellaswag, arguments.data, tokenizer)
     if recipe.val_tokens < config.context:
         raise ValueError(
             f"val_tokens={recipe.val_tokens} is less than one window of {config.context}: raise --val-tokens"
@@ -345,7 +347,8 @@ def train(arguments: argparse.Namespace, held: ExitStack) -> int:
             # for the launch script: there is more to do, and another job comes further
             Path(requeue).touch()
         return 130 if interruption.signal == signal.SIGINT else 0
-    finish(arguments, schedule, model, optimizers, tokenizer, log, out_dir, skipped, world)
+    hellaswag = score(model, items, tokenizer, world, autocast) if items else None
+    finish(arguments, schedule, model, optimizers, tokenizer, log, out_dir, skipped, world, hellaswag)
     log.close()
     world.barrier()
     return 0
