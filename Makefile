@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help setup train meta evaluate evaluate-small test test-dist test-kernels test-lowest test-interop lint bench report gpu-check data clean
+.PHONY: help setup train meta evaluate evaluate-small test test-bench test-dist test-kernels test-lowest test-interop lint bench report gpu-check data clean
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
@@ -10,7 +10,7 @@ TYPECHECK := build/typecheck
 ARGS ?=
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-13s%s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-16s%s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -31,8 +31,11 @@ evaluate: $(INSTALLED) ## test the bundled thetas beside tuned baselines, some h
 evaluate-small: $(INSTALLED) ## the paper's evaluations at CPU size, under 40 minutes; writes docs/evaluations.md
 	$(BIN)/python bench/evaluate_small.py $(ARGS)
 
-test: $(INSTALLED) ## run the tests, but for the two below (ARGS="-k golden")
+test: $(INSTALLED) ## run the tests, but for the ones below (ARGS="-k golden")
 	$(BIN)/python -m pytest -q -m "not kernels and not dist" $(ARGS)
+
+test-bench: $(INSTALLED) ## run the tests of the evaluations: vision, reinforcement learning, ablations; two minutes
+	$(BIN)/python -m pytest -q tests/bench $(ARGS)
 
 test-dist: $(INSTALLED) ## run the tests on 1 to 4 processes: steps, trainer, launch scripts, ten minutes
 	$(BIN)/python -m pytest -q -m dist $(ARGS)
