@@ -1,7 +1,8 @@
 """The AdamW side: `torch.optim.adamw` with the fused kernel, in the memory layout that it needs.
 
 The fused kernel walks raw memory: parameter, gradient and moments must have the same strides and no gaps. What has not
-is copied into that form, and low-precision parameters are widened, a bounded number of elements at a time.
+is copied into that form a bounded number of elements at a time, and low-precision parameters are widened, one whole
+parameter at the least.
 """
 
 from __future__ import annotations
@@ -53,7 +54,8 @@ def step_adamw(
     as_they_are = not isinstance(scale, Tensor) and scale == 1.0
     plain = [job for job in jobs if as_they_are and _fits(job)]
     _step(plain, [job.parameter for job in plain], [job.gradient for job in plain], group, found_inf)
-    for chunk in _chunks([job for job in jobs if not (as_they_are and _fits(job))]):
+    copied = [piece for job in jobs if not (as_they_are and _fits(job)) for piece in _pieces(job)]
+    for chunk in _chunks(copied):
         wide = [job.parameter if _is_wide(job) else _like(job.state["exp_avg"]).copy_(job.parameter) for job in chunk]
         gradients = [_like(job.state["exp_avg"]).copy_(job.gradient).mul_(scale) for job in chunk]
         _step(chunk, wide, gradients, group, found_inf)
@@ -74,6 +76,35 @@ def _is_wide(job: AdamWJob) -> bool:
 def _fits(job: AdamWJob) -> bool:
     moment = job.state["exp_avg"]
     return _is_wide(job) and job.gradient.dtype == moment.dtype and job.gradient.stride() == moment.stride()
+
+
+def _pieces(job: AdamWJob) -> list[AdamWJob]:
+    """A job, or views of its parts when more than `COPY_LIMIT` elements of a gradient would be copied at once.
+
+    The parts are along the axis of the largest stride, so that they have no gaps either. A parameter of low precision
+    stays whole: how it is rounded depends on the place of an element.
+    """
+    parameter, moment = job.parameter, job.state["exp_avg"]
+    if parameter.numel() <= COPY_LIMIT or not _is_wide(job):
+        return [job]
+    axis = max(range(parameter.ndim), key=lambda k: (parameter.shape[k] > 1, moment.stride(k)))
+    length = max(1, COPY_LIMIT * parameter.shape[axis] // parameter.numel())
+    parts = []
+    for first in range(0, parameter.shape[axis], length):
+        count = min(length, parameter.shape[axis] - first)
+        state = {key: job.state[key].narrow(axis, first, count) for key in ("exp_avg", "exp_avg_sq")}
+        # all parts take the same step, and the last one counts it
+        state["step"] = job.state["step"].clone()
+        parts.append(
+            job._replace(
+                parameter=parameter.narrow(axis, first, count),
+                gradient=job.gradient.narrow(axis, first, count),
+                state=state,
+            )
+        )
+    parts[-1].state["step"] = job.state["step"]
+    # a slice may be too large still
+    return [piece for part in parts for piece in _pieces(part)]
 
 
 def _chunks(jobs: list[AdamWJob]) -> Iterator[list[AdamWJob]]:

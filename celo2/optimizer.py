@@ -535,7 +535,7 @@ class FusedCelo2(Optimizer):
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """Update every parameter that has a gradient; returns the closure's loss when there is one.
 
-        `torch.compile` leaves it as it is.
+        `torch.compile` leaves it as it is, and a function compiled with `fullgraph=True` cannot have it within.
         """
         loss = None
         if closure is not None:

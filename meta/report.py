@@ -154,7 +154,7 @@ def _claims(by_name: dict[str, Comparison]) -> list[str]:
         )
 
     claim("`celo2` below tuned AdamW, intervals apart", "celo2", "adamw", True)
-    claim("`celo2` at least as good as tuned Muon", "celo2", "muon", False)
+    claim("`celo2` at least as good as Muon swept over its rate alone", "celo2", "muon", False)
     claim("`celo2-base` at least as good as tuned AdamW", "celo2-base", "adamw", False)
     claim("`celo2` at least as good as its closed form", "celo2", "momentum", False)
     claim("`celo2-base` at least as good as its closed form", "celo2-base", "adam", False)

@@ -112,3 +112,42 @@ def test_low_precision_in_chunks_equals_float32_then_rounded(dtype, monkeypatch)
     for p, q in zip(low, wide, strict=True):
         assert (p.detach().float() - q.detach()).abs().max() <= q.detach().abs().max() * torch.finfo(dtype).eps
         assert torch.equal(ours.state[p]["exp_avg"], exact.state[q]["exp_avg"])
+
+
+@pytest.mark.parametrize("weight_decay", [0.0, 0.3])
+def test_large_tensors_are_copied_in_pieces(weight_decay: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Clipping scales a copy of the gradient: of at most COPY_LIMIT elements at once."""
+
+    def trained(limit: int) -> tuple[list[torch.Tensor], int]:
+        monkeypatch.setattr(adamw, "COPY_LIMIT", limit)
+        sizes: list[list[int]] = []
+        step = adamw._step
+
+        def counted(jobs, parameters, gradients, group, found_inf):
+            sizes.append([gradient.numel() for gradient in gradients])
+            step(jobs, parameters, gradients, group, found_inf)
+
+        monkeypatch.setattr(adamw, "_step", counted)
+        torch.manual_seed(3)
+        shapes = [(40, 5), (1, 130), (7,), (200,), (4, 3, 6, 2)]
+        parameters = [nn.Parameter(torch.randn(shape)) for shape in shapes]
+        # memory in another order than the axes
+        parameters += [nn.Parameter(torch.randn(30, 9).T), nn.Parameter(torch.randn(2, 5, 4, 4).permute(0, 3, 1, 2))]
+        groups = [{"params": parameters, "rule": "adamw"}]
+        optimizer = FusedCelo2(
+            groups, lr=1e-2, weights="momentum", max_grad_norm=0.5, weight_decay=weight_decay, vector_weight_decay=None
+        )
+        for _ in range(3):
+            for parameter in parameters:
+                parameter.grad = torch.randn_like(parameter)
+            optimizer.step()
+        states = [optimizer.state[p][key] for p in parameters for key in ("exp_avg", "exp_avg_sq", "step")]
+        monkeypatch.setattr(adamw, "_step", step)
+        return [p.detach().clone() for p in parameters] + states, max(sum(chunk) for chunk in sizes)
+
+    whole, most = trained(1 << 22)
+    pieces, least = trained(50)
+    assert most > 900 and least <= 50
+    for one, other in zip(whole, pieces, strict=True):
+        # the fused kernel rounds the ends of a tensor otherwise than its middle
+        torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-7)

@@ -484,3 +484,18 @@ def test_a_parameter_of_another_shape_is_named(name):
     with pytest.raises(ValueError, match=rf"{name}: its shape is \(.*\) and that of its state"):
         optimizer.step()
     assert all(torch.equal(q, other) for q, other in zip(before, model.parameters(), strict=True))
+
+
+def test_a_full_graph_cannot_have_the_step() -> None:
+    layer = nn.Linear(4, 4)
+    optimizer = FusedCelo2(layer, lr=1e-3, weights="momentum")
+
+    @torch.compile(fullgraph=True, backend="eager")
+    def train(x: torch.Tensor) -> None:
+        layer(x).sum().backward()
+        optimizer.step()
+
+    before = layer.weight.detach().clone()
+    with pytest.raises(torch._dynamo.exc.Unsupported):
+        train(torch.ones(2, 4))
+    assert torch.equal(layer.weight.detach(), before)
