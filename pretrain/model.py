@@ -1,8 +1,10 @@
-"""The two decoder-only transformers of the harness, and their sizes.
+"""The decoder-only transformers of the harness, and their sizes.
 
 `gpt2` has learned positions, LayerNorm, a tied head and by default no biases (Radford et al. 2019). `modern`
 has RoPE, RMSNorm and QK-norm without gain, an untied head and no biases (the language-model architecture of
-the Celo2 paper, from Marek et al., arXiv 2507.07101). Both have a tanh GELU.
+the Celo2 paper, from Marek et al., arXiv 2507.07101). Both have a tanh GELU. `speedrun` is the fixed architecture of
+the optimization track of modded-nanogpt (Jordan et al.): as `modern`, with biases and gains, RoPE on half of each head,
+squared ReLU, a norm after the embedding, attention scaled by 0.12 and capped logits.
 
 Shape suffixes: B batch, T tokens, D width, H heads, K head dim, V vocabulary, P the same padded, C = 3 (query, key,
 value).
@@ -21,13 +23,17 @@ from torch.utils.checkpoint import checkpoint
 
 from celo2 import MatrixView
 
-ARCHS = ("gpt2", "modern")
+ARCHS = ("gpt2", "modern", "speedrun")
 VOCAB_SIZES = {"bytes": 257, "gpt2": 50257}
 ROPE_BASE = 1e4
 IGNORED = -100  # the target that cross_entropy leaves out
 # modules whose rows are tokens
 PADDED = ("token_embedding", "lm_head")
-NORM_EPS = {"gpt2": 1e-5, "modern": 1e-6}
+NORM_EPS = {"gpt2": 1e-5, "modern": 1e-6, "speedrun": torch.finfo(torch.float32).eps}
+# of speedrun
+LOWEST_FREQUENCY = 1 / 1024
+ATTENTION_SCALE = 0.12
+LOGIT_CAP = 15.0
 
 
 @dataclass(frozen=True)
@@ -41,7 +47,7 @@ class GPTConfig:
     context: int
     vocab_size: int
     bias: bool = False
-    """Biases in Linear and LayerNorm; `gpt2` only. The published GPT-2 parameter counts include them."""
+    """Biases in Linear and LayerNorm, of `gpt2`, whose published parameter counts include them; `speedrun` has them."""
 
     def __post_init__(self) -> None:
         if self.arch not in ARCHS:
@@ -49,9 +55,12 @@ class GPTConfig:
         for name in ("n_layer", "n_head", "head_dim", "context", "vocab_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)!r} must be an integer >= 1")
-        if self.arch == "modern" and (self.bias or self.head_dim % 2):
+        even = {"gpt2": 1, "modern": 2, "speedrun": 4}[self.arch]
+        if (self.arch != "gpt2" and self.bias) or self.head_dim % even:
             got = f"bias={self.bias}, head_dim={self.head_dim}"
-            raise ValueError(f"{got}: arch='modern' takes bias=False and an even head_dim, or use arch='gpt2'")
+            raise ValueError(
+                f"{got}: arch={self.arch!r} takes bias=False and a head_dim that {even} divides, or use arch='gpt2'"
+            )
 
     @property
     def width(self) -> int:
@@ -72,6 +81,11 @@ class GPTConfig:
         """
         padded = -(-self.vocab_size // 128) * 128
         return padded if 100 * padded < 101 * self.vocab_size else self.vocab_size
+
+    @property
+    def biased(self) -> bool:
+        """Whether Linear layers have biases."""
+        return self.bias or self.arch == "speedrun"
 
     @property
     def tied(self) -> bool:
@@ -105,7 +119,7 @@ SIZES: dict[str, Size] = {
 def model_config(size: str, arch: str | None = None, *, bias: bool = False) -> GPTConfig:
     """Configuration of a named size; `arch=None` takes the size's default.
 
-    `modern` widens heads of 64 to 128 where the width allows it (small is 6 x 128; gpt2-xl keeps 25 x 64).
+    `modern` and `speedrun` widen heads of 64 to 128 where the width allows it (small is 6 x 128, gpt2-xl 25 x 64).
     Raises ValueError for an unknown size or architecture.
     """
     if size not in SIZES:
@@ -113,7 +127,7 @@ def model_config(size: str, arch: str | None = None, *, bias: bool = False) -> G
     spec = SIZES[size]
     arch = spec.arch if arch is None else arch
     n_head, head_dim = spec.n_head, spec.head_dim
-    if arch == "modern" and head_dim == 64 and n_head % 2 == 0:
+    if arch in ("modern", "speedrun") and head_dim == 64 and n_head % 2 == 0:
         n_head, head_dim = n_head // 2, 128
     return GPTConfig(arch, spec.n_layer, n_head, head_dim, spec.context, VOCAB_SIZES[spec.tokenizer], bias)
 
@@ -141,6 +155,8 @@ def _pad_rows(model: "GPT", state_dict: dict[str, Tensor], prefix: str, *_: obje
         if weight is not None and weight.shape[0] == config.vocab_size != config.padded_vocab_size:
             extra = config.padded_vocab_size - config.vocab_size
             state_dict[f"{prefix}{name}.weight"] = F.pad(weight, (0, 0, 0, extra))
+            if (bias := state_dict.get(f"{prefix}{name}.bias")) is not None:
+                state_dict[f"{prefix}{name}.bias"] = F.pad(bias, (0, extra))
 
 
 def _tie_again(model: "GPT", _: object) -> None:
@@ -149,20 +165,25 @@ def _tie_again(model: "GPT", _: object) -> None:
 
 
 def make_norm(config: GPTConfig) -> nn.Module:
-    """LayerNorm with gain for `gpt2`, RMSNorm without gain for `modern`, over the width."""
+    """LayerNorm with gain for `gpt2`, RMSNorm for the others, without gain for `modern`, over the width."""
     eps = NORM_EPS[config.arch]
-    if config.arch == "modern":
-        return nn.RMSNorm(config.width, eps=eps, elementwise_affine=False)
+    if config.arch != "gpt2":
+        return nn.RMSNorm(config.width, eps=eps, elementwise_affine=config.arch == "speedrun")
     return nn.LayerNorm(config.width, eps=eps, bias=config.bias)
 
 
-def rope_tables(length: int, head_dim: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Cosine and sine of position * ROPE_BASE**(-2i / head_dim), each float32 [length, head_dim / 2].
+def rope_tables(length: int, head_dim: int, device: torch.device, arch: str = "modern") -> tuple[Tensor, Tensor]:
+    """Cosine and sine of position * frequency, each float32 [length, head_dim / 2].
 
-    Source: Su et al. 2021, arXiv 2104.09864, equation 15.
+    Frequencies are ROPE_BASE**(-2i / head_dim) (Su et al. 2021, arXiv 2104.09864, equation 15); of `speedrun` a quarter
+    of head_dim from 1 to LOWEST_FREQUENCY, and a quarter of zeros.
     """
     half = head_dim // 2
-    frequency_K = ROPE_BASE ** (-torch.arange(half, device=device, dtype=torch.float32) / half)
+    if arch == "speedrun":
+        part_K = torch.linspace(0, 1, half // 2, device=device, dtype=torch.float32)
+        frequency_K = torch.cat((LOWEST_FREQUENCY**part_K, torch.zeros_like(part_K)))
+    else:
+        frequency_K = ROPE_BASE ** (-torch.arange(half, device=device, dtype=torch.float32) / half)
     angle_TK = torch.arange(length, device=device, dtype=torch.float32)[:, None] * frequency_K
     return angle_TK.cos(), angle_TK.sin()
 
@@ -184,8 +205,10 @@ class Attention(nn.Module):
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
         self.heads_shape = (3, config.n_head, config.head_dim)
-        self.qkv = Linear(config.width, 3 * config.width, bias=config.bias)
-        self.out = Linear(config.width, config.width, bias=config.bias)
+        # None: over the root of head_dim
+        self.scale = ATTENTION_SCALE if config.arch == "speedrun" else None
+        self.qkv = Linear(config.width, 3 * config.width, bias=config.biased)
+        self.out = Linear(config.width, config.width, bias=config.biased)
 
     def forward(self, x_BTD: Tensor, rope: tuple[Tensor, Tensor] | None) -> Tensor:
         qkv_BTCHK = self.qkv(x_BTD).unflatten(-1, self.heads_shape)
@@ -193,19 +216,22 @@ class Attention(nn.Module):
         if rope is not None:
             q_BHTK = rotate(qk_norm(q_BHTK), *rope).type_as(v_BHTK)
             k_BHTK = rotate(qk_norm(k_BHTK), *rope).type_as(v_BHTK)
-        y_BHTK = F.scaled_dot_product_attention(q_BHTK, k_BHTK, v_BHTK, is_causal=True)
+        y_BHTK = F.scaled_dot_product_attention(q_BHTK, k_BHTK, v_BHTK, is_causal=True, scale=self.scale)
         return self.out(y_BHTK.transpose(1, 2).flatten(2))
 
 
 class MLP(nn.Module):
-    """Up-projection to 4D, tanh GELU, down-projection."""
+    """Up-projection to 4D, tanh GELU (`speedrun`: squared ReLU), down-projection."""
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
-        self.up = Linear(config.width, 4 * config.width, bias=config.bias)
-        self.down = Linear(4 * config.width, config.width, bias=config.bias)
+        self.squared = config.arch == "speedrun"
+        self.up = Linear(config.width, 4 * config.width, bias=config.biased)
+        self.down = Linear(4 * config.width, config.width, bias=config.biased)
 
     def forward(self, x_BTD: Tensor) -> Tensor:
+        if self.squared:
+            return self.down(F.relu(self.up(x_BTD)).square())
         return self.down(F.gelu(self.up(x_BTD), approximate="tanh"))
 
 
@@ -232,7 +258,7 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """A language model of either architecture; its weights are NaN until `init_weights` or a loaded state.
+    """A language model of one of `ARCHS`; its weights are NaN until `init_weights` or a loaded state.
 
     `recompute` trades time for memory in every block's backward pass; `loss_chunks` above 1 computes the loss in that
     many parts, each with its logits, which the backward pass computes again.
@@ -246,11 +272,13 @@ class GPT(nn.Module):
         self.loss_chunks = loss_chunks
         self.token_embedding = Embedding(config.padded_vocab_size, config.width)
         self.position_embedding = Embedding(config.context, config.width) if config.arch == "gpt2" else None
+        self.embedding_norm = make_norm(config) if config.arch == "speedrun" else None
         self.blocks = nn.ModuleList(Block(config, recompute) for _ in range(config.n_layer))
         self.final_norm = make_norm(config)
         # the tied head is built on meta: its own [V, D] weight would only be thrown away
         head_device = torch.device("meta") if config.tied else None
-        self.lm_head = Linear(config.width, config.padded_vocab_size, bias=False, device=head_device)
+        bias = config.arch == "speedrun"
+        self.lm_head = Linear(config.width, config.padded_vocab_size, bias=bias, device=head_device)
         self._tie()
         self.register_load_state_dict_pre_hook(_pad_rows)  # type: ignore[no-untyped-call]
         # load_state_dict(assign=True) makes new parameters too
@@ -271,8 +299,9 @@ class GPT(nn.Module):
     ) -> Tensor:
         """Logits, or the next-token cross-entropy when targets are given.
 
-        Both are int64 [B, T <= context]; targets of -100 do not count. Returns logits [B, T, V] in the compute dtype,
-        or the 0-d float32 loss in nats. Raises ValueError for other shapes and an unknown reduction.
+        Both are int64 [B, T <= context]; targets of -100 do not count. Returns logits [B, T, V] in the compute dtype
+        (float32 of `speedrun`), or the 0-d float32 loss in nats. Raises ValueError for other shapes and an unknown
+        reduction.
         """
         if tokens_BT.ndim != 2 or not 1 <= tokens_BT.shape[1] <= self.config.context:
             raise ValueError(
@@ -289,14 +318,16 @@ class GPT(nn.Module):
         rope = None
         if self.position_embedding is None:
             # computed here rather than kept as buffers, which casts and to_empty would damage
-            rope = rope_tables(length, self.config.head_dim, tokens_BT.device)
+            rope = rope_tables(length, self.config.head_dim, tokens_BT.device, self.config.arch)
         else:
             x_BTD = x_BTD + self.position_embedding(torch.arange(length, device=tokens_BT.device))
+        if self.embedding_norm is not None:
+            x_BTD = self.embedding_norm(x_BTD)
         for block in self.blocks:
             x_BTD = block(x_BTD, rope)
         x_BTD = self.final_norm(x_BTD)
         if targets_BT is None or self.loss_chunks == 1:
-            logits_BTP: Tensor = self.lm_head(x_BTD)
+            logits_BTP = self._logits(x_BTD)
             if targets_BT is None:
                 return logits_BTP[..., : self.config.vocab_size]
             logits_NP = self._without_padding(logits_BTP).flatten(0, 1).float()
@@ -314,7 +345,15 @@ class GPT(nn.Module):
         return total / (targets_BT != IGNORED).sum() if reduction == "mean" else total
 
     def _summed_loss(self, x_ND: Tensor, targets_N: Tensor) -> Tensor:
-        return F.cross_entropy(self._without_padding(self.lm_head(x_ND)).float(), targets_N, reduction="sum")
+        return F.cross_entropy(self._without_padding(self._logits(x_ND)).float(), targets_N, reduction="sum")
+
+    def _logits(self, x_D: Tensor) -> Tensor:
+        """The head's logits [..., P] of x [..., D]; those of `speedrun` stay within LOGIT_CAP, in float32 or wider."""
+        logits_P: Tensor = self.lm_head(x_D)
+        if self.config.arch != "speedrun":
+            return logits_P
+        logits_P = logits_P if logits_P.dtype == torch.float64 else logits_P.float()
+        return LOGIT_CAP * logits_P * torch.rsqrt(logits_P.square() + LOGIT_CAP**2)
 
     def _without_padding(self, logits_P: Tensor) -> Tensor:
         """Take the logits [..., P] of rows that are padding out of every softmax, in place.
@@ -333,8 +372,9 @@ class GPT(nn.Module):
 
         `gpt2`: standard deviation 0.02, over sqrt(2 n_layer) into the residual stream; biases 0, gains 1.
         `modern`: Xavier-uniform, heads counted as receptive field (JAX's initialiser of [3, H, D, K]);
-        embeddings of variance 1 / D. Rows that are padding are 0. Every rank of a sharded model draws the whole stream
-        and keeps its part.
+        embeddings of variance 1 / D. `speedrun`: embeddings of variance 1, zeros into the residual stream and in the
+        head, elsewhere a variance of 0.33 over the inputs. Rows that are padding are 0. Every rank of a sharded model
+        draws the whole stream and keeps its part.
         Raises ValueError on the meta device.
         """
         generator = torch.Generator().manual_seed(seed)
@@ -353,7 +393,11 @@ class GPT(nn.Module):
             # drawn in float32 on the CPU: one stream for every device and dtype, without the padding
             rows = config.vocab_size if module in PADDED else parameter.shape[0]
             draw = torch.empty(rows, *parameter.shape[1:], dtype=torch.float32, device="cpu")
-            if config.arch == "modern" and module in fans:
+            if config.arch == "speedrun":
+                std = 1.0 if module == "token_embedding" else math.sqrt(0.33 / parameter.shape[1])
+                std = 0.0 if module in ("out", "down", "lm_head") else std
+                draw.normal_(0.0, std, generator=generator)
+            elif config.arch == "modern" and module in fans:
                 limit = math.sqrt(6 / fans[module])
                 draw.uniform_(-limit, limit, generator=generator)
             else:
@@ -372,8 +416,9 @@ class GPT(nn.Module):
 
     def padding(self) -> dict[Tensor, int]:
         """Elements that are padding, by the parameter that has them."""
-        extra = (self.config.padded_vocab_size - self.config.vocab_size) * self.config.width
-        return {module.weight: extra for module in (self.token_embedding, self.lm_head)}
+        rows = self.config.padded_vocab_size - self.config.vocab_size
+        found: dict[Tensor, int] = {m.weight: rows * self.config.width for m in (self.token_embedding, self.lm_head)}
+        return found if self.lm_head.bias is None else {**found, self.lm_head.bias: rows}
 
     def flops_per_token(self) -> int:
         """Training FLOPs (forward and backward) a token: 6 N + 12 n_layer * width * context.

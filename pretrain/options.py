@@ -59,6 +59,9 @@ def add_tuning(parser: argparse.ArgumentParser | argparse._ArgumentGroup) -> Non
     parser.add_argument("--max-grad-norm", type=float, help="global gradient-norm clip, 0 for none")
     parser.add_argument("--warmup-frac", type=float, help="part of the steps in the linear warm-up")
     parser.add_argument("--final-lr-frac", type=float, help="last learning rate, as a part of the peak")
+    parser.add_argument(
+        "--cooldown-frac", type=float, help="constant, then linear over this last part of the steps, not a cosine"
+    )
     parser.add_argument("--beta1", type=float, help="of AdamW, also on the side of celo2 and muon")
     parser.add_argument("--beta2", type=float, help="of AdamW, also on the side of celo2 and muon")
     parser.add_argument("--momentum", type=float, help="of muon")
@@ -69,7 +72,16 @@ def add_tuning(parser: argparse.ArgumentParser | argparse._ArgumentGroup) -> Non
 
 def tuned(tuning: AnyTuning, arguments: argparse.Namespace) -> AnyTuning:
     """`tuning` with what the flags of `add_tuning` say; raises ValueError for a value out of range."""
-    fields = ("lr", "weight_decay", "max_grad_norm", "warmup_frac", "final_lr_frac", "momentum", "adam_lr")
+    fields = (
+        "lr",
+        "weight_decay",
+        "max_grad_norm",
+        "warmup_frac",
+        "final_lr_frac",
+        "cooldown_frac",
+        "momentum",
+        "adam_lr",
+    )
     changes: dict[str, Any] = {
         key: value
         for key in (*fields, "adam_lr_mult", "newton_schulz")

@@ -28,6 +28,8 @@ class Tuning:
     """Part of the steps spent in the linear warm-up."""
     final_lr_frac: float = 0.0
     """Learning rate of the last step, as a part of the peak."""
+    cooldown_frac: float | None = None
+    """None: a cosine from the warm-up on. Else constant, and linear over this last part of the steps."""
     max_grad_norm: float | None = None
     """Global gradient-norm clip; None for no clip."""
     betas: tuple[float, float] = (0.9, 0.95)
@@ -48,6 +50,10 @@ class Tuning:
             "weight_decay": (0.0 <= self.weight_decay < math.inf, "finite and >= 0"),
             "warmup_frac": (0.0 <= self.warmup_frac <= 1.0, "within 0..1"),
             "final_lr_frac": (0.0 <= self.final_lr_frac <= 1.0, "within 0..1"),
+            "cooldown_frac": (
+                self.cooldown_frac is None or 0.0 < self.cooldown_frac <= 1.0 - self.warmup_frac,
+                "within (0, 1 - warmup_frac], or None for a cosine",
+            ),
             "max_grad_norm": (
                 self.max_grad_norm is None or 0.0 < self.max_grad_norm < math.inf,
                 "finite and > 0, or None for no clip (--max-grad-norm 0)",
@@ -110,7 +116,7 @@ def warmup_steps(total_steps: int, recipe: Tuning) -> int:
 
 
 def learning_rate(step: int, total_steps: int, recipe: Tuning) -> float:
-    """Learning rate of a 0-based step: linear warm-up, then half a cosine.
+    """Learning rate of a 0-based step: linear warm-up, then half a cosine, or constant and a linear cooldown.
 
     The peak is at the last warm-up step and the one after it; the cosine would reach `final_lr_frac` of it one step
     after the run, so that the last step still counts. Source: llm.c, nanoGPT. Raises ValueError for a step outside
@@ -121,6 +127,9 @@ def learning_rate(step: int, total_steps: int, recipe: Tuning) -> float:
     warmup = warmup_steps(total_steps, recipe)
     if step < warmup:
         return recipe.lr * (step + 1) / warmup
+    if recipe.cooldown_frac is not None:
+        left = min(1.0, (total_steps - step) / (recipe.cooldown_frac * total_steps))
+        return recipe.lr * (recipe.final_lr_frac + (1.0 - recipe.final_lr_frac) * left)
     progress = (step - warmup) / (total_steps - warmup)
     cosine = 0.5 * (1.0 + math.cos(math.pi * progress))
     return recipe.lr * (recipe.final_lr_frac + (1.0 - recipe.final_lr_frac) * cosine)
@@ -165,8 +174,10 @@ class Schedule:
     def __str__(self) -> str:
         recipe = self.recipe
 
+        fall = "cosine" if recipe.cooldown_frac is None else f"linear over the last {recipe.cooldown_frac:g}"
+
         def shape(steps: int) -> str:
-            return f"{steps:,} steps, warm-up {warmup_steps(steps, recipe)}, peak lr {recipe.lr:g}, cosine to "
+            return f"{steps:,} steps, warm-up {warmup_steps(steps, recipe)}, peak lr {recipe.lr:g}, {fall} to "
 
         lines = f"{shape(recipe.steps)}{recipe.final_lr_frac:g} of it"
         return lines + "".join(f"; then {shape(steps)}the same" for steps in self.extensions)
@@ -364,6 +375,68 @@ def _velo(size: str) -> Recipe:
     )
 
 
+# Marek et al. 2025 (arXiv 2507.07101) train on as many tokens at this batch; the Celo2 paper gives none
+_TOKENS_2B5 = 4_712 * HALF_M
+_2B5 = "--arch modern; tokens: Celo2 paper (2.5B, 20 a parameter); batch: Marek et al., arXiv 2507.07101; "
+
+
+def _gpt2_2b5() -> tuple[Recipe, ...]:
+    """GPT-2 124M on the Celo2 paper's tokens."""
+    base = replace(
+        _ADAMW["small"], warmup_frac=0.05, tokens=_TOKENS_2B5, source=f"{_2B5}lr 0.0048, decay 0.1: Marek et al."
+    )
+    celo2 = _celo2("small", "celo2")
+    muon = _muon("small")
+    return (
+        replace(base, name="gpt2-124m-2.5b-adamw", lr=4.8e-3),
+        replace(celo2, name="gpt2-124m-2.5b-celo2", tokens=_TOKENS_2B5, source=f"{_2B5}lr: untested, sweep it"),
+        replace(
+            muon,
+            name="gpt2-124m-2.5b-muon",
+            warmup_frac=0.05,
+            tokens=_TOKENS_2B5,
+            adam_lr=4.8e-3,
+            source=f"{_2B5}lr: untested",
+        ),
+        replace(_velo("small"), name="gpt2-124m-2.5b-velo", tokens=_TOKENS_2B5, source=f"{_2B5}no rate, no schedule"),
+    )
+
+
+def _speedrun() -> tuple[Recipe, ...]:
+    """The optimization track of modded-nanogpt: data, batch and architecture are fixed, the steps to 3.28 count."""
+    track = "modded-nanogpt, track 3 (--arch speedrun, FineWeb); "
+    base = replace(_ADAMW["small"], max_grad_norm=None, warmup_frac=0.0, weight_decay=0.0, cooldown_frac=0.7)
+    return (
+        replace(
+            base,
+            name="speedrun-124m-adamw",
+            lr=1.5e-3,
+            weight_decay=0.125,
+            warmup_frac=250 / 5_625,
+            tokens=5_625 * HALF_M,
+            source=f"{track}lr, decay, warm-up: its notes; cooldown: its script; untested here",
+        ),
+        replace(
+            base,
+            name="speedrun-124m-muon",
+            opt="muon",
+            lr=0.025,
+            weight_decay=0.025,
+            adam_lr=3e-3,
+            tokens=3_250 * HALF_M,
+            source=f"{track}lr, decay, cooldown: its script, which has three rates for AdamW beside it; untested here",
+        ),
+        replace(
+            base,
+            name="speedrun-124m-celo2",
+            opt="celo2",
+            lr=1e-3,
+            tokens=3_250 * HALF_M,
+            source=f"{track}lr: the top of the Celo2 paper's sweep, untested",
+        ),
+    )
+
+
 _DEFAULTS: dict[tuple[str, str], Recipe] = {
     **{(size, "adamw"): recipe for size, recipe in _ADAMW.items()},
     **{(size, opt): _celo2(size, opt) for size in _ADAMW for opt in ("celo2", "celo2-base")},
@@ -371,7 +444,9 @@ _DEFAULTS: dict[tuple[str, str], Recipe] = {
     **{(size, "velo"): _velo(size) for size in _ADAMW},
 }
 
-RECIPES: dict[str, Recipe] = {recipe.name: recipe for recipe in (*_DEFAULTS.values(), *_OTHERS)}
+RECIPES: dict[str, Recipe] = {
+    recipe.name: recipe for recipe in (*_DEFAULTS.values(), *_OTHERS, *_gpt2_2b5(), *_speedrun())
+}
 """Every recipe by name: the default of each size and optimizer, and the published alternatives."""
 
 

@@ -71,6 +71,9 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     report.add_argument("--metric", default="loss", metavar="NAME", help="of val and final records (default: loss)")
     report.add_argument("--maximize", action="store_true", help="a larger metric is better")
     report.add_argument("--reference", metavar="METHOD", help="what others are compared with (default: the first)")
+    report.add_argument(
+        "--target", type=float, metavar="X", help="a value to reach: (X - mean) * sqrt(n) of each method"
+    )
     report.add_argument("--title", metavar="TEXT", help="of the report (default: the folder's name)")
     report.add_argument("--report", action="store_true", help="only write the report of what has ended")
     run = parser.add_argument_group("running")
@@ -238,7 +241,7 @@ def sweep(arguments: argparse.Namespace, argv: Sequence[str], held: ExitStack) -
         "program": shlex.join([plan.program, *plan.fixed]),
         "points": f"{len(findings.grid)} of {len(plan.points)} ended",
     }
-    write_report(out, findings, arguments.title or out.name, facts)
+    write_report(out, findings, arguments.title or out.name, facts, arguments.target)
     for method in findings.methods:
         if method.best is not None:
             best = " ".join(f"{key}={value}" for key, value in method.best)

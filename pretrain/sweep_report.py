@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from celo2.files import write_atomic
-from celo2.pretrain.intervals import Mean, mean, paired_difference
+from celo2.pretrain.intervals import Mean, margin, mean, paired_difference
 from celo2.pretrain.runlog import duration, write_png
 from celo2.pretrain.sweep_points import Point
 from celo2.pretrain.sweep_runner import Record
@@ -382,8 +382,8 @@ def draw_parallel(findings: Findings, path: Path, title: str) -> None:
     write_png(figure, path)
 
 
-def write_report(out: Path, findings: Findings, title: str, facts: dict[str, str]) -> None:
-    """Write `report.md`, the figures and, for other programs, `records.jsonl` with every run that is in them."""
+def write_report(out: Path, findings: Findings, title: str, facts: dict[str, str], target: float | None = None) -> None:
+    """Write `report.md`, with the margins to `target`, the figures, and `records.jsonl` with every run in them."""
     import json
 
     metric = findings.metric
@@ -394,6 +394,10 @@ def write_report(out: Path, findings: Findings, title: str, facts: dict[str, str
     else:
         header, rows = comparison_rows(findings)
         lines += table(header, rows)
+        if target is not None:
+            sign = -1.0 if metric.maximize else 1.0
+            margins = [(m.name, sign * margin(list(m.values.values()), target)) for m in findings.methods if m.values]
+            lines += [f"- {name}: margin to {target:g} {value:+.4f}" for name, value in margins] + [""]
         lines += [
             f"{metric.name}: of the `final` record, {'larger' if metric.maximize else 'smaller'} is better; mean and "
             "95% interval (Student's t) over the seeds. Differences are paired by seed. Speed-up: the steps of "

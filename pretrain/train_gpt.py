@@ -156,7 +156,8 @@ def train(arguments: argparse.Namespace, held: ExitStack) -> int:
             key: list(v) if isinstance(v, tuple) else v
             for key, v in vars(recipe).items()
             # checkpoints from before these were options have none
-            if key not in ("name", "source") and (key, v) not in (("momentum", 0.95), ("newton_schulz", "auto"))
+            if key not in ("name", "source")
+            and (key, v) not in (("momentum", 0.95), ("newton_schulz", "auto"), ("cooldown_frac", None))
         },
         "seed": arguments.seed,
         "shards": shards,

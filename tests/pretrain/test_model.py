@@ -15,12 +15,20 @@ from celo2.pretrain.model import ARCHS, GPT, SIZES, GPTConfig, model_config, qk_
 TINY = {
     "gpt2": GPTConfig("gpt2", n_layer=2, n_head=3, head_dim=8, context=16, vocab_size=31),
     "modern": GPTConfig("modern", n_layer=2, n_head=3, head_dim=8, context=16, vocab_size=31),
+    "speedrun": GPTConfig("speedrun", n_layer=2, n_head=3, head_dim=8, context=16, vocab_size=31),
 }
 
 
 def tiny(arch: str, seed: int = 0) -> GPT:
     model = GPT(TINY[arch])
     model.init_weights(seed)
+    if arch == "speedrun":
+        # it begins with zeros, through which nothing shows
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if not parameter.any():
+                    parameter.normal_(0.0, 0.5 if "bias" in name else 0.2, generator=generator)
     return model
 
 
@@ -147,6 +155,62 @@ def test_qk_norm_makes_the_scale_of_queries_and_keys_irrelevant() -> None:
     torch.testing.assert_close(model(tokens_BT), logits_BTV, rtol=1e-3, atol=1e-4)
 
 
+def test_speedrun_equals_one_written_out_by_hand() -> None:
+    """In float64, from the facts of the track: one head at a time, no function of the harness."""
+    model = tiny("speedrun").double()
+    w = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    tokens_BT = random_tokens(2, 7)
+
+    def norm(x: Tensor, gain: Tensor | None = None) -> Tensor:
+        scaled = x / (x.square().mean(-1, keepdim=True) + torch.finfo(torch.float32).eps).sqrt()
+        return scaled if gain is None else scaled * gain
+
+    def turn(x_TK: Tensor) -> Tensor:
+        turned = x_TK.clone()
+        # heads of 8: two pairs turn, at 1 and at 1 / 1024 a token, two stay
+        for pair, frequency in enumerate((1.0, 1 / 1024)):
+            for t in range(7):
+                c, s = math.cos(t * frequency), math.sin(t * frequency)
+                a, b = x_TK[t, pair].item(), x_TK[t, pair + 4].item()
+                turned[t, pair], turned[t, pair + 4] = a * c - b * s, b * c + a * s
+        return turned
+
+    for tokens_T, logits_TV in zip(tokens_BT, model(tokens_BT), strict=True):
+        x_TD = norm(w["token_embedding.weight"][tokens_T], w["embedding_norm.weight"])
+        for block in ("blocks.0.", "blocks.1."):
+            y_TD = norm(x_TD, w[f"{block}attention_norm.weight"])
+            qkv = y_TD @ w[f"{block}attention.qkv.weight"].T + w[f"{block}attention.qkv.bias"]
+            heads = []
+            for head in range(3):
+                q, k, v = (qkv[:, 24 * part + 8 * head :][:, :8] for part in range(3))
+                scores = 0.12 * turn(norm(q)) @ turn(norm(k)).T
+                heads.append(scores.masked_fill(torch.ones(7, 7).triu(1).bool(), -math.inf).softmax(-1) @ v)
+            x_TD = x_TD + torch.cat(heads, -1) @ w[f"{block}attention.out.weight"].T + w[f"{block}attention.out.bias"]
+            y_TD = norm(x_TD, w[f"{block}mlp_norm.weight"]) @ w[f"{block}mlp.up.weight"].T + w[f"{block}mlp.up.bias"]
+            x_TD = x_TD + y_TD.clamp_min(0) ** 2 @ w[f"{block}mlp.down.weight"].T + w[f"{block}mlp.down.bias"]
+        z_TV = norm(x_TD, w["final_norm.weight"]) @ w["lm_head.weight"].T + w["lm_head.bias"]
+        expected_TV = 15 * z_TV / (z_TV**2 + 225).sqrt()
+        # positions and the norm of queries are float32 in the model
+        torch.testing.assert_close(logits_TV, expected_TV, rtol=0, atol=1e-5)
+
+
+def test_speedrun_begins_as_its_track_does() -> None:
+    config = model_config("small", "speedrun")
+    assert (config.n_layer, config.n_head, config.head_dim, config.context) == (12, 6, 128, 1024)
+    # written out: embedding, head with biases, and of a block two norms, four matrices with biases
+    d, v = 768, 50257
+    block = 2 * d + 4 * d * d + 4 * d + 8 * d * d + 5 * d
+    assert on_meta(config).num_params() == v * d + (v * d + v) + 12 * block + 2 * d
+    model = GPT(GPTConfig("speedrun", n_layer=1, n_head=4, head_dim=32, context=8, vocab_size=300))
+    model.init_weights(0)
+    assert not model.lm_head.weight.any() and not model.blocks[0].attention.out.weight.any()
+    assert not model.blocks[0].mlp.down.weight.any() and not model.lm_head.bias.any()
+    assert model.token_embedding.weight[:300].std().item() == pytest.approx(1.0, rel=0.03)
+    for weight in (model.blocks[0].attention.qkv.weight, model.blocks[0].mlp.up.weight):
+        assert weight.std().item() == pytest.approx(math.sqrt(0.33 / 128), rel=0.03)
+    assert model(random_tokens(1, 8), random_tokens(1, 8)).item() == pytest.approx(math.log(300), rel=1e-5)
+
+
 def test_attention_equals_one_written_out_by_hand() -> None:
     """The rows of qkv are query, key, value, each split in heads; out reads the heads in order."""
     attention = tiny("gpt2").blocks[0].attention
@@ -205,7 +269,7 @@ def test_bfloat16_gives_bfloat16_logits_and_a_float32_loss(arch: str) -> None:
     model, tokens_BT = tiny(arch), random_tokens(2, 8)
     expected = model(tokens_BT, tokens_BT)
     model.to(torch.bfloat16)
-    assert model(tokens_BT).dtype == torch.bfloat16
+    assert model(tokens_BT).dtype == (torch.float32 if arch == "speedrun" else torch.bfloat16)
     loss = model(tokens_BT, tokens_BT)
     assert loss.dtype == torch.float32
     torch.testing.assert_close(loss, expected, rtol=0.02, atol=0.02)
@@ -242,15 +306,22 @@ def test_bias_false_leaves_only_gains_as_vectors() -> None:
 
 @pytest.mark.parametrize("arch", ARCHS)
 def test_init_is_a_function_of_the_seed_alone(arch: str) -> None:
-    first = tiny(arch, seed=3).state_dict()
+    def drawn(seed: int) -> dict[str, Tensor]:
+        model = GPT(TINY[arch])
+        model.init_weights(seed)
+        return model.state_dict()
+
+    first = drawn(3)
     state = torch.get_rng_state()
     from_meta = on_meta(TINY[arch]).to_empty(device="cpu")
     from_meta.init_weights(3)
     assert torch.equal(torch.get_rng_state(), state)
-    other = tiny(arch, seed=4).state_dict()
+    other = drawn(4)
     for name, value in from_meta.state_dict().items():
         assert torch.equal(value, first[name]), name
-        assert torch.equal(value, other[name]) == name.endswith("norm.weight"), name
+        # gains, and what begins with zeros
+        constant = name.endswith("norm.weight") or not value.any()
+        assert torch.equal(value, other[name]) == constant, name
 
 
 def test_weights_are_nan_until_they_are_filled() -> None:
@@ -294,7 +365,7 @@ def test_matrix_views_cover_the_attention_weights(arch: str) -> None:
     model = tiny(arch)
     views = model.matrix_views()
     parameters = dict(model.named_parameters())
-    assert set(views) == {name for name in parameters if ".attention." in name}
+    assert set(views) == {name for name in parameters if ".attention." in name and "bias" not in name}
     for name, view in views.items():
         rows, columns = parameters[name].shape
         if name.endswith("qkv.weight"):
@@ -373,7 +444,7 @@ def test_refusals_name_the_value_and_the_allowed() -> None:
         model_config("30m", bias=True)
     with pytest.raises(ValueError, match="n_layer=0"):
         GPTConfig("gpt2", 0, 1, 8, 16, 31)
-    with pytest.raises(ValueError, match="head_dim=7: .*even head_dim"):
+    with pytest.raises(ValueError, match="head_dim=7: .*head_dim that 2 divides"):
         GPTConfig("modern", 1, 1, 7, 16, 31)
     model = tiny("gpt2")
     with pytest.raises(ValueError, match=r"\(1, 17\).*context = 16"):

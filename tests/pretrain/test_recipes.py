@@ -101,6 +101,34 @@ def test_schedule_rises_to_its_peak_and_falls(warmup_frac: float, total: int) ->
     assert rates == sorted(rates[: peak + 1]) + sorted(rates[peak + 1 :], reverse=True)
 
 
+def test_a_linear_cooldown_by_value() -> None:
+    recipe = replace(PLAIN, warmup_frac=0.1, cooldown_frac=0.5, final_lr_frac=0.2)
+    rates = [learning_rate(step, 100, recipe) for step in range(100)]
+    assert rates[4] == pytest.approx(0.5) and set(rates[9:51]) == {1.0}
+    assert rates[75] == pytest.approx(0.2 + 0.8 * 0.5) and rates[99] == pytest.approx(0.2 + 0.8 / 50)
+    assert "linear over the last 0.5 to 0.2 of it" in str(Schedule(recipe))
+    with pytest.raises(ValueError, match="cooldown_frac=0.95 must be within"):
+        replace(recipe, cooldown_frac=0.95)
+    # the track's own: 1 until 0.3 of the run, then (1 - progress) / 0.7
+    track = RECIPES["speedrun-124m-muon"]
+    for step in (0, 900, 974, 975, 2000, 3249):
+        progress = step / track.steps
+        expected = 1.0 if progress < 0.3 else (1 - progress) / 0.7
+        assert learning_rate(step, track.steps, track) == pytest.approx(track.lr * expected)
+
+
+def test_the_papers_gpt2_and_the_speedrun() -> None:
+    for opt in ("adamw", "celo2", "muon", "velo"):
+        recipe = RECIPES[f"gpt2-124m-2.5b-{opt}"]
+        assert recipe.opt == opt and recipe.tokens == pytest.approx(2.47e9, rel=1e-3) and recipe.steps == 4_712
+        assert (recipe.warmup_frac, recipe.final_lr_frac) == ((0.0, 1.0) if opt == "velo" else (0.05, 0.0))
+    for opt, steps in (("adamw", 5_625), ("muon", 3_250), ("celo2", 3_250)):
+        recipe = RECIPES[f"speedrun-124m-{opt}"]
+        # what the rules fix, and the tokens of its validation
+        assert (recipe.opt, recipe.steps, recipe.batch_tokens, recipe.val_tokens) == (opt, steps, 524_288, 20 * 524_288)
+    assert warmup_steps(5_625, RECIPES["speedrun-124m-adamw"]) == 250
+
+
 @pytest.mark.parametrize("step", [-1, 10, 11])
 def test_schedule_refuses_a_step_outside_the_run(step: int) -> None:
     with pytest.raises(ValueError, match=f"step {step} .*0..9"):

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from celo2.pretrain.intervals import mean, paired_difference
+from celo2.pretrain.intervals import margin, mean, paired_difference
 from celo2.pretrain.sweep_points import PROGRAM, Point, make_points, parse_grid
 from celo2.pretrain.sweep_report import Findings, Metric, Run
 
@@ -80,9 +80,14 @@ def test_intervals_by_value() -> None:
     assert (difference.value, difference.count) == (-0.75, 2)
 
 
+def test_margins_by_value() -> None:
+    assert margin([3.27, 3.28, 3.26, 3.27]) == pytest.approx(0.02)
+    assert margin([2.0], target=1.0) == -1.0
+
+
 def test_a_sweep_end_to_end(tmp_path: Path) -> None:
     grid = ("--grid", "opt=celo2 lr=1e-4..1e-1:4 seed=0", "--grid", "opt=adamw lr=1e-3,4e-3 seed=0")
-    best = ("--best", "seed=1,2,3", "--reference", "adamw", "--workers", "2")
+    best = ("--best", "seed=1,2,3", "--reference", "adamw", "--workers", "2", "--target", "2.1")
     result = run_sweep(tmp_path / "out", *grid, *best, program=("--fail-above", "0.05"))
     assert result.returncode == 0, result.stderr
     found = records(tmp_path / "out")
@@ -102,6 +107,7 @@ def test_a_sweep_end_to_end(tmp_path: Path) -> None:
     # the table of the rates comes last under this name, so the comparison is looked up in the text
     comparison = next(line for line in report.splitlines() if line.startswith("| celo2 | 4 |"))
     assert "lr 0.001 | 2.0200 +- 0.0248 | -0.5000 +- 0.0000" in comparison
+    assert f"celo2: margin to 2.1 {0.08 * math.sqrt(3):+.4f}" in report
     # straight lines from 4: to 2.5 + s / 100 where the reference takes 100 steps
     ratio = [(4 - 2.0 - 0.01 * s) / (4 - 2.5 - 0.01 * s) for s in (1, 2, 3)]
     assert f"{mean(ratio):.2f}x" in comparison
