@@ -140,6 +140,10 @@ def test_depthwise_and_other_convolutions():
     # one matrix each
     table = {line.split()[0]: line for line in FusedCelo2(net).table().splitlines()}
     assert "1 x [16, 48]" in table["line.weight"] and "1 x [16, 36]" in table["grouped.weight"]
+    # reparametrised: the direction is the kernel, the magnitude a vector
+    normed = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Conv2d(3, 8, 3)))
+    table = {line.split()[0].split(".")[-1]: line for line in FusedCelo2(normed).table().splitlines() if "." in line}
+    assert "1 x [8, 27]" in table["original1"] and "celo2" in table["original1"] and "adamw" in table["original0"]
 
 
 def test_bodies_under_names_of_embeddings_are_hidden():

@@ -309,6 +309,15 @@ def test_dataset_errors(tmp_path, monkeypatch, capsys) -> None:
     command = ["--tokenizer", "bytes", "--dataset", "json", "--data-files", str(rows), "--out"]
     assert main([*command, str(tmp_path / "out")]) == 1
     assert "there is no column 'text' but ['body', 'number']; give one with --column" in capsys.readouterr().err
+    # the right one, into the same folder
+    assert main([*command, str(tmp_path / "out"), "--column", "body"]) == 0
+    capsys.readouterr()
+    script = tmp_path / "script"
+    script.mkdir()
+    (script / "script.py").write_text("import datasets\n")
+    assert main(["--tokenizer", "bytes", "--dataset", str(script), "--out", str(tmp_path / "out5")]) == 1
+    refusal = capsys.readouterr().err
+    assert refusal.startswith("error: ") and str(script) in refusal and refusal.count("\n") == 1
     assert main([*command, str(tmp_path / "out2"), "--column", "number"]) == 1
     assert "document 0 is 3, not text" in capsys.readouterr().err
     assert main([*command, str(tmp_path / "out3"), "--split", "nosuch"]) == 1
