@@ -97,8 +97,8 @@ EVALUATIONS = (
     Evaluation(
         "ablations",
         "Ablations",
-        '--by row --reference base --grid "row=base,newton-schulz,hidden-4,hidden-16,no-augmentation '
-        'lr=1.5e-4..5e-3:4 seed=0" --grid "row=adamw lr=3e-4..1e-2:4 seed=0" '
+        '--by row --reference base --grid "row=base,hidden-4,hidden-16,no-augmentation '
+        'lr=1.5e-4..5e-3:4 seed=0" --grid "row=newton-schulz,adamw lr=3e-4..1e-2:4 seed=0" '
         '--grid "row=no-output-rms lr=3e-4..1e-1:4 seed=0" --best "seed=1,2,3" -- bench/ablation.py',
         "A GPT of 0.46M parameters, 150 steps of 1,024 bytes; thetas meta-trained for 1,000 outer steps of "
         "`celo2-base-short`, one seed, 1% of the paper's run (`bench/ablation.py --help` has the rows). `base` to "
@@ -137,15 +137,15 @@ def atari_folder() -> Path:
     return RUNS / "space-invaders"
 
 
-def run_atari() -> None:
-    """A short run of the real Atari path; raises ValueError when it ends with an error."""
+def start_atari() -> subprocess.Popen[bytes] | None:
+    """Start a short run of the real Atari path, unless it has ended before; it takes minutes of one core."""
     if any(record["kind"] == "final" for record in iterate_metrics(atari_folder() / METRICS)):
-        return
-    options_ = ["--game", "ALE/SpaceInvaders-v5", "--opt", "celo2", "--steps", str(ATARI_STEPS)]
-    options_ += ["--random-episodes", "24", "--resume", "auto", "--out-dir", str(atari_folder())]
-    status = subprocess.run([sys.executable, "bench/ppo.py", *options_], check=False).returncode
-    if status:
-        raise ValueError(f"PPO on SpaceInvaders ended with status {status}")
+        return None
+    flags = ["--game", "ALE/SpaceInvaders-v5", "--opt", "celo2", "--steps", str(ATARI_STEPS)]
+    flags += ["--random-episodes", "24", "--resume", "auto", "--out-dir", str(atari_folder())]
+    atari_folder().mkdir(parents=True, exist_ok=True)
+    with open(atari_folder() / "output.txt", "ab") as output:
+        return subprocess.Popen([sys.executable, "bench/ppo.py", *flags, "--threads", "1"], stdout=output)
 
 
 # the page
@@ -325,13 +325,21 @@ def evaluate(arguments: argparse.Namespace) -> int:
         print(f"velo: {name}: largest difference {difference:.1e}", flush=True)
         if difference > VELO_TOLERANCE:
             raise ValueError(f"VeLO differs from {name} by {difference:.1e}, more than {VELO_TOLERANCE:.0e}")
-    for evaluation in EVALUATIONS:
-        if evaluation.name in wanted:
-            print(f"\n{evaluation.title}", flush=True)
-            run_sweep(evaluation)
-    if "space-invaders" in wanted:
-        print(f"\nPPO on Atari's SpaceInvaders, {ATARI_STEPS:,} steps", flush=True)
-        run_atari()
+    atari = start_atari() if "space-invaders" in wanted else None
+    if atari is not None:
+        print(f"PPO on Atari's SpaceInvaders, {ATARI_STEPS:,} steps, beside what follows: {atari_folder()}/output.txt")
+    try:
+        for evaluation in EVALUATIONS:
+            if evaluation.name in wanted:
+                print(f"\n{evaluation.title}", flush=True)
+                run_sweep(evaluation)
+        if atari is not None and (status := atari.wait()):
+            raise ValueError(f"PPO on SpaceInvaders ended with status {status}: {atari_folder()}/output.txt has more")
+    finally:
+        if atari is not None and atari.poll() is None:
+            # it saves, and the same command goes on
+            atari.terminate()
+            atari.wait()
     if "page" in wanted:
         write_page(velo)
         print(f"\n-> {PAGE}, after {duration(time.monotonic() - started)}")
