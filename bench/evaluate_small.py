@@ -292,6 +292,10 @@ def write_page(velo: dict[str, float]) -> None:
         "are chosen by us: batch sizes, seeds, the grids of the baselines, the ViT's size and augmentation, PPO's "
         "numbers (CleanRL's). 'Here' is the small version on a CPU: it tests the path, not the paper's claims.",
         "",
+        'A comparison needs its baselines in the same sweep, with as many runs each: `--grid "opt=adamw '
+        'lr=1e-4..1e-2:7 beta2=0.95,0.99 weight-decay=0.1" --grid "opt=muon lr=2e-3..2e-1:7 momentum=0.9,0.95 '
+        'adam-lr=1e-3" --best "seed=1,2,3"`; hours are of the grid that is shown, on one GPU.',
+        "",
         *table(("of the paper", "at full size", "GPU hours", "here", "result"), paper_rows(found, velo, atari)),
     ]
     for evaluation in EVALUATIONS:
