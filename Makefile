@@ -34,8 +34,8 @@ evaluate-small: $(INSTALLED) ## the paper's evaluations at CPU size, under 40 mi
 test: $(INSTALLED) ## run the tests, but for the ones below (ARGS="-k golden")
 	$(BIN)/python -m pytest -q -m "not kernels and not dist" $(ARGS)
 
-test-bench: $(INSTALLED) ## run the tests of the evaluations: vision, reinforcement learning, ablations; two minutes
-	$(BIN)/python -m pytest -q tests/bench $(ARGS)
+test-bench: $(INSTALLED) ## run the tests of the evaluations and of the command lines, some minutes
+	$(BIN)/python -m pytest -q tests/bench tests/test_entry_points.py $(ARGS)
 
 test-dist: $(INSTALLED) ## run the tests on 1 to 4 processes: steps, trainer, launch scripts, ten minutes
 	$(BIN)/python -m pytest -q -m dist $(ARGS)

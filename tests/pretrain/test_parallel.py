@@ -106,7 +106,9 @@ def test_the_last_rank_has_the_padding(eight_ranks, arch: str) -> None:
     whole.init_weights(3)
     for name in ("token_embedding.weight", "lm_head.weight"):
         part = model.get_parameter(name).to_local()
-        assert torch.equal(part, whole.get_parameter(name)[-48:]) and not part[-1].any() and part[-2].any(), name
+        assert torch.equal(part, whole.get_parameter(name)[-48:]) and not part[-1].any(), name
+        # the head of speedrun begins with zeros
+        assert part[-2].any() == ((arch, name) != ("speedrun", "lm_head.weight")), name
     assert model.num_params() == whole.num_params() and sum(model.padding().values()) == sum(whole.padding().values())
 
 
