@@ -383,7 +383,10 @@ _2B5 = "--arch modern; tokens: Celo2 paper (2.5B, 20 a parameter); batch: Marek 
 def _gpt2_2b5() -> tuple[Recipe, ...]:
     """GPT-2 124M on the Celo2 paper's tokens."""
     base = replace(
-        _ADAMW["small"], warmup_frac=0.05, tokens=_TOKENS_2B5, source=f"{_2B5}lr 0.0048, decay 0.1: Marek et al."
+        _ADAMW["small"],
+        warmup_frac=0.05,
+        tokens=_TOKENS_2B5,
+        source=f"{_2B5}lr 0.0048, decay 0.1: Marek et al.; untested here",
     )
     celo2 = _celo2("small", "celo2")
     muon = _muon("small")
@@ -398,7 +401,12 @@ def _gpt2_2b5() -> tuple[Recipe, ...]:
             adam_lr=4.8e-3,
             source=f"{_2B5}lr: untested",
         ),
-        replace(_velo("small"), name="gpt2-124m-2.5b-velo", tokens=_TOKENS_2B5, source=f"{_2B5}no rate, no schedule"),
+        replace(
+            _velo("small"),
+            name="gpt2-124m-2.5b-velo",
+            tokens=_TOKENS_2B5,
+            source=f"{_2B5}no rate, no schedule: VeLO; untested",
+        ),
     )
 
 
@@ -424,7 +432,9 @@ def _speedrun() -> tuple[Recipe, ...]:
             weight_decay=0.025,
             adam_lr=3e-3,
             tokens=3_250 * HALF_M,
-            source=f"{track}lr, decay, cooldown: its script, which has three rates for AdamW beside it; untested here",
+            source=f"{track}lr, decay, cooldown: its script; untested here, and not its Muon: query, key and value are "
+            "one matrix, Newton-Schulz takes five steps instead of twelve, and AdamW has one rate instead of three, "
+            "and the decay",
         ),
         replace(
             base,

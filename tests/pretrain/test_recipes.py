@@ -127,6 +127,9 @@ def test_the_papers_gpt2_and_the_speedrun() -> None:
         # what the rules fix, and the tokens of its validation
         assert (recipe.opt, recipe.steps, recipe.batch_tokens, recipe.val_tokens) == (opt, steps, 524_288, 20 * 524_288)
     assert warmup_steps(5_625, RECIPES["speedrun-124m-adamw"]) == 250
+    for name in RECIPES:
+        if name.startswith(("gpt2-124m-2.5b-", "speedrun-")):
+            assert "untested" in RECIPES[name].source and "--arch" in RECIPES[name].source
 
 
 @pytest.mark.parametrize("step", [-1, 10, 11])
