@@ -71,7 +71,7 @@ EVALUATIONS = (
         '--reference adamw --grid "opt=celo2 lr=3e-4..1e-2:7 adam-lr-mult=5,20 seed=0" '
         '--grid "opt=adamw lr=3e-4..3e-2:7 beta2=0.95,0.99 seed=0" '
         '--grid "opt=muon lr=2e-3..2e-1:7 momentum=0.9,0.95 seed=0" --best "seed=1,2,3" '
-        "-- --size nano --steps 100 --batch-tokens 2048 --val-tokens 32768 --eval-every 10 --sample-tokens 0 "
+        "-- --size nano --steps 100 --batch-tokens 2048 --val-tokens 16384 --eval-every 20 --sample-tokens 0 "
         "--save-every 1000",
         "The harness's `nano` model, 0.85M parameters, 100 steps of 2,048 bytes; seven learning rates (Fig. 5) and a "
         "second option for each optimizer, as many runs each (Fig. 6). So short a run rewards little momentum: "
@@ -90,8 +90,8 @@ EVALUATIONS = (
         "PPO on MinAtar Breakout",
         '--metric return --maximize --reference adamw --grid "opt=celo2 lr=1e-4..1e-2:5 seed=0" '
         '--grid "opt=adamw lr=1e-3..1e-1:5 seed=0" --grid "opt=muon lr=3e-3..3e-1:5 seed=0" --best "seed=1,2,3" '
-        "-- bench/ppo.py --game MinAtar/Breakout-v1 --steps 200000 --log-every 10",
-        "200,000 steps of MinAtar's Breakout, mean return over the last 100 games; five rates each, three other seeds "
+        "-- bench/ppo.py --game MinAtar/Breakout-v1 --steps 150000 --log-every 10",
+        "150,000 steps of MinAtar's Breakout, mean return over the last 100 games; five rates each, three other seeds "
         "at the best.",
     ),
     Evaluation(
