@@ -103,7 +103,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     run = parser.add_argument_group("the run")
     run.add_argument("--size", type=given, default="nano", metavar="SIZE", help=f"{' | '.join(SIZES)} (default: nano)")
     run.add_argument("--opt", type=given, default="celo2", metavar="OPT", help=f"{' | '.join(OPTS)} (default: celo2)")
-    run.add_argument("--arch", choices=ARCHS, help="architecture (default: the size's own)")
+    run.add_argument("--arch", choices=ARCHS, help="architecture (default: the recipe's or the size's)")
     run.add_argument("--bias", action="store_true", help="biases, as in the published GPT-2 weights (arch gpt2)")
     run.add_argument("--recipe", type=given, metavar="NAME", help="a named recipe instead of the default one")
     run.add_argument(

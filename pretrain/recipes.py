@@ -6,8 +6,9 @@ A recipe whose source says "untested" was not run by us: it is a starting point,
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
-from celo2.pretrain.model import SIZES
+from celo2.pretrain.model import ARCHS, SIZES
 
 OPTS = ("celo2", "celo2-base", "adamw", "muon", "velo")
 CELO2_LR_SWEEP = (1e-5, 2.15e-5, 4.64e-5, 1e-4, 2.15e-4, 4.64e-4, 1e-3)
@@ -89,11 +90,14 @@ class Recipe(Tuning):
     """Where the numbers come from."""
     opt: str = "adamw"
     """The optimizer that the numbers are for, one of `OPTS`."""
+    arch: str | None = None
+    """The architecture that the numbers are for, one of `ARCHS`; None: the size's own."""
 
     def _ranges(self) -> dict[str, tuple[bool, str]]:
         return super()._ranges() | {
             "batch_tokens": (self.batch_tokens >= 1, ">= 1"),
             "opt": (self.opt in OPTS, f"one of {', '.join(OPTS)}"),
+            "arch": (self.arch is None or self.arch in ARCHS, f"one of {', '.join(ARCHS)}, or None"),
             "tokens": (
                 self.tokens >= self.batch_tokens,
                 f">= batch_tokens ({self.batch_tokens}), a step at least: lower the batch, or give --steps",
@@ -377,43 +381,30 @@ def _velo(size: str) -> Recipe:
 
 # Marek et al. 2025 (arXiv 2507.07101) train on as many tokens at this batch; the Celo2 paper gives none
 _TOKENS_2B5 = 4_712 * HALF_M
-_2B5 = "--arch modern; tokens: Celo2 paper (2.5B, 20 a parameter); batch: Marek et al., arXiv 2507.07101; "
+_2B5 = "tokens: Celo2 paper (2.5B, 20 a parameter); batch: Marek et al., arXiv 2507.07101; "
 
 
 def _gpt2_2b5() -> tuple[Recipe, ...]:
     """GPT-2 124M on the Celo2 paper's tokens."""
-    base = replace(
-        _ADAMW["small"],
-        warmup_frac=0.05,
-        tokens=_TOKENS_2B5,
-        source=f"{_2B5}lr 0.0048, decay 0.1: Marek et al.; untested here",
-    )
-    celo2 = _celo2("small", "celo2")
-    muon = _muon("small")
+
+    def of(base: Recipe, source: str, **changes: Any) -> Recipe:
+        name = f"gpt2-124m-2.5b-{base.opt}"
+        return replace(base, name=name, arch="modern", tokens=_TOKENS_2B5, source=f"{_2B5}{source}", **changes)
+
     return (
-        replace(base, name="gpt2-124m-2.5b-adamw", lr=4.8e-3),
-        replace(celo2, name="gpt2-124m-2.5b-celo2", tokens=_TOKENS_2B5, source=f"{_2B5}lr: untested, sweep it"),
-        replace(
-            muon,
-            name="gpt2-124m-2.5b-muon",
-            warmup_frac=0.05,
-            tokens=_TOKENS_2B5,
-            adam_lr=4.8e-3,
-            source=f"{_2B5}lr: untested",
-        ),
-        replace(
-            _velo("small"),
-            name="gpt2-124m-2.5b-velo",
-            tokens=_TOKENS_2B5,
-            source=f"{_2B5}no rate, no schedule: VeLO; untested",
-        ),
+        of(_ADAMW["small"], "lr 0.0048, decay 0.1: Marek et al.; untested here", lr=4.8e-3, warmup_frac=0.05),
+        of(_celo2("small", "celo2"), "lr: untested, sweep it"),
+        of(_muon("small"), "lr: untested", warmup_frac=0.05, adam_lr=4.8e-3),
+        of(_velo("small"), "no rate, no schedule: VeLO; untested"),
     )
 
 
 def _speedrun() -> tuple[Recipe, ...]:
     """The optimization track of modded-nanogpt: data, batch and architecture are fixed, the steps to 3.28 count."""
-    track = "modded-nanogpt, track 3 (--arch speedrun, FineWeb); "
-    base = replace(_ADAMW["small"], max_grad_norm=None, warmup_frac=0.0, weight_decay=0.0, cooldown_frac=0.7)
+    track = "modded-nanogpt, track 3 (FineWeb); "
+    base = replace(
+        _ADAMW["small"], arch="speedrun", max_grad_norm=None, warmup_frac=0.0, weight_decay=0.0, cooldown_frac=0.7
+    )
     return (
         replace(
             base,

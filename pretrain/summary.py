@@ -95,7 +95,7 @@ def plan_of(arguments: argparse.Namespace, recipe: Recipe) -> str:
     return plan.describe(
         plan.make_plan(
             size=arguments.size,
-            arch=arguments.arch,
+            arch=arguments.arch or recipe.arch,
             bias=arguments.bias,
             opt=arguments.opt,
             weights=arguments.weights,

@@ -51,7 +51,7 @@ def build(
     arguments: argparse.Namespace, schedule: Schedule, world: World, parallel: Parallel, dtype: str
 ) -> tuple[GPT, nn.Module, Optimizers]:
     """The model, what its training forward pass goes through, and the optimizers; weights are drawn from the seed."""
-    config = model_config(arguments.size, arguments.arch, bias=arguments.bias)
+    config = model_config(arguments.size, arguments.arch or schedule.recipe.arch, bias=arguments.bias)
     # a sharded model never exists whole, and a dry run builds any size
     with torch.device("meta" if arguments.dry_run or parallel.sharded else world.device):
         model = GPT(config, recompute=arguments.activation_checkpointing, loss_chunks=arguments.loss_chunks)
@@ -86,7 +86,7 @@ def train(arguments: argparse.Namespace, held: ExitStack) -> int:
     if arguments.world_size is not None:
         print(plan_of(arguments, recipe))
         return 0
-    config = model_config(arguments.size, arguments.arch, bias=arguments.bias)
+    config = model_config(arguments.size, arguments.arch or recipe.arch, bias=arguments.bias)
     world = World.start(arguments.device, background=arguments.async_save)
     interruption = Interruption(world)
     say = print if world.main else _silent
@@ -155,8 +155,8 @@ def train(arguments: argparse.Namespace, held: ExitStack) -> int:
         "recipe": {
             key: list(v) if isinstance(v, tuple) else v
             for key, v in vars(recipe).items()
-            # checkpoints from before these were options have none
-            if key not in ("name", "source")
+            # the model has the architecture; checkpoints from before the others were options have none
+            if key not in ("name", "source", "arch")
             and (key, v) not in (("momentum", 0.95), ("newton_schulz", "auto"), ("cooldown_frac", None))
         },
         "seed": arguments.seed,

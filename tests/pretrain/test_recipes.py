@@ -129,7 +129,10 @@ def test_the_papers_gpt2_and_the_speedrun() -> None:
     assert warmup_steps(5_625, RECIPES["speedrun-124m-adamw"]) == 250
     for name in RECIPES:
         if name.startswith(("gpt2-124m-2.5b-", "speedrun-")):
-            assert "untested" in RECIPES[name].source and "--arch" in RECIPES[name].source
+            assert "untested" in RECIPES[name].source
+            assert RECIPES[name].arch == ("modern" if "2.5b" in name else "speedrun")
+    with pytest.raises(ValueError, match="arch='rnn' must be one of gpt2, modern, speedrun, or None"):
+        replace(RECIPES["speedrun-124m-celo2"], arch="rnn")
 
 
 @pytest.mark.parametrize("step", [-1, 10, 11])

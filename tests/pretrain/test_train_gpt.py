@@ -688,6 +688,17 @@ def test_a_dry_run_plans_for_many_gpus(tmp_path, capsys, monkeypatch) -> None:
     assert not list(tmp_path.iterdir())
 
 
+def test_a_recipe_brings_its_architecture(tmp_path, data, capsys, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    nano = ["--size", "nano", "--opt", "muon", "--recipe", "speedrun-124m-muon", "--dry-run", *command(data, tmp_path)]
+    for arch, flags in (("speedrun", []), ("gpt2", ["--arch", "gpt2"])):
+        assert main([*nano, *flags]) == 0
+        assert f"nano, {arch}: 4 layers" in capsys.readouterr().out
+    planned = ["--size", "small", "--opt", "celo2", "--recipe", "gpt2-124m-2.5b-celo2", "--dry-run", "--world-size"]
+    assert main([*planned, "8"]) == 0
+    assert "small (modern), celo2" in capsys.readouterr().out
+
+
 def test_state_of_the_run_is_json(tmp_path, data) -> None:
     assert main(command(data, tmp_path, "--steps", "1")) == 0
     done = json.loads((tmp_path / "step-00000001" / "DONE").read_text())
