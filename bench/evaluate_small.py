@@ -71,9 +71,9 @@ EVALUATIONS = (
         '--reference adamw --grid "opt=celo2 lr=3e-4..1e-2:7 adam-lr-mult=5,20 seed=0" '
         '--grid "opt=adamw lr=3e-4..3e-2:7 beta2=0.95,0.99 seed=0" '
         '--grid "opt=muon lr=2e-3..2e-1:7 momentum=0.9,0.95 seed=0" --best "seed=1,2,3" '
-        "-- --size nano --steps 100 --batch-tokens 2048 --val-tokens 16384 --eval-every 20 --sample-tokens 0 "
+        "-- --size nano --steps 80 --batch-tokens 2048 --val-tokens 16384 --eval-every 20 --sample-tokens 0 "
         "--save-every 1000",
-        "The harness's `nano` model, 0.85M parameters, 100 steps of 2,048 bytes; seven learning rates (Fig. 5) and a "
+        "The harness's `nano` model, 0.85M parameters, 80 steps of 2,048 bytes; seven learning rates (Fig. 5) and a "
         "second option for each optimizer, as many runs each (Fig. 6). So short a run rewards little momentum: "
         "it tests the path and the learning rate's sensitivity, and says nothing of a long one.",
     ),
@@ -81,8 +81,8 @@ EVALUATIONS = (
         "vision",
         "A small ViT on Fashion-MNIST",
         '--reference adamw --grid "opt=celo2 lr=2e-4..2e-2:7 seed=0" --grid "opt=adamw lr=2e-4..2e-2:7 seed=0" '
-        '--grid "opt=muon lr=1e-3..1e-1:7 seed=0" --best "seed=1,2,3" -- bench/vision.py --steps 300',
-        "`vit_nano_patch2_8` of timm's blocks on the embedded images of 8 x 8 pixels, 300 steps of 128; loss of the "
+        '--grid "opt=muon lr=1e-3..1e-1:7 seed=0" --best "seed=1,2,3" -- bench/vision.py --steps 200',
+        "`vit_nano_patch2_8` of timm's blocks on the embedded images of 8 x 8 pixels, 200 steps of 128; loss of the "
         "held-out tenth. A test of the path, not of the paper's claim on ImageNet.",
     ),
     Evaluation(
@@ -90,8 +90,8 @@ EVALUATIONS = (
         "PPO on MinAtar Breakout",
         '--metric return --maximize --reference adamw --grid "opt=celo2 lr=1e-4..1e-2:5 seed=0" '
         '--grid "opt=adamw lr=1e-3..1e-1:5 seed=0" --grid "opt=muon lr=3e-3..3e-1:5 seed=0" --best "seed=1,2,3" '
-        "-- bench/ppo.py --game MinAtar/Breakout-v1 --steps 150000 --log-every 10",
-        "150,000 steps of MinAtar's Breakout, mean return over the last 100 games; five rates each, three other seeds "
+        "-- bench/ppo.py --game MinAtar/Breakout-v1 --steps 100000 --log-every 10",
+        "100,000 steps of MinAtar's Breakout, mean return over the last 100 games; five rates each, three other seeds "
         "at the best.",
     ),
     Evaluation(
@@ -99,8 +99,8 @@ EVALUATIONS = (
         "Ablations",
         '--by row --reference base --grid "row=base,hidden-4,hidden-16,no-augmentation '
         'lr=1.5e-4..5e-3:4 seed=0" --grid "row=newton-schulz,adamw lr=3e-4..1e-2:4 seed=0" '
-        '--grid "row=no-output-rms lr=3e-4..1e-1:4 seed=0" --best "seed=1,2,3" -- bench/ablation.py',
-        "A GPT of 0.46M parameters, 150 steps of 1,024 bytes; thetas meta-trained for 1,000 outer steps of "
+        '--grid "row=no-output-rms lr=3e-4..1e-1:4 seed=0" --best "seed=1,2,3" -- bench/ablation.py --steps 100',
+        "A GPT of 0.46M parameters, 100 steps of 1,024 bytes; thetas meta-trained for 1,000 outer steps of "
         "`celo2-base-short`, one seed, 1% of the paper's run (`bench/ablation.py --help` has the rows). `base` to "
         "`newton-schulz` to `adamw` are Fig. 4, with one theta; the others change the meta-training.",
     ),

@@ -27,7 +27,7 @@ GOLDEN = ROOT / "tests" / "golden"
 
 def environment(lab: Lab) -> None:
     """Versions, tools and settings; copy bandwidth and the rate of a matrix product."""
-    from celo2.kernel_step import interpreter_fault
+    from celo2.backends.parts import interpreter_fault
 
     names = ("TF32", "TRITON", "CUDA_", "NCCL", "PYTORCH_")
     lab.say(
@@ -256,12 +256,12 @@ def sharded(lab: Lab) -> None:
                     optimizers.step()
                     losses.append(float(loss.detach()))
                 runs.append(losses)
-            plan = optimizers.members[0]._kernels
-            step = "PyTorch" if plan is None or plan.step is None else type(plan.step).__name__
+            plan = optimizers.members[0].planner.kernels
+            kernels = plan is not None and plan.backend is not None and bool(plan.backend.shards)
             difference = largest(*(abs(a - b) for a, b in zip(*runs, strict=True)))
-            lab.check(f"sharded {opt} on one rank: largest difference of a loss", difference, 2e-3, step=step)
+            lab.check(f"sharded {opt} on one rank: largest difference of a loss", difference, 2e-3, kernels=kernels)
             if CUDA:
-                lab.say(f"sharded {opt} goes through the kernels", passed=step == "ShardedKernelStep")
+                lab.say(f"sharded {opt} goes through the kernels", passed=kernels)
         dist.destroy_process_group()
 
 

@@ -68,9 +68,9 @@ class Lab:
 
 def backend() -> str:
     """Return what the learned rule is stepped by: the kernels wherever these versions run them."""
-    from celo2 import kernel_step
+    from celo2.backends.parts import interpreted, interpreter_fault
 
-    return "triton" if CUDA or (kernel_step.interpreted() and kernel_step.interpreter_fault() is None) else "torch"
+    return "triton" if CUDA or (interpreted() and interpreter_fault() is None) else "torch"
 
 
 # clocks

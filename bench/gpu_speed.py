@@ -235,7 +235,6 @@ def one_step(lab: Lab) -> None:
 
 def sweep(lab: Lab) -> None:
     """Tiles and warps of the kernels that go over elements: the time of each, for a table of this architecture."""
-    from celo2 import kernel_step
     from celo2.blocks import Blocks
     from celo2.kernels.report import PHASES
 
@@ -270,7 +269,7 @@ def sweep(lab: Lab) -> None:
                     changed["rows"] = min(changed["rows"], blocks.columns)
                 return dataclasses.replace(blocks, **changed)
 
-            kernel_step.Blocks.choose = classmethod(chosen)  # type: ignore[assignment, method-assign]
+            Blocks.choose = classmethod(chosen)  # type: ignore[assignment, method-assign]
             model = model_of(size)
             times = kernel_microseconds(step_of("celo2-base", size, model))
             kernels = {name: whole(times[name][0]) for name in PHASES if name in times}
@@ -279,7 +278,7 @@ def sweep(lab: Lab) -> None:
         try:
             tried(lab, str(variant), one)
         finally:
-            kernel_step.Blocks.choose = choose  # type: ignore[method-assign]
+            Blocks.choose = choose  # type: ignore[method-assign]
         free()
 
 

@@ -23,6 +23,7 @@ from celo2.routing import (
     view_of_route,
     view_options,
 )
+from celo2.skips import warn_caller
 from celo2.state import STATE_DTYPES
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -162,18 +163,6 @@ def check_options(group: dict[str, Any]) -> None:
     group_view(group)
 
 
-def check_rates(group: dict[str, Any]) -> None:
-    """Raise ValueError for a number of a group that is not finite any more; those on a GPU are not read."""
-    for name in ("lr", "weight_decay", "adam_eps", "max_grad_norm"):
-        value = group[name]
-        if isinstance(value, Tensor):
-            if value.device.type != "cpu":
-                continue
-            value = float(value)
-        if value is not None and not math.isfinite(value):
-            raise ValueError(f"{name}={value!r} in a parameter group: must be finite; nothing was stepped")
-
-
 def use_plain_numbers(options: dict[str, Any]) -> None:
     """Turn NumPy's scalars among the options into Python's, which `torch.load` reads by default."""
     for name, value in options.items():
@@ -205,6 +194,14 @@ def check_foreign_options(options: dict[str, Any]) -> None:
         if name not in _FOREIGN:
             raise TypeError(f"FusedCelo2 has no option {name!r}")
         raise TypeError(f"{name}={value!r}: FusedCelo2 takes {_FOREIGN[name]}")
+
+
+def renamed(options: dict[str, Any], old: str, new: str, value: Any) -> Any:
+    """Take an option under a name that it had before, with a warning; `value` is that under its new one."""
+    if old not in options:
+        return value
+    warn_caller(f"{old}= is {new}= now, and the old name will go")
+    return options.pop(old)
 
 
 def list_parameters(group: dict[str, Any]) -> list[Any]:
@@ -249,9 +246,9 @@ def check_parameters(parameters: list[Any]) -> None:
         # a tensor can only be sharded by a module that is loaded; importing it costs half of `import celo2`
         sharded = sys.modules.get("torch.distributed.tensor")
         if sharded is not None and isinstance(parameter, sharded.DTensor):
-            from celo2.sharding import placing_of
+            from celo2.sharding import shard_spec_of
 
-            placing_of(parameter, name)
+            shard_spec_of(parameter, name)
         if parameter.layout != torch.strided:
             raise ValueError(f"{label} has layout {parameter.layout}: only dense (strided) parameters are supported")
         if parameter.dtype not in DTYPES:

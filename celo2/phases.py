@@ -19,6 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from celo2.folded import ELEMENT_COLUMNS, FoldedTheta
 from celo2.newton_schulz import newton_schulz
 from celo2.reference import (
     FACTOR_DECAYS,
@@ -33,21 +34,12 @@ from celo2.reference import (
     had_gradient,
 )
 from celo2.stochastic_rounding import mix64, round_stochastically_
-from celo2.theta import Theta
 
 # elements of a block: large enough to hide the cost of about 40 calls and to give each thread its share (PyTorch splits
 # an operation from 32,768 elements on), small enough for the 34 planes of a block to stay in the last-level cache
 BLOCK = 98304
 # the statistics of phases 1 and 2 need at most 12 planes, so they take fewer, larger blocks
 STATISTICS_BLOCK = 2 * BLOCK
-
-# the 18 per-element columns in the order used here, as rows of the 30-row first layer in the paper's order:
-# g m0 m1 m2 | the same four times q | g rf_k cf_k | m_k rf_k cf_k | clip(g) p v q
-ELEMENT_ROWS = (0, 3, 4, 5, 14, 7, 8, 9, 11, 12, 13, 27, 28, 29, 1, 2, 6, 10)
-# R_k and rsqrt(R_k + eps) of the shorter axis, C_k and rsqrt(C_k + eps) of the longer one
-SHORT_ROWS = (15, 16, 17, 21, 22, 23)
-LONG_ROWS = (18, 19, 20, 24, 25, 26)
-ELEMENT_COLUMNS = len(ELEMENT_ROWS)
 
 Block = tuple[slice, slice, slice]  # matrices, rows, columns
 
@@ -80,35 +72,6 @@ class Workspace:
             with torch.inference_mode(False):
                 buffer = self._buffers[name] = torch.empty(size, dtype=self.dtype, device=self.device)
         return buffer[:size].view(shape)
-
-
-@dataclass(frozen=True)
-class FoldedTheta:
-    """Theta laid out for the folded rule: `x_TH` is [inputs, hidden], its transpose `[hidden, inputs]`."""
-
-    element: Tensor  # [18, h]
-    short: Tensor  # [6, h]
-    long: Tensor  # [6, h]
-    bias0: Tensor  # [h]
-    hidden: Tensor  # [k, h]
-    bias1: Tensor  # [k, 1]
-    output: Tensor  # [1, k]
-    bias2: float
-
-    @classmethod
-    def from_theta(cls, theta: Theta, dtype: torch.dtype, device: torch.device) -> FoldedTheta:
-        arrays = theta.tensors(dtype, device)
-        first = torch.cat([arrays[f"w0__{group}"] for group in range(14)])
-        return cls(
-            element=first[list(ELEMENT_ROWS)],
-            short=first[list(SHORT_ROWS)],
-            long=first[list(LONG_ROWS)],
-            bias0=arrays["b0"],
-            hidden=arrays["w1"].T.contiguous(),
-            bias1=arrays["b1"][:, None],
-            output=arrays["w2"][:, :1].T.contiguous(),
-            bias2=float(theta.arrays["b2"][0]),
-        )
 
 
 @dataclass(frozen=True)

@@ -18,43 +18,33 @@ other people's names differ, so a name decides only what nothing before it did.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from fnmatch import fnmatchcase
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from celo2.matrices import MatrixView
-
-_EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
-_NORMS = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.LocalResponseNorm, nn.modules.batchnorm._NormBase)
-_CONVOLUTIONS = (nn.modules.conv._ConvNd,)
-# names of classes: GemmaRMSNorm, LayerNorm2d, BatchNormAct2d; Gemma3TextScaledWordEmbedding, ViTEmbeddings
-_NORM_CLASS = re.compile(r"Norm(Act)?(\dd?)?$")
-_EMBEDDING_CLASS = re.compile(r"(Embedding|Embeddings|PositionEncoding|PositionalEncoding)$")
-
-# what wrappers add to names
-_LEADING = ("module", "base_model.model")
-_WRAPPERS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
-# PEFT: the trained copy of a module, the frozen one, and the one under an adapter
-_ADAPTED = re.compile(r"\.(modules_to_save\.[^.]+|original_module|base_layer)(?=\.|$)")
-# reparametrised tensors: PyTorch's parametrizations, and the older weight_norm and spectral_norm
-_PARAMETRISED = re.compile(r"\.?parametrizations\.([^.]+)\.original\d*$")
-_REPARAMETRISED = re.compile(r"_(g|v|orig)$")
-
-# modules that are a head, or whose last child is one, wherever they are outside numbered blocks
-_HEAD = re.compile(
-    r"^(?!(conv|multi|attn|attention|per)_?heads?$)(\w+_)?heads?(_dist|_aux|_\d+)?$"
-    r"|^(\w+_)?classifiers?$|^(?!pre_)(\w+_)?logits$|^unembed(ding)?$|^embed_out$|^scores?$|^qa_outputs$",
-    re.IGNORECASE,
+from celo2.module_tree import (
+    ADAPTED,
+    CONVOLUTIONS,
+    EMBEDDING_CLASS,
+    EMBEDDINGS,
+    HEAD,
+    NORM_CLASS,
+    NORMS,
+    PARAMETRISED,
+    REPARAMETRISED,
+    ModuleTree,
+    Place,
+    is_projection,
+    is_transposed,
+    strip_wrappers,
 )
-# and modules that are one when they are the last projection of all, next to the body
-_LAST = re.compile(r"^(fc\d*|outputs?|output_(projection|proj|layer)|decoder|proj_out|(last|final)(_\w+)?)$")
+
 # children of a head that hold its matrix, where only a name is known
 _HEAD_CHILD = re.compile(r"^(\d+|fc|linear|proj|out_proj|decoder|default)$")
-# sizes of the output, as configurations and models call them
-_SIZES = ("vocab_size", "num_labels", "num_classes", "n_classes", "num_embeddings")
 
 # modules that embed their inputs: token_embedding, embed_tokens, x_embedder; embeddings of a time are hidden layers
 _EMBEDDING = re.compile(r"^(?!time)(\w+_)?embed(s|der|ding|dings)?(_tokens|_in)?$|^wte$|^wpe$")
@@ -105,30 +95,6 @@ class _Decision(NamedTuple):
         return "celo2" if self.kind == "matrix" else "adamw"
 
 
-class _Place(NamedTuple):
-    """A parameter in the tree: its module, the module's path without wrappers, and the name it was registered by."""
-
-    owner: nn.Module
-    path: str
-    leaf: str
-
-    @property
-    def components(self) -> list[str]:
-        return self.path.split(".") if self.path else []
-
-
-def strip_wrappers(name: str) -> str:
-    """Return a parameter's or module's name without what compilation, DDP, FSDP, checkpointing and PEFT add to it."""
-    name = ".".join(component for component in name.split(".") if component not in _WRAPPERS)
-    stripped = True
-    while stripped:
-        stripped = False
-        for prefix in _LEADING:
-            if name.startswith(f"{prefix}."):
-                name, stripped = name.removeprefix(f"{prefix}."), True
-    return name
-
-
 def route_module(module: nn.Module, *, overrides: Mapping[str, str] | None = None) -> list[Route]:
     """Return the route of every parameter of `module`, in the order of `named_parameters()`, frozen ones too.
 
@@ -138,8 +104,8 @@ def route_module(module: nn.Module, *, overrides: Mapping[str, str] | None = Non
 
     Raises ValueError for an unknown rule and for a pattern that matches no parameter.
     """
-    tree = _Tree(module)
-    places: dict[Tensor, list[tuple[str, _Place]]] = {}
+    tree = ModuleTree(module)
+    places: dict[Tensor, list[tuple[str, Place]]] = {}
     for name, parameter in module.named_parameters(remove_duplicate=False):
         places.setdefault(parameter, []).append((name, tree.place(name)))
     chosen = _match_overrides(overrides or {}, places)
@@ -151,13 +117,13 @@ def route_name(name: str, shape: torch.Size) -> tuple[str, str, str]:
 
     Heads are told by their names, so a hidden layer of a module that is named as a head goes to AdamW too.
     """
-    name = _ADAPTED.sub("", strip_wrappers(name))
-    parametrised = _PARAMETRISED.search(name)
+    name = ADAPTED.sub("", strip_wrappers(name))
+    parametrised = PARAMETRISED.search(name)
     if parametrised is not None:
         name = ".".join(filter(None, (name[: parametrised.start()], parametrised[1])))
     path, _, leaf = name.rpartition(".")
     components = path.split(".") if path else []
-    weight = leaf == "weight" or _REPARAMETRISED.sub("", leaf) == "weight"
+    weight = leaf == "weight" or REPARAMETRISED.sub("", leaf) == "weight"
     decision = _few_axes(shape) if len(shape) < 2 else None
     if decision is None and weight and _named_head(components):
         decision = _Decision("head", "name of an output head")
@@ -179,7 +145,7 @@ def route_name(name: str, shape: torch.Size) -> tuple[str, str, str]:
 
 
 def _match_overrides(
-    overrides: Mapping[str, str], places: Mapping[Tensor, list[tuple[str, _Place]]]
+    overrides: Mapping[str, str], places: Mapping[Tensor, list[tuple[str, Place]]]
 ) -> dict[Tensor, tuple[str, str]]:
     """Return (pattern, rule) of the parameters that patterns match."""
     chosen: dict[Tensor, tuple[str, str]] = {}
@@ -200,9 +166,11 @@ def _match_overrides(
     return chosen
 
 
-def _route(tree: _Tree, parameter: Tensor, uses: list[tuple[str, _Place]], override: tuple[str, str] | None) -> Route:
+def _route(
+    tree: ModuleTree, parameter: Tensor, uses: list[tuple[str, Place]], override: tuple[str, str] | None
+) -> Route:
     name, place = uses[0]
-    flatten = True if isinstance(place.owner, _CONVOLUTIONS) and parameter.ndim == 3 else None
+    flatten = True if isinstance(place.owner, CONVOLUTIONS) and parameter.ndim == 3 else None
     if override is not None:
         pattern, rule = override
         return Route(name, parameter, "override", rule, f'override "{pattern}"', flatten, None)
@@ -216,24 +184,24 @@ def _route(tree: _Tree, parameter: Tensor, uses: list[tuple[str, _Place]], overr
     return Route(name, parameter, kind, decisions[index].rule, reason, flatten, hint)
 
 
-def _decide(tree: _Tree, place: _Place, shape: torch.Size) -> _Decision:
+def _decide(tree: ModuleTree, place: Place, shape: torch.Size) -> _Decision:
     """Return where one use of a parameter wants it."""
     owner, leaf = place.owner, place.leaf
     kind_of_owner = type(owner).__name__.removeprefix("Parametrized").removeprefix("FSDP")
-    projection = _is_projection(owner)
+    projection = is_projection(owner)
     # a projection's own matrix, as opposed to a parameter that a module holds beside its children
     weight = leaf == "weight" and projection
 
     # module type
     if len(shape) < 2:
         return _few_axes(shape)
-    if isinstance(owner, _EMBEDDINGS):
+    if isinstance(owner, EMBEDDINGS):
         named = kind_of_owner in ("Embedding", "EmbeddingBag")
         return _Decision("embedding", f"nn.{kind_of_owner}" if named else f"{kind_of_owner}, an nn.Embedding")
-    typed = isinstance(owner, (nn.Linear, *_CONVOLUTIONS))
-    if isinstance(owner, _NORMS) or (not typed and _NORM_CLASS.search(kind_of_owner)):
+    typed = isinstance(owner, (nn.Linear, *CONVOLUTIONS))
+    if isinstance(owner, NORMS) or (not typed and NORM_CLASS.search(kind_of_owner)):
         return _Decision("vector", f"gain or bias of {kind_of_owner}")
-    if not typed and _EMBEDDING_CLASS.search(kind_of_owner) and not _few_long_axes(shape):
+    if not typed and EMBEDDING_CLASS.search(kind_of_owner) and not _few_long_axes(shape):
         return _Decision("embedding" if leaf == "weight" else "table", f"table of {kind_of_owner}")
 
     # place
@@ -244,7 +212,7 @@ def _decide(tree: _Tree, place: _Place, shape: torch.Size) -> _Decision:
     decision = _by_shape(shape, bare=not weight, name=f"{place.path}.{leaf}")
     if decision is not None:
         return decision
-    if isinstance(owner, _CONVOLUTIONS) and owner.groups > 1 and shape[1] == 1:
+    if isinstance(owner, CONVOLUTIONS) and owner.groups > 1 and shape[1] == 1:
         return _Decision("depthwise", "depthwise convolution")
 
     # name
@@ -293,12 +261,12 @@ def _by_name(names: list[str]) -> _Decision | None:
     return None
 
 
-def _input_projection(tree: _Tree, place: _Place, shape: torch.Size) -> _Decision | None:
+def _input_projection(tree: ModuleTree, place: Place, shape: torch.Size) -> _Decision | None:
     """Return that a projection embeds the inputs, or None: convolutions of few channels, or the first of all."""
     components, owner = place.components, place.owner
     if not any("embed" in component for component in components):
         return _Decision("embedding", "name of an embedding") if _EMBEDDING.search((components or [""])[-1]) else None
-    if isinstance(owner, _CONVOLUTIONS):
+    if isinstance(owner, CONVOLUTIONS):
         patches = all(s == k > 1 for s, k in zip(owner.stride, owner.kernel_size, strict=True))
         if owner.in_channels <= 4 or (patches and owner is tree.first_convolution):
             return _Decision("embedding", f"patch embedding: from the {owner.in_channels} channels of the input")
@@ -310,173 +278,18 @@ def _input_projection(tree: _Tree, place: _Place, shape: torch.Size) -> _Decisio
     return None
 
 
-def _is_projection(module: nn.Module) -> bool:
-    """Whether a module multiplies its input by a weight of its own."""
-    if isinstance(module, (nn.Linear, *_CONVOLUTIONS)):
-        return True
-    weight = module._parameters.get("weight")
-    return (
-        isinstance(weight, Tensor)
-        and weight.ndim == 2
-        and not isinstance(module, (*_EMBEDDINGS, *_NORMS))
-        and not _NORM_CLASS.search(type(module).__name__)
-        and not _EMBEDDING_CLASS.search(type(module).__name__)
-    )
-
-
-def _transposed(module: nn.Module) -> bool:
-    """Whether a projection's weight is [in, out]: the Conv1D of GPT-2."""
-    return type(module).__name__.endswith("Conv1D")
-
-
-def _sides(module: nn.Module) -> tuple[int, int]:
-    """Return the numbers of outputs and inputs of a projection."""
-    if isinstance(module, nn.Linear):
-        return module.out_features, module.in_features
-    if isinstance(module, _CONVOLUTIONS):
-        return module.out_channels, module.in_channels
-    rows, columns = module._parameters["weight"].shape  # type: ignore[union-attr]
-    return (columns, rows) if _transposed(module) else (rows, columns)
-
-
-def _numbered(components: list[str]) -> bool:
-    """Whether a module is inside a numbered block; a number at the end is its own place in a Sequential."""
-    return any(component.isdecimal() for component in components[:-1])
-
-
 def _named_head(components: list[str]) -> bool:
     """Whether the name of a projection is that of a head, as far as a name can tell."""
     owner, parent = ([""] * 2 + components)[-1], ([""] * 2 + components)[-2]
     if any(component.isdecimal() for component in components[:-1]):
         return False
-    return bool(
-        _HEAD.search(owner) or owner in ("output", "fc") or (_HEAD.search(parent) and _HEAD_CHILD.search(owner))
-    )
+    return bool(HEAD.search(owner) or owner in ("output", "fc") or (HEAD.search(parent) and _HEAD_CHILD.search(owner)))
 
 
-class _Tree:
-    """A module's tree: where its parameters are, its heads with the reason for each, and its first projections."""
-
-    def __init__(self, module: nn.Module) -> None:
-        self.modules = dict(module.named_modules(remove_duplicate=False))
-        self.paths = {name: _ADAPTED.sub("", f".{strip_wrappers(f'{name}.')}")[1:].rstrip(".") for name in self.modules}
-        projections: dict[nn.Module, list[str]] = {}
-        for name, child in self.modules.items():
-            if _is_projection(child):
-                projections.setdefault(child, self.paths[name].split(".") if self.paths[name] else [])
-        self.first = next(iter(projections), None)
-        self.first_convolution = next((child for child in projections if isinstance(child, _CONVOLUTIONS)), None)
-        self.heads: dict[nn.Module, str] = {}
-        self._told_heads()
-        self._named_heads()
-        if projections:
-            self._last_head(*list(projections.items())[-1])
-
-    def place(self, name: str) -> _Place:
-        """Return the place of a parameter: a parametrised one is its module's weight."""
-        parametrised = _PARAMETRISED.search(name)
-        if parametrised is not None:
-            owner, leaf = name[: parametrised.start()], parametrised[1]
-        else:
-            owner, _, leaf = name.rpartition(".")
-            if _REPARAMETRISED.sub("", leaf) == "weight":
-                leaf = "weight"
-        return _Place(self.modules[owner], self.paths[owner], leaf)
-
-    def config(self, *names: str) -> Iterator[tuple[str, int]]:
-        """Yield (name, value) of the whole numbers of those names that modules and their configurations hold."""
-        for child in self.modules.values():
-            configuration = vars(child).get("config")
-            texts = getattr(configuration, "text_config", None)
-            for source in (configuration, texts, child):
-                for name in names:
-                    value = getattr(source, name, None)
-                    if isinstance(value, int) and not isinstance(value, bool) and value > 0:
-                        yield name, value
-
-    def near(self, place: _Place, names: tuple[str, ...]) -> int | None:
-        """Return the first whole number of those names above a parameter, in its modules or a configuration."""
-        path = place.path
-        by_path = {self.paths[name]: child for name, child in self.modules.items()}
-        while True:
-            child = by_path.get(path)
-            value = next((getattr(child, name) for name in names if isinstance(getattr(child, name, None), int)), None)
-            if value is not None or not path:
-                return value or next((value for _, value in self.config(*names)), None)
-            path = path.rpartition(".")[0]
-
-    def _told_heads(self) -> None:
-        """Note the heads that models name themselves: those of transformers and of timm."""
-        for child in self.modules.values():
-            for method, reason in (
-                ("get_output_embeddings", "last projection: to the vocabulary"),
-                ("get_classifier", "last projection: to the classes"),
-            ):
-                told = _call(getattr(child, method, None))
-                for head in told if isinstance(told, (tuple, list)) else [told]:
-                    if isinstance(head, nn.Module):
-                        self._note(head, reason)
-
-    def _named_heads(self) -> None:
-        """Note the last projections of modules outside numbered blocks that are named as heads."""
-        for name, child in self.modules.items():
-            components = self.paths[name].split(".")
-            if any(component.isdecimal() for component in components) or not _HEAD.search(components[-1]):
-                continue
-            reason = f'last projection of "{components[-1]}"'
-            if isinstance(child, (nn.ModuleList, nn.ModuleDict)):
-                for part in child.children():
-                    self._note(part, reason)
-            else:
-                self._note(child, reason)
-
-    def _note(self, head: nn.Module, reason: str) -> None:
-        """Note the projection that a head is, or the last of its children; adapters and copies of it too."""
-        if any(hasattr(head, name) for name in ("base_layer", "modules_to_save", "original_module")):
-            inside = [child for child in head.modules() if _is_projection(child)]
-        elif _is_projection(head):
-            inside = [head]
-        else:
-            last = next((child for child in reversed(list(head.modules())) if _is_projection(child)), None)
-            inside = [child for child in head.children() if child is last]
-        for child in inside:
-            self.heads.setdefault(child, reason)
-
-    def _last_head(self, last: nn.Module, components: list[str]) -> None:
-        """Note the last projection of all when its name is one of a head, or its size that of the output."""
-        outputs, inputs = _sides(last)
-        if _numbered(components) or last in self.heads:
-            return
-        sizes = {size: name for name, size in self.config(*_SIZES)}
-        if outputs in sizes and outputs != inputs:
-            self.heads[last] = f"last projection: {outputs} is {sizes[outputs]}"
-        elif components and _LAST.search(components[-1]) and last in self._body().children():
-            self.heads[last] = f'last projection, and called "{components[-1]}"'
-
-    def _body(self) -> nn.Module:
-        """Return the module that holds the network's parts: the root, or what it wraps."""
-        body = self.modules[""]
-        while True:
-            holders = [child for child in body.children() if any(True for _ in child.parameters())]
-            if len(holders) != 1 or _is_projection(holders[0]):
-                return body
-            body = holders[0]
-
-
-def _call(method: Callable[[], Any] | None) -> Any:
-    """Return what a model says of itself, or None where it has nothing to say."""
-    if not callable(method):
-        return None
-    try:
-        return method()
-    except (AttributeError, NotImplementedError, TypeError):
-        return None
-
-
-def _hint(tree: _Tree, name: str, place: _Place, parameter: Tensor) -> str | None:
+def _hint(tree: ModuleTree, name: str, place: Place, parameter: Tensor) -> str | None:
     """Return the matrix view that splits a fused projection, where shapes and configurations tell it."""
     called = place.leaf if place.leaf != "weight" else (place.components or [""])[-1]
-    axis = 1 if _transposed(place.owner) else 0
+    axis = 1 if is_transposed(place.owner) else 0
     if parameter.ndim != 2 and not (parameter.ndim == 3 and _GATE_UP.search(called)):
         return None
     length, width = parameter.shape[-2 + axis], parameter.shape[-1 - axis]

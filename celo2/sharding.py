@@ -1,7 +1,7 @@
-"""Where the shards of parameters lie: pieces of matrices on each rank, owners for Newton-Schulz, and the plan's hash.
+"""How a parameter is sharded, and which slices of its matrices that gives each rank.
 
 A parameter sharded by `fully_shard` (FSDP2) is cut along one axis into contiguous, possibly uneven or empty chunks; a
-chunk holds pieces of matrices, whether or not the view's matrices align with it. Everything here is arithmetic on
+chunk holds slices of matrices, whether or not the view's matrices align with it. Everything here is arithmetic on
 shapes and ranks, the same on every rank, so the collectives of a step need no negotiation.
 """
 
@@ -24,16 +24,25 @@ from celo2.matrices import MatrixView
 
 
 @dataclass(frozen=True)
-class Placing:
-    """How a parameter is sharded: along `axis` of the tensor, over the `ranks` of `group`."""
+class ShardSpec:
+    """How the step of a parameter is divided: along `axis` of the tensor, over the `ranks` of `group`.
+
+    With `zero1` every rank has the parameter and its gradient whole (DistributedDataParallel), and steps its rows.
+    """
 
     axis: int
     group: dist.ProcessGroup
     ranks: int
     rank: int
+    zero1: bool = False
+
+    def rows_of(self, tensor: Tensor) -> Tensor:
+        """View this rank's rows of a whole tensor of at least one axis."""
+        start, stop = chunk(tensor.shape[0], self.ranks, self.rank)
+        return tensor.detach()[start:stop]
 
 
-def placing_of(parameter: Tensor, name: str = "parameter") -> Placing | None:
+def shard_spec_of(parameter: Tensor, name: str = "parameter") -> ShardSpec | None:
     """Return how a DTensor is sharded; None for a plain tensor, or one that every rank has whole.
 
     Raises ValueError for a tensor sharded on two axes (tensor parallelism), unevenly strided or partial, and for one
@@ -67,10 +76,10 @@ def placing_of(parameter: Tensor, name: str = "parameter") -> Placing | None:
         )
     mesh_axis, axis = shards[0]
     group = mesh.get_group(mesh_axis)
-    return Placing(axis, group, mesh.size(mesh_axis), mesh.get_local_rank(mesh_axis))
+    return ShardSpec(axis, group, mesh.size(mesh_axis), mesh.get_local_rank(mesh_axis))
 
 
-def same_placing(parameter: Tensor, gradient: Tensor) -> bool:
+def same_placements(parameter: Tensor, gradient: Tensor) -> bool:
     """Whether a gradient lies on the ranks as its parameter does."""
     if isinstance(parameter, DTensor) and isinstance(gradient, DTensor):
         return parameter.placements == gradient.placements
@@ -84,7 +93,7 @@ def chunk(length: int, ranks: int, rank: int) -> tuple[int, int]:
 
 
 @dataclass(frozen=True)
-class Piece:
+class Slice:
     """Part of `count` consecutive matrices from `matrix` on: rows [row, row + rows) and columns of each."""
 
     matrix: int
@@ -100,7 +109,7 @@ class Piece:
 
 
 @dataclass(frozen=True)
-class Layout:
+class ShardLayout:
     """The matrices [B, m, n] of a parameter of `shape` under a view, sharded along `axis`.
 
     `kind` says what a rank has of a matrix: `"rows"`, `"columns"`, or `"whole"` ones (a leading axis is sharded).
@@ -113,7 +122,7 @@ class Layout:
     kind: str
 
     @classmethod
-    def of(cls, shape: torch.Size, view: MatrixView, axis: int, name: str = "parameter") -> Layout:
+    def of(cls, shape: torch.Size, view: MatrixView, axis: int, name: str = "parameter") -> ShardLayout:
         """Raises ValueError for a flattened parameter sharded along a flattened axis, and for a batch cut twice."""
         if view.batches(len(shape)):
             kind = "columns" if axis == len(shape) - 1 else "rows" if axis == len(shape) - 2 else "whole"
@@ -130,7 +139,7 @@ class Layout:
             )
         return cls(shape, view, axis, view.shape(shape), "rows" if axis == 0 else "columns")
 
-    def pieces(self, ranks: int, rank: int) -> list[Piece]:
+    def slices(self, ranks: int, rank: int) -> list[Slice]:
         """Return what a rank has, in the order of its memory's matrices; nothing for an empty shard."""
         batch, m, n = self.matrices
         start, stop = chunk(self.shape[self.axis], ranks, rank)
@@ -141,16 +150,16 @@ class Layout:
             if self.axis > 0:
                 # each outer index has its own stretch of matrices
                 outer, length = self.shape[: self.axis].numel(), self.shape[self.axis]
-                return [Piece((o * length + start) * inner, (stop - start) * inner, 0, m, 0, n) for o in range(outer)]
-            return [Piece(start * inner, (stop - start) * inner, 0, m, 0, n)]
+                return [Slice((o * length + start) * inner, (stop - start) * inner, 0, m, 0, n) for o in range(outer)]
+            return [Slice(start * inner, (stop - start) * inner, 0, m, 0, n)]
         length = m if self.kind == "rows" else n
         # the axis of a view that cuts along the sharded axis: matrices follow each other along it
         follows = self.view.blocks > 1 and self.view.axis == (0 if self.kind == "rows" else 1)
         if not follows:
             if self.kind == "rows":
-                return [Piece(0, batch, start, stop - start, 0, n)]
-            return [Piece(0, batch, 0, m, start, stop - start)]
-        pieces = []
+                return [Slice(0, batch, start, stop - start, 0, n)]
+            return [Slice(0, batch, 0, m, start, stop - start)]
+        slices = []
         position = start
         while position < stop:
             matrix, offset = divmod(position, length)
@@ -160,25 +169,25 @@ class Layout:
             else:
                 size, count = min(stop - position, length - offset), 1
             if self.kind == "rows":
-                pieces.append(Piece(matrix, count, offset, size, 0, n))
+                slices.append(Slice(matrix, count, offset, size, 0, n))
             else:
-                pieces.append(Piece(matrix, count, 0, m, offset, size))
+                slices.append(Slice(matrix, count, 0, m, offset, size))
             position += size * count
-        return pieces
+        return slices
 
     def views(self, shard: Tensor, ranks: int, rank: int) -> list[Tensor]:
         """Return [count, rows, columns] views of a rank's shard of the parameter, one for each piece."""
-        pieces = self.pieces(ranks, rank)
-        if not pieces:
+        slices = self.slices(ranks, rank)
+        if not slices:
             return []
         if self.view.batches(len(self.shape)):
             # one batch over the leading axes; with several stretches, each is a run of it
             matrices = self.view.matrices(shard)
-            counts = [piece.count for piece in pieces]
+            counts = [piece.count for piece in slices]
             return list(torch.split(matrices, counts))
         flat = shard.view(shard.shape[0], -1)
         views, position = [], 0
-        for piece in pieces:
+        for piece in slices:
             if self.kind == "rows" and self.view.blocks > 1 and self.view.axis == 0:
                 size = piece.count * piece.rows
                 views.append(flat[position : position + size].view(piece.count, piece.rows, piece.columns))
@@ -201,18 +210,18 @@ class Layout:
 
         `sharded` says whether the factor's own axis is; one that is whole on every rank has all matrices.
         """
-        pieces = self.pieces(ranks, rank)
+        slices = self.slices(ranks, rank)
         batch = self.matrices[0]
         if not sharded:
             whole = MatrixView.factors(factor, batch)
-            return [whole[piece.matrix : piece.matrix + piece.count] for piece in pieces]
-        if len(pieces) <= 1:
-            return [factor.view(piece.count, -1, 3) for piece in pieces]
+            return [whole[piece.matrix : piece.matrix + piece.count] for piece in slices]
+        if len(slices) <= 1:
+            return [factor.view(piece.count, -1, 3) for piece in slices]
         if self.kind == "whole":
-            counts = [piece.count for piece in pieces]
+            counts = [piece.count for piece in slices]
             return list(torch.split(factor.view(sum(counts), -1, 3), counts))
-        lengths = [piece.count * (piece.rows if self.kind == "rows" else piece.columns) for piece in pieces]
-        return [part.view(piece.count, -1, 3) for part, piece in zip(torch.split(factor, lengths), pieces, strict=True)]
+        lengths = [piece.count * (piece.rows if self.kind == "rows" else piece.columns) for piece in slices]
+        return [part.view(piece.count, -1, 3) for part, piece in zip(torch.split(factor, lengths), slices, strict=True)]
 
     def factor_axes(self) -> tuple[int | None, int | None]:
         """Return the axes along which the row and the column factor (`MatrixView.factor_shapes`) are sharded."""

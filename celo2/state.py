@@ -22,7 +22,7 @@ from celo2.quantisation import dequantise, quanta, quantise_
 from celo2.stochastic_rounding import mix64
 
 if TYPE_CHECKING:
-    from celo2.sharding import Placing
+    from celo2.sharding import ShardSpec
 
 MOMENTUM_KEYS = ("momentum_fast", "momentum_medium", "momentum_slow")
 
@@ -86,11 +86,11 @@ def check_state(parameter: Tensor, rule: str, view: MatrixView, dtype: str) -> N
         return
     if dtype == "int8":
         raise ValueError("state_dtype='int8' is not there for sharded parameters; use 'bfloat16' or 'float32'")
-    placing = placing_of(parameter)
+    placing = shard_spec_of(parameter)
     if placing is not None:
-        from celo2.sharding import Layout
+        from celo2.sharding import ShardLayout
 
-        Layout.of(parameter.shape, view, placing.axis)
+        ShardLayout.of(parameter.shape, view, placing.axis)
 
 
 class LazyStates(defaultdict[Tensor, dict[str, Tensor]]):
@@ -126,24 +126,24 @@ def local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if is_dtensor(tensor) else tensor  # type: ignore[attr-defined]
 
 
-def placing_of(parameter: Tensor) -> Placing | None:
-    """As `celo2.sharding.placing_of`, imported here for tensors that have loaded `torch.distributed` already."""
+def shard_spec_of(parameter: Tensor) -> ShardSpec | None:
+    """As `celo2.sharding.shard_spec_of`, imported here for tensors that have loaded `torch.distributed` already."""
     from celo2 import sharding
 
-    return sharding.placing_of(parameter)
+    return sharding.shard_spec_of(parameter)
 
 
 def _sharded_factors(parameter: Tensor, view: MatrixView, dtype: str) -> dict[str, Tensor]:
     """Return zero factors on the parameter's mesh, sharded along the axis that they share with it."""
-    from celo2.sharding import Layout, placing_of, zeros_placed
+    from celo2.sharding import ShardLayout, shard_spec_of, zeros_placed
 
-    placing, wide = placing_of(parameter), compute_dtype(parameter)
+    placing, wide = shard_spec_of(parameter), compute_dtype(parameter)
     axis = None if placing is None else placing.axis
     if parameter.ndim < 2:
         return {"factor": zeros_placed((parameter.numel(), 3), parameter, axis, wide)}
     check_state(parameter, "celo2", view, dtype)
     rows, columns = view.factor_shapes(parameter.shape)
-    row_axis, column_axis = (None, None) if axis is None else Layout.of(parameter.shape, view, axis).factor_axes()
+    row_axis, column_axis = (None, None) if axis is None else ShardLayout.of(parameter.shape, view, axis).factor_axes()
     return {
         "row_factor": zeros_placed(rows, parameter, row_axis, wide),
         "column_factor": zeros_placed(columns, parameter, column_axis, wide),

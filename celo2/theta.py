@@ -11,6 +11,7 @@ import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
 
@@ -118,7 +119,7 @@ class Theta:
     def num_parameters(self) -> int:
         return sum(array.size for array in self.arrays.values())
 
-    @property
+    @cached_property
     def sha256(self) -> str:
         """Hash of names, shapes and little-endian float32 bytes, in the order of `NAMES`, without the card."""
         digest = hashlib.sha256()
@@ -127,7 +128,7 @@ class Theta:
             digest.update(self.arrays[name].tobytes())
         return digest.hexdigest()
 
-    @property
+    @cached_property
     def label(self) -> str:
         """`name@` and the first 12 digits of `sha256`: what a state dict records."""
         return f"{self.name}@{self.sha256[:12]}"

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 import os
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, overload
+from collections.abc import Callable, Iterable
+from typing import Any, overload
 
 import numpy as np
 import torch
@@ -21,29 +21,36 @@ from celo2.groups import (
     named_parameters,
     use_plain_numbers,
 )
-from celo2.loading import find_sources
 from celo2.skips import SkipWatch, warn_caller
-from celo2.state import is_dtensor, local, placing_of
+from celo2.state import is_dtensor, local, shard_spec_of
 from celo2.stochastic_rounding import mix64
-from celo2.velo_rule import LossDecays, Networks, advance_loss_buffer, axis_order, constant, lstm_features, step_scale
+from celo2.velo_ranks import VeLORanks, groups_of_ranks
+from celo2.velo_rule import (
+    LossDecays,
+    Networks,
+    advance_loss_buffer,
+    axis_order,
+    constant,
+    loss_tensor,
+    lstm_features,
+    step_scale,
+)
 from celo2.velo_state import (
     SHARED_KEYS,
-    check_saved_velo_state,
     copy_saved_velo_state,
     create_shared,
     create_velo_state,
     follow_velo_parameter,
+    is_on_host,
+    match_velo_state,
+    names_of,
+    split_square_weights,
 )
-from celo2.velo_step import Job, add_up, stack_jobs, sum_dtype
+from celo2.velo_step import Job, add_up, rates_of, stack_jobs, sum_dtype
 from celo2.velo_weights import VeLOWeights, load_velo_weights
-
-if TYPE_CHECKING:
-    import torch.distributed as dist
 
 # set by learning-rate schedulers and by torch.optim itself
 _FOREIGN_KEYS = frozenset({"params", "param_names", "initial_lr", "max_lr", "min_lr", "swa_lr"})
-# of an optimizer and not of what it saves
-_OWN_KEYS = frozenset({"params", "param_names", "weights", "num_steps", "linear"})
 
 
 class VeLO(Optimizer):
@@ -121,7 +128,7 @@ class VeLO(Optimizer):
         use_plain_numbers(defaults)
         if isinstance(params, nn.Module):
             module, params = params, list(params.parameters())
-        self._named = None if module is None else _names_of(module)
+        self._named = None if module is None else names_of(module)
         try:
             super().__init__(params, defaults)
         finally:
@@ -139,7 +146,7 @@ class VeLO(Optimizer):
         self._networks: dict[tuple[torch.dtype, torch.device], Networks] = {}
         self._orders: dict[Tensor, tuple[int, ...]] = {}
         self._shared: dict[str, Tensor] = {}
-        self._agreed: list[int] = []
+        self._ranks = VeLORanks()
         self._loading: dict[str, Any] | None = None
 
     @property
@@ -177,30 +184,14 @@ class VeLO(Optimizer):
             group.setdefault("calls", self.param_groups[0]["calls"])
         before = len(self.param_groups)
         try:
-            for part in self._split(group):
+            for part in split_square_weights(group, self._named):
                 super().add_param_group(part)
             self._check_decay()
         except BaseException:
             del self.param_groups[before:]
             raise
         finally:
-            self._orders, self._agreed = {}, []
-
-    def _split(self, group: dict[str, Any]) -> list[dict[str, Any]]:
-        """Return a group as those of tensors taken as they are, and of square weights of `nn.Linear`, with names."""
-        if self._named is None:
-            return [group]
-        parts: dict[bool, list[Any]] = {}
-        for entry in group["params"]:
-            name, parameter = entry if isinstance(entry, tuple) else ("", entry)
-            if parameter not in self._named:
-                raise ValueError(
-                    f"a group has a tensor of shape {tuple(parameter.shape)} that is not a parameter of the module "
-                    "given as module=: pass the module that it was taken from"
-                )
-            own_name, linear = self._named[parameter]
-            parts.setdefault(group.get("linear", linear), []).append((name or own_name, parameter))
-        return [{**group, "params": members, "linear": linear} for linear, members in sorted(parts.items())]
+            self._orders, self._ranks = {}, VeLORanks()
 
     def _check_decay(self) -> None:
         decays = {float(group["weight_decay"]) for group in self.param_groups}
@@ -271,26 +262,7 @@ class VeLO(Optimizer):
             self._loading = None
 
     def _prepare_load(self, state_dict: dict[str, Any]) -> dict[str, Any]:
-        saved_groups, states = state_dict["param_groups"], state_dict["state"]
-        groups, matched, position = [], {}, 0
-        found = find_sources(saved_groups, states, self.param_groups)
-        for index, (group, sources) in enumerate(zip(self.param_groups, found, strict=True)):
-            options = {key: value for key, value in group.items() if key not in ("params", "param_names")}
-            for number in dict.fromkeys(source.group for source in sources):
-                _check_saved_options(index, group, saved_groups[number])
-            if sources:
-                saved = saved_groups[sources[0].group]
-                options |= {key: value for key, value in saved.items() if key not in _OWN_KEYS}
-            options["params"] = []
-            for source, (name, parameter) in zip(sources, named_parameters(group), strict=True):
-                options["params"].append(position)
-                if states:
-                    check_saved_velo_state(name, parameter, states.get(source.key), self._state_of(parameter))
-                if source.key in states:
-                    matched[position] = states[source.key]
-                position += 1
-            groups.append(options)
-        self._loading = {**state_dict, "state": matched, "param_groups": groups}
+        self._loading = match_velo_state(state_dict, self.param_groups, self._state_of)
         return self._loading
 
     def __getstate__(self) -> dict[str, Any]:
@@ -344,21 +316,8 @@ class VeLO(Optimizer):
                 returned = loss = closure()
         # the rule's precision is its own, wherever the step is called
         with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
-            self._step(self._loss(loss))
+            self._step(loss_tensor(loss, self._shared_state()["loss_buffer"]))
         return returned
-
-    def _loss(self, loss: Any) -> Tensor:
-        """Return the loss, 0-d, on the device and in the dtype of the LSTM."""
-        buffer = self._shared_state()["loss_buffer"]
-        if isinstance(loss, Tensor):
-            value = local(loss.detach())
-            if value.numel() != 1 or value.is_complex():
-                raise ValueError(f"loss of shape {tuple(value.shape)} and {value.dtype}: must be one real number")
-            return value.reshape(()).to(buffer.device, buffer.dtype, non_blocking=True)
-        try:
-            return torch.full((), float(loss), dtype=buffer.dtype, device=buffer.device)
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"loss={loss!r}: must be a number or a tensor of one element") from error
 
     def _collect(self) -> list[tuple[Job, Any]]:
         """Return what to step, in the order of names, with each group's rate."""
@@ -380,11 +339,11 @@ class VeLO(Optimizer):
                     raise ValueError(f"{name}: {error}") from error
                 order, shape, placing = self._order(parameter), parameter.shape, None
                 if is_dtensor(parameter):
-                    from celo2.sharding import same_placing
+                    from celo2.sharding import same_placements
 
-                    if not same_placing(parameter, gradient):
+                    if not same_placements(parameter, gradient):
                         raise ValueError(f"{name}: its gradient is not placed on the mesh as the parameter is")
-                    placing = placing_of(parameter)
+                    placing = shard_spec_of(parameter)
                     state = {key: local(value) for key, value in state.items()}
                 cut, ranks = (None, 1) if placing is None else (placing.axis, placing.ranks)
                 job = Job(name, shape, order, local(parameter), local(gradient), state, cut, ranks)
@@ -395,7 +354,7 @@ class VeLO(Optimizer):
 
     def _step(self, loss: Tensor) -> None:
         self._check_decay()
-        groups = self._groups_of_ranks()
+        groups = groups_of_ranks(self.param_groups)
         jobs = self._collect()
         calls = self.param_groups[0]["calls"] + 1
         for group in self.param_groups:
@@ -418,12 +377,13 @@ class VeLO(Optimizer):
         if found_inf is not None:
             bad += found_inf.reshape(()).to(device)
         if groups:
-            loss = self._agree(loss, bad, groups, [job.name for job, _ in jobs if job.cut is not None])
+            active = [job.name for job, _ in jobs if job.cut is not None]
+            loss = self._ranks.agree(self.param_groups, self._order, loss, bad, groups, active)
             if not jobs:
                 return
         accepted = (bad == 0) & torch.isfinite(loss)
         mask: Tensor | None = accepted
-        if groups or _is_on_host(accepted):
+        if groups or is_on_host(accepted):
             if not bool(accepted):
                 self._finish(shared, accepted)
                 return
@@ -449,7 +409,7 @@ class VeLO(Optimizer):
         states = [job.state for job, _ in jobs]
         old = {key: torch.stack([state[key].to(device, loss.dtype) for state in states]) for key in ("hidden", "cell")}
         mlps, step_size, hidden, cell = networks.advance(features, old["hidden"], old["cell"])
-        scale = step_scale(step_size, sums[:, 0], sizes) * _rates([lr for _, lr in jobs], loss)
+        scale = step_scale(step_size, sums[:, 0], sizes) * rates_of([lr for _, lr in jobs], loss)
 
         if sharded:
             for stack, _ in sharded:
@@ -487,99 +447,4 @@ class VeLO(Optimizer):
             warn_caller(
                 f"step {calls} of a training of num_steps={self.num_steps}: VeLO steps on as at the end of it; "
                 "construct it with the number of steps that you take"
-            )
-
-    # ranks
-
-    def _groups_of_ranks(self) -> list[dist.ProcessGroup]:
-        """Return the process groups of the sharded parameters: the one of their shards, then those of replicas.
-
-        Raises ValueError for parameters that are sharded over several groups, naming one.
-        """
-        found: dict[str, tuple[Any, Any]] = {}
-        for group in self.param_groups:
-            for name, parameter in named_parameters(group):
-                if is_dtensor(parameter) and (placing := placing_of(parameter)) is not None:
-                    found[name] = placing, parameter.device_mesh  # type: ignore[attr-defined]
-        if not found:
-            return []
-        first, mesh = next(iter(found.values()))
-        for name, (placing, _) in found.items():
-            if placing.group != first.group:
-                raise ValueError(f"{name} is sharded over other ranks than {next(iter(found))}: use one mesh for all")
-        own = [mesh.get_group(axis) for axis in range(mesh.ndim)]
-        return [first.group, *(group for group in own if group != first.group)]
-
-    def _agree(self, loss: Tensor, bad: Tensor, groups: Sequence[Any], active: Sequence[str]) -> Tensor:
-        """Return the mean loss over ranks, and add up `bad`, in place.
-
-        Raises RuntimeError on every rank when they have other parameters, options, or gradients.
-        """
-        import torch.distributed as dist
-
-        from celo2.sharding import agree
-
-        members = [
-            (name, parameter)
-            for group in self.param_groups
-            for name, parameter in named_parameters(group)
-            if is_dtensor(parameter) and placing_of(parameter) is not None
-        ]
-        known = [id(parameter) for _, parameter in members]
-        if known != self._agreed:
-            described = [(name, tuple(p.shape), p.dtype, self._order(p)) for name, p in members]
-            options = [(group["weights"], group["num_steps"], group["weight_decay"]) for group in self.param_groups]
-            agree([described, options], groups[0], "the set of sharded parameters")
-            self._agreed = known
-        flags = torch.tensor([float(name in active) for name, _ in members], dtype=bad.dtype, device=bad.device)
-        message = torch.cat([torch.stack([loss.to(bad.dtype), bad]), flags])
-        count = 1
-        for group in groups:
-            dist.all_reduce(message, group=group)
-            count *= dist.get_world_size(group)
-        bad.copy_(message[1])
-        for (name, _), flag in zip(members, message[2:].tolist(), strict=True):
-            if flag not in (0, count):
-                raise RuntimeError(f"{name} has a gradient on {flag:g} of {count} ranks: all or none must have one")
-        return (message[0] / count).to(loss.dtype)
-
-
-def _is_on_host(flag: Tensor) -> bool:
-    """Whether reading a flag does not wait for a device."""
-    return flag.device.type == "cpu"
-
-
-def _rates(rates: Sequence[float | Tensor], like: Tensor) -> Tensor | float:
-    """Return the rates of all jobs, one number where all are the same."""
-    if all(rate is rates[0] or (not isinstance(rate, Tensor) and rate == rates[0]) for rate in rates):
-        return rates[0].to(like.device, like.dtype) if isinstance(rates[0], Tensor) else float(rates[0])
-    parts = [
-        rate.to(like.device, like.dtype) if isinstance(rate, Tensor) else torch.full_like(like, rate) for rate in rates
-    ]
-    return torch.stack(parts)
-
-
-def _names_of(module: nn.Module) -> dict[Tensor, tuple[str, bool]]:
-    """Return the name of every parameter of a module, and whether it is a square weight of an `nn.Linear` alone."""
-    linear: set[Tensor] = set()
-    other: set[Tensor] = set()
-    for member in module.modules():
-        for name, parameter in member.named_parameters(recurse=False):
-            is_weight = isinstance(member, nn.Linear) and name == "weight"
-            (linear if is_weight and parameter.shape[:1] == parameter.shape[1:] else other).add(parameter)
-    return {parameter: (name, parameter in linear - other) for name, parameter in module.named_parameters()}
-
-
-def _check_saved_options(index: int, group: Mapping[str, Any], saved: Mapping[str, Any]) -> None:
-    """Raise ValueError for a group saved by another optimizer, or by VeLO with other weights or another horizon."""
-    for key in ("weights", "num_steps", "linear"):
-        if key not in saved:
-            raise ValueError(f"state dict of another optimizer: group {index} has no {key!r}")
-        there, here = saved[key], group[key]
-        if key == "weights":
-            there, here = str(there).rpartition("@")[2], here.rpartition("@")[2]
-        if there != here:
-            raise ValueError(
-                f"state dict of another optimizer: group {index} was saved with {key}={saved[key]!r}, this optimizer "
-                f"has {group[key]!r}; construct VeLO with the saved value"
             )

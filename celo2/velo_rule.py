@@ -15,12 +15,14 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import product
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from celo2.phases import ELEMENT_ROWS, LONG_ROWS, SHORT_ROWS
+from celo2.folded import ELEMENT_ROWS, LONG_ROWS, SHORT_ROWS
 from celo2.reference import FACTOR_DECAYS, FACTOR_EPS, FEATURE_CLIP, MOMENTUM_DECAYS, SQUARE_EPS
+from celo2.state import local
 
 SECOND_MOMENT_DECAY = 0.999
 RMS_EPS = 1e-6  # inside rsqrt(v + eps)
@@ -326,3 +328,16 @@ def _by_axis(columns: Tensor, weights: Tensor) -> Tensor:
 def step_scale(step_size: Tensor, square_sum: Tensor, size: Tensor) -> Tensor:
     """Return what a tensor's directions are multiplied by, [n]."""
     return step_size * (square_sum / size + SCALE_EPS).sqrt().to(step_size.dtype) * STEP_MULT
+
+
+def loss_tensor(loss: Any, buffer: Tensor) -> Tensor:
+    """Return the loss, 0-d, on the device and in the dtype of the buffer of losses, the LSTM's."""
+    if isinstance(loss, Tensor):
+        value = local(loss.detach())
+        if value.numel() != 1 or value.is_complex():
+            raise ValueError(f"loss of shape {tuple(value.shape)} and {value.dtype}: must be one real number")
+        return value.reshape(()).to(buffer.device, buffer.dtype, non_blocking=True)
+    try:
+        return torch.full((), float(loss), dtype=buffer.dtype, device=buffer.device)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"loss={loss!r}: must be a number or a tensor of one element") from error

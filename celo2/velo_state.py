@@ -9,15 +9,19 @@ as it is, what belongs to the LSTM is on every rank.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from celo2.state import MOMENTUM_KEYS, compute_dtype, is_dtensor, placed, placing_of
+from celo2.groups import named_parameters
+from celo2.loading import find_sources
+from celo2.state import MOMENTUM_KEYS, compute_dtype, is_dtensor, placed, shard_spec_of
 from celo2.velo_rule import FIRST_MINIMUM, LOSS_DECAYS
 
+# of an optimizer and not of what it saves
+OWN_KEYS = frozenset({"params", "param_names", "weights", "num_steps", "linear"})
 SHARED_KEYS = ("step", "loss_buffer", "skipped")
 
 
@@ -43,7 +47,7 @@ def create_velo_state(parameter: Tensor, order: tuple[int, ...], lstm: Mapping[s
     factors: dict[str, tuple[Any, ...]] = {"row_factor": (*rest, rows), "column_factor": (*rest, columns)}
     if parameter.ndim < 2:
         factors = {"factor": tuple(order)}
-    placing = placing_of(parameter) if is_dtensor(parameter) else None
+    placing = shard_spec_of(parameter) if is_dtensor(parameter) else None
     for key, axes in factors.items():
         sizes = (*(shape[axis] for axis in axes), 3) if axes else (1, 3)
         if is_dtensor(parameter):
@@ -95,3 +99,79 @@ def copy_saved_velo_state(saved: Mapping[str, Any], state: dict[str, Tensor]) ->
     """Copy checked saved values into the state, which keeps its dtypes and devices."""
     for key, value in state.items():
         value.copy_(placed(torch.as_tensor(saved[key]), value))
+
+
+def is_on_host(flag: Tensor) -> bool:
+    """Whether reading a flag does not wait for a device."""
+    return flag.device.type == "cpu"
+
+
+def names_of(module: nn.Module) -> dict[Tensor, tuple[str, bool]]:
+    """Return the name of every parameter of a module, and whether it is a square weight of an `nn.Linear` alone."""
+    linear: set[Tensor] = set()
+    other: set[Tensor] = set()
+    for member in module.modules():
+        for name, parameter in member.named_parameters(recurse=False):
+            is_weight = isinstance(member, nn.Linear) and name == "weight"
+            (linear if is_weight and parameter.shape[:1] == parameter.shape[1:] else other).add(parameter)
+    return {parameter: (name, parameter in linear - other) for name, parameter in module.named_parameters()}
+
+
+def split_square_weights(
+    group: dict[str, Any], named: Mapping[Tensor, tuple[str, bool]] | None
+) -> list[dict[str, Any]]:
+    """Return a group as those of tensors taken as they are, and of square weights of `nn.Linear`, with names."""
+    if named is None:
+        return [group]
+    parts: dict[bool, list[Any]] = {}
+    for entry in group["params"]:
+        name, parameter = entry if isinstance(entry, tuple) else ("", entry)
+        if parameter not in named:
+            raise ValueError(
+                f"a group has a tensor of shape {tuple(parameter.shape)} that is not a parameter of the module "
+                "given as module=: pass the module that it was taken from"
+            )
+        own_name, linear = named[parameter]
+        parts.setdefault(group.get("linear", linear), []).append((name or own_name, parameter))
+    return [{**group, "params": members, "linear": linear} for linear, members in sorted(parts.items())]
+
+
+def match_velo_state(
+    state_dict: dict[str, Any], here: list[dict[str, Any]], state_of: Callable[[Tensor], dict[str, Tensor]]
+) -> dict[str, Any]:
+    """Return a saved state dict by the groups and positions of an optimizer; raises ValueError when it does not fit."""
+    saved_groups, states = state_dict["param_groups"], state_dict["state"]
+    groups, matched, position = [], {}, 0
+    found = find_sources(saved_groups, states, here)
+    for index, (group, sources) in enumerate(zip(here, found, strict=True)):
+        options = {key: value for key, value in group.items() if key not in ("params", "param_names")}
+        for number in dict.fromkeys(source.group for source in sources):
+            check_saved_options(index, group, saved_groups[number])
+        if sources:
+            saved = saved_groups[sources[0].group]
+            options |= {key: value for key, value in saved.items() if key not in OWN_KEYS}
+        options["params"] = []
+        for source, (name, parameter) in zip(sources, named_parameters(group), strict=True):
+            options["params"].append(position)
+            if states:
+                check_saved_velo_state(name, parameter, states.get(source.key), state_of(parameter))
+            if source.key in states:
+                matched[position] = states[source.key]
+            position += 1
+        groups.append(options)
+    return {**state_dict, "state": matched, "param_groups": groups}
+
+
+def check_saved_options(index: int, group: Mapping[str, Any], saved: Mapping[str, Any]) -> None:
+    """Raise ValueError for a group saved by another optimizer, or by VeLO with other weights or another horizon."""
+    for key in ("weights", "num_steps", "linear"):
+        if key not in saved:
+            raise ValueError(f"state dict of another optimizer: group {index} has no {key!r}")
+        there, here = saved[key], group[key]
+        if key == "weights":
+            there, here = str(there).rpartition("@")[2], here.rpartition("@")[2]
+        if there != here:
+            raise ValueError(
+                f"state dict of another optimizer: group {index} was saved with {key}={saved[key]!r}, this optimizer "
+                f"has {group[key]!r}; construct VeLO with the saved value"
+            )

@@ -262,3 +262,13 @@ def add_up(tensors: Sequence[Tensor], group: dist.ProcessGroup) -> None:
     parts = torch.split(message, [tensor.numel() for tensor in tensors])
     for tensor, part in zip(tensors, parts, strict=True):
         tensor.copy_(part.view(tensor.shape))
+
+
+def rates_of(rates: Sequence[float | Tensor], like: Tensor) -> Tensor | float:
+    """Return the rates of all jobs, one number where all are the same."""
+    if all(rate is rates[0] or (not isinstance(rate, Tensor) and rate == rates[0]) for rate in rates):
+        return rates[0].to(like.device, like.dtype) if isinstance(rates[0], Tensor) else float(rates[0])
+    parts = [
+        rate.to(like.device, like.dtype) if isinstance(rate, Tensor) else torch.full_like(like, rate) for rate in rates
+    ]
+    return torch.stack(parts)

@@ -1,1 +1,1 @@
-"""Triton kernels of the rule, imported as `celo2.kernels`; `celo2.kernel_step` launches them."""
+"""Triton kernels of the rule, imported as `celo2.kernels`; `celo2.backends.triton` launches them."""

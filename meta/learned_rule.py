@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from celo2.phases import ELEMENT_ROWS, LONG_ROWS, SHORT_ROWS
+from celo2.folded import FirstLayer
 from celo2.reference import (
     FACTOR_DECAYS,
     FACTOR_EPS,
@@ -31,8 +31,6 @@ from celo2.reference import (
 from celo2.theta import GROUP_COLUMNS, NAMES, OUTPUTS, Theta
 
 COLUMNS = sum(GROUP_COLUMNS)
-# a vector has the first nine groups only
-VECTOR_COLUMNS = sum(GROUP_COLUMNS[:9])
 
 
 def flatten(theta: Theta) -> NDArray[np.float32]:
@@ -72,12 +70,12 @@ class ThetaBatch:
         h = hidden
         sizes = [COLUMNS * h, h, h * h, h, h * OUTPUTS, OUTPUTS]
         first, bias0, middle, bias1, last, bias2 = torch.split(vectors, sizes, dim=1)
-        first = first.reshape(-1, COLUMNS, h)
+        layer = FirstLayer.of(first.reshape(-1, COLUMNS, h))
         return cls(
-            element=first[:, list(ELEMENT_ROWS)].contiguous(),
-            short=first[:, list(SHORT_ROWS)].mT.contiguous(),
-            long=first[:, list(LONG_ROWS)].mT.contiguous(),
-            vector=first[:, :VECTOR_COLUMNS].contiguous(),
+            element=layer.element,
+            short=layer.short.mT.contiguous(),
+            long=layer.long.mT.contiguous(),
+            vector=layer.vector,
             bias0=bias0.contiguous(),
             hidden=middle.reshape(-1, h, h).contiguous(),
             bias1=bias1.contiguous(),
@@ -105,7 +103,7 @@ def factor_moments(g: Tensor, row_factor: Tensor, column_factor: Tensor) -> tupl
 def _element_columns(
     p: Tensor, g: Tensor, momenta: list[Tensor], v: Tensor, row_scale: Tensor, column_scale: Tensor
 ) -> list[Tensor]:
-    """Return the 18 columns [P, m, n] of `ELEMENT_ROWS`, not normalised."""
+    """Return the 18 columns [P, m, n] of `celo2.folded.ELEMENT_ROWS`, not normalised."""
     q = torch.rsqrt(v + RMS_EPS)
     factors = [row_scale[:, k, :, None] * column_scale[:, k, None, :] for k in range(3)]
     return [

@@ -238,7 +238,7 @@ class Checkpoints:
                     ) from error
                 raise OSError(f"{path} is whole but cannot be read: {problem}; run the same again") from error
             torch.set_rng_state(tensors["rng"])
-            there, here = (one.get(SETTING, {}) for one in (state.identity, identity))
+            there, here = (_renamed(one.get(SETTING, {})) for one in (state.identity, identity))
             known = [key for key in there if None not in (there[key], here.get(key))]
             different |= _differences({key: there[key] for key in known}, {key: here[key] for key in known})
             notes += [f"{text}: the run goes on, no longer to the bit" for text in different.values()]
@@ -323,6 +323,12 @@ class Checkpoints:
 
 def _without(identity: dict[str, Any], keys: Collection[str]) -> dict[str, Any]:
     return {key: value for key, value in identity.items() if key not in keys}
+
+
+def _renamed(setting: dict[str, Any]) -> dict[str, Any]:
+    """A setting by the names of today."""
+    names = {"wire_dtype": "comm_dtype", "split_step": "zero1"}
+    return {names.get(key, key): value for key, value in setting.items()}
 
 
 def _differences(there: dict[str, Any], here: dict[str, Any], prefix: str = "") -> dict[str, str]:

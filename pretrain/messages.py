@@ -9,14 +9,14 @@ from torch import Tensor
 
 from celo2 import FusedCelo2
 from celo2.groups import group_view, named_parameters
+from celo2.plan import Plan
 from celo2.pretrain.device import DTYPES
 from celo2.pretrain.machines import ITERATION_LAUNCHES, Links, Machine
 from celo2.pretrain.model import GPT
 from celo2.pretrain.parallel import Parallel
-from celo2.sharded_step import ShardedStep
-from celo2.sharding import Layout, Piece, newton_schulz_flops
-from celo2.split_step import BUCKET_BYTES, SplitStep, plan_buckets
+from celo2.sharding import ShardLayout, Slice, newton_schulz_flops
 from celo2.state import local
+from celo2.zero1 import BUCKET_BYTES, plan_buckets
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Loads:
         self.batches: Counter[tuple[int, int, int, int]] = Counter()  # of rank, rows, columns, iterations
 
     @classmethod
-    def of(cls, optimizer: FusedCelo2, step: ShardedStep | None, machine: Machine) -> "Loads":
+    def of(cls, optimizer: FusedCelo2, step: Plan | None, machine: Machine) -> "Loads":
         """Those of the ranks of a sharded step, or of the one that has everything."""
         loads = cls(1 if step is None else step.ranks, machine)
         if step is None:
@@ -55,18 +55,18 @@ class Loads:
                         loads._own(0, m, n, group["ns_steps"], batch)
             loads.held = loads.kept = loads.owned
             return loads
-        pieces: dict[Layout, list[list[Piece]]] = {}
-        for index, member in enumerate(step.members):
-            layout = member.layout
-            if layout is None or not member.job.orthogonalize:
+        slices: dict[ShardLayout, list[list[Slice]]] = {}
+        for index, entry in enumerate(step.entries):
+            layout = entry.layout
+            if layout is None or not entry.slot.orthogonalize:
                 continue
             batch, m, n = layout.matrices
             owners = [step.owner[index, matrix] for matrix in range(batch)]
             for owner in owners:
-                loads._own(owner, m, n, member.job.ns_steps, 1)
-            if layout not in pieces:
-                pieces[layout] = [layout.pieces(step.ranks, rank) for rank in range(step.ranks)]
-            for rank, there in enumerate(pieces[layout]):
+                loads._own(owner, m, n, entry.slot.ns_steps, 1)
+            if layout not in slices:
+                slices[layout] = [layout.slices(step.ranks, rank) for rank in range(step.ranks)]
+            for rank, there in enumerate(slices[layout]):
                 for piece in there:
                     stay = owners[piece.matrix : piece.matrix + piece.count].count(rank)
                     loads.held[rank] += piece.numel
@@ -136,10 +136,10 @@ def model_messages(
     return messages, {"gathered": gathered, "reduced": (size + 4) * max(root, *blocks)}
 
 
-def rule_messages(step: ShardedStep, loads: Loads, links: Links) -> tuple[list[Messages], int, float]:
+def rule_messages(step: Plan, loads: Loads, links: Links) -> tuple[list[Messages], int, float]:
     """What the learned rule sends in a step, bytes of its messages, and bytes that gathering would send."""
-    item, lengths = step.wire.itemsize, list(step.lengths)
-    if all(member.job.orthogonalize for member in step.members):
+    item, lengths = step.comm_dtype.itemsize, list(step.lengths)
+    if not step.shares_directions:
         lengths.pop()  # sums of squares of directions that nobody orthogonalises
     messages = [Messages.of("all-reduce", 1, [links.ring(4 * length, 2) for length in lengths])]
     away = [held - kept for held, kept in zip(loads.held, loads.kept, strict=True)]
@@ -152,9 +152,9 @@ def rule_messages(step: ShardedStep, loads: Loads, links: Links) -> tuple[list[M
     return messages, buffers, item * sum(loads.held) * (step.ranks - 1) / step.ranks
 
 
-def row_messages(step: SplitStep, links: Links) -> tuple[Messages, int]:
+def row_messages(step: Plan, links: Links) -> tuple[Messages, int]:
     """How updated rows of whole float32 parameters reach the other ranks, and bytes of the two buffers under way."""
-    shapes = [parameter.shape for parameter in step.parameters]
+    shapes = [entry.slot.parameter.shape for entry in step.entries]
     segments = [4 * size for _, size in plan_buckets(shapes, links.ranks, BUCKET_BYTES // 4)]
     costs = [links.ring(links.ranks * segment) for segment in segments]
     return Messages.of("all-gather", 1, costs), 2 * (links.ranks + 1) * max(segments, default=0)

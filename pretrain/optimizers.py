@@ -35,9 +35,9 @@ class Optimizers:
 
     `num_steps`, of the whole training, is what velo needs, beside `weights`. `views` are the matrices that parameters
     split into, by name; those of a GPT are known. Every group carries `initial_lr`, its peak learning rate; `set_lr`
-    scales them all. The model may be sharded by `fully_shard`; `wire_dtype` is then celo2's, and so is `split_over`, a
+    scales them all. The model may be sharded by `fully_shard`; `comm_dtype` is then celo2's, and so is `zero1_mesh`, a
     mesh of the ranks that have a model whole.
-    Raises ValueError for an unknown `opt`, and for `weights` or `split_over` given to an optimizer that has none.
+    Raises ValueError for an unknown `opt`, and for `weights` or `zero1_mesh` given to an optimizer that has none.
     """
 
     def __init__(
@@ -49,8 +49,8 @@ class Optimizers:
         *,
         num_steps: int | None = None,
         views: Mapping[str, MatrixView] | None = None,
-        wire_dtype: str = "auto",
-        split_over: DeviceMesh | None = None,
+        comm_dtype: str = "auto",
+        zero1_mesh: DeviceMesh | None = None,
     ) -> None:
         if opt not in OPTS:
             raise ValueError(f"unknown optimizer {opt!r}: choose one of {', '.join(OPTS)}")
@@ -58,8 +58,8 @@ class Optimizers:
             raise ValueError(
                 f"--weights {weights} belongs to --opt celo2, celo2-base or velo; --opt {opt} has no weights"
             )
-        if split_over is not None and opt not in VARIANTS:
-            raise ValueError(f"--split-step belongs to --opt celo2 or celo2-base, not to {opt}")
+        if zero1_mesh is not None and opt not in VARIANTS:
+            raise ValueError(f"--zero1 belongs to --opt celo2 or celo2-base, not to {opt}")
         self.theta: Theta | VeLOWeights | None = None
         self._max_grad_norm = tuning.max_grad_norm
         self._padding = model.padding() if isinstance(model, GPT) else {}
@@ -85,8 +85,8 @@ class Optimizers:
                     adam_lr_mult=tuning.adam_lr_mult,
                     adam_betas=tuning.betas,
                     max_grad_norm=tuning.max_grad_norm,
-                    wire_dtype=wire_dtype,
-                    split_over=split_over,
+                    comm_dtype=comm_dtype,
+                    zero1_mesh=zero1_mesh,
                 )
             )
         elif opt == "velo":

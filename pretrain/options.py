@@ -3,11 +3,12 @@
 import argparse
 import dataclasses
 import os
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from celo2.optimizer import WIRE_DTYPES
+from celo2.optimizer import COMM_DTYPES
 from celo2.pretrain import interruption
 from celo2.pretrain.device import DTYPES
 from celo2.pretrain.model import ARCHS, SIZES
@@ -92,6 +93,20 @@ def tuned(tuning: AnyTuning, arguments: argparse.Namespace) -> AnyTuning:
     betas = zip((arguments.beta1, arguments.beta2), tuning.betas, strict=True)
     changes["betas"] = tuple(default if beta is None else beta for beta, default in betas)
     return dataclasses.replace(tuning, **changes)
+
+
+class _Renamed(argparse.Action):
+    """An option under a name that it had before: it works, and says what it is called."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,
+    ) -> None:
+        setattr(namespace, self.dest, True if self.const else values)
+        print(f"warning: {option_string} is --{self.dest.replace('_', '-')} now", file=sys.stderr)
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -181,9 +196,14 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         "--reduce", choices=REDUCE, default="last", help="gradients travel after the last micro-batch, or every one"
     )
     several.add_argument(
-        "--wire-dtype", choices=WIRE_DTYPES, default="auto", help="of celo2's directions between ranks"
+        "--comm-dtype", choices=COMM_DTYPES, default="auto", help="of celo2's directions between ranks"
     )
-    several.add_argument("--split-step", action="store_true", help="ddp: ranks share celo2's work and state")
+    several.add_argument("--zero1", action="store_true", help="ddp: ranks share celo2's work and state")
+    # their names before
+    several.add_argument(
+        "--wire-dtype", choices=COMM_DTYPES, dest="comm_dtype", action=_Renamed, help=argparse.SUPPRESS
+    )
+    several.add_argument("--split-step", dest="zero1", nargs=0, const=True, action=_Renamed, help=argparse.SUPPRESS)
     several.add_argument("--async-save", action="store_true", help="write checkpoints in the background")
     plan = parser.add_argument_group("before paying")
     plan.add_argument("--dry-run", action="store_true", help="print what would run, and stop")

@@ -30,8 +30,6 @@ from celo2.pretrain.parallel import PARALLEL, REDUCE, Parallel, shard
 from celo2.pretrain.recipes import Recipe, recipe_for, split_batch
 from celo2.pretrain.runlog import quantity
 from celo2.routing import format_table
-from celo2.sharded_plan import plan_sharded
-from celo2.split_step import SplitStep
 from celo2.state import local
 
 GIB = 2**30
@@ -147,8 +145,8 @@ def make_plan(
     loss_chunks: int = 1,
     weights: str | Theta | None = None,
     bias: bool = False,
-    wire_dtype: str = "auto",
-    split_step: bool = False,
+    comm_dtype: str = "auto",
+    zero1: bool = False,
 ) -> Plan:
     """Plan a run on `world_size` GPUs, `local_ranks` in a node; the options are those of `train_gpt.py`.
 
@@ -171,14 +169,14 @@ def make_plan(
     with fake_processes(world_size):
         # a split step wants its mesh where the parameters are, and fully_shard a device that there is
         layout = Parallel.choose(parallel, world_size, local_ranks, "meta" if parallel == "ddp" else "cpu", shards)
-        if split_step and layout.mode != "ddp":
-            raise ValueError(f"--split-step belongs to --parallel ddp, this run is {layout}")
+        if zero1 and layout.mode != "ddp":
+            raise ValueError(f"--zero1 belongs to --parallel ddp, this run is {layout}")
         with torch.device("meta"):
             model = GPT(config, recompute=recompute, loss_chunks=loss_chunks)
         if layout.sharded:
             shard(model, layout, dtype)
-        over = layout.mesh if split_step else None
-        optimizers = Optimizers(opt, recipe, model, weights, wire_dtype=wire_dtype, split_over=over)
+        over = layout.mesh if zero1 else None
+        optimizers = Optimizers(opt, recipe, model, weights, comm_dtype=comm_dtype, zero1_mesh=over)
         links = Links(machine, layout.shards, min(layout.shards, local_ranks))
         replicas = Links(machine, layout.replicas, max(1, local_ranks // layout.shards))
         passing, buffers = model_messages(model, layout, links, replicas, dtype, micro_steps, reductions)
@@ -193,14 +191,13 @@ def make_plan(
         loads, instead = Loads(1, machine), 0.0
         learned = optimizers.members[0]
         if isinstance(learned, FusedCelo2):
-            planned = plan_sharded(learned) if layout.sharded or split_step else None
-            step = planned.step if isinstance(planned, SplitStep) else planned
+            step = learned.planner.plan_ranks().plan if layout.sharded or zero1 else None
             loads = Loads.of(learned, step, machine)
             if step is not None:
-                among = replicas if split_step else links
+                among = replicas if zero1 else links
                 stepping, buffers["messages"], instead = rule_messages(step, loads, among)
-                if isinstance(planned, SplitStep):
-                    gather, buckets = row_messages(planned, among)
+                if zero1:
+                    gather, buckets = row_messages(step, among)
                     stepping, instead = [*stepping, gather], 0.0
                     buffers["messages"] += buckets
             if step is None or not loads.batches:
@@ -235,7 +232,7 @@ def make_plan(
         dtype: True,
         f"gradients travel after {'every' if reduce == 'every' else 'the last'} one": world_size > 1,
         "blocks recomputed": recompute,
-        "step split over the ranks": split_step,
+        "ZeRO-1": zero1,
         f"the loss in {loss_chunks} parts": loss_chunks > 1,
     }
     return Plan(

@@ -72,7 +72,7 @@ def describe(
 def setting_of(arguments: argparse.Namespace, parallel: Parallel, device: torch.device, where: str) -> dict[str, Any]:
     """What changes a run's numbers by rounding alone, besides the batch's split: None where it does not matter."""
     several = parallel.mode != "none"
-    wire = arguments.wire_dtype
+    wire = arguments.comm_dtype
     if wire == "auto":
         wire = "float32" if device.type == "cpu" else "bfloat16"
     return {
@@ -81,8 +81,8 @@ def setting_of(arguments: argparse.Namespace, parallel: Parallel, device: torch.
         "compile": arguments.compile,
         "loss_chunks": arguments.loss_chunks,
         "activation_checkpointing": arguments.activation_checkpointing,
-        "wire_dtype": wire if several and arguments.opt in VARIANTS else None,
-        "split_step": arguments.split_step if several else None,
+        "comm_dtype": wire if several and arguments.opt in VARIANTS else None,
+        "zero1": arguments.zero1 if several else None,
         "reduce": arguments.reduce if several else None,
         "layout": str(parallel) if parallel.mode == "hsdp" else None,
     }
@@ -109,8 +109,8 @@ def plan_of(arguments: argparse.Namespace, recipe: Recipe) -> str:
             reduce=arguments.reduce,
             recompute=arguments.activation_checkpointing,
             loss_chunks=arguments.loss_chunks,
-            wire_dtype=arguments.wire_dtype,
-            split_step=arguments.split_step,
+            comm_dtype=arguments.comm_dtype,
+            zero1=arguments.zero1,
         )
     )
 

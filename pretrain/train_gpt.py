@@ -73,8 +73,8 @@ def build(
         model,
         arguments.weights,
         num_steps=schedule.steps,
-        wire_dtype=arguments.wire_dtype,
-        split_over=parallel.mesh if arguments.split_step else None,
+        comm_dtype=arguments.comm_dtype,
+        zero1_mesh=parallel.mesh if arguments.zero1 else None,
     )
     return model, forward, optimizers
 
@@ -95,8 +95,8 @@ def train(arguments: argparse.Namespace, held: ExitStack) -> int:
     dtype = arguments.dtype or ("bfloat16" if device.type == "cuda" else "float32")
     total = schedule.steps
     parallel = Parallel.choose(arguments.parallel, world.ranks, world.local_ranks, device.type, arguments.shards)
-    if arguments.split_step and parallel.mode != "ddp":
-        raise ValueError(f"--split-step belongs to --parallel ddp, this run is {parallel}")
+    if arguments.zero1 and parallel.mode != "ddp":
+        raise ValueError(f"--zero1 belongs to --parallel ddp, this run is {parallel}")
     # fully_shard casts by itself
     autocast = "float32" if parallel.sharded else dtype
 

@@ -43,7 +43,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     # a checkout that is not laid out as it installs has no kernels
     is_there = all(importlib.util.find_spec(name) for name in ("triton", "celo2.kernels"))
     if kernels and not torch.cuda.is_available() and is_there:
-        from celo2.kernel_step import interpreter_fault
+        from celo2.backends.parts import interpreter_fault
 
         fault = interpreter_fault()
         for item in kernels if fault is not None else ():

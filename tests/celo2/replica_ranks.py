@@ -45,7 +45,7 @@ def main() -> None:
         if case == "weights":
             # all but one bias, which AdamW steps, are equal
             module.load_state_dict({**model(0).state_dict(), "1.bias": torch.full((8,), float(rank))})
-        optimizer = FusedCelo2(module, split_over=mesh, wire_dtype="float32")
+        optimizer = FusedCelo2(module, zero1_mesh=mesh, comm_dtype="float32")
         backward(module, data)
         report[case] = refusal(module, optimizer)
         if case == "gradients":
@@ -53,7 +53,7 @@ def main() -> None:
                 dist.all_reduce(parameter.grad)
             report["reduced"] = refusal(module, optimizer)
     module = DistributedDataParallel(model(rank))
-    optimizer = FusedCelo2(module.module, split_over=mesh, wire_dtype="float32")
+    optimizer = FusedCelo2(module.module, zero1_mesh=mesh, comm_dtype="float32")
     backward(module, rank)
     report["ddp"] = refusal(module, optimizer)
     if rank == 0:

@@ -15,9 +15,11 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
-from celo2 import FusedCelo2, kernel_plan, kernel_step, sharded_kernel_step
-from celo2.sharded_kernel_step import ShardedKernelStep
-from celo2.sharded_step import ShardedStep
+from celo2 import FusedCelo2
+from celo2.backends import batches, owner, triton
+from celo2.blocks import Blocks
+from celo2.comm import Ranks
+from celo2.planner import Planner
 from celo2.skips import SkipWatch
 
 # uneven, empty, heads that do not align with shards, batched, a convolution, a vector: small, for the interpreter
@@ -62,19 +64,19 @@ def differences(world, mesh):
 
 def tiled_difference(mesh):
     """Several aligned tiles a shard, cut as on a GPU; NaN in all memory that nobody has written."""
-    choose, empty, specs = kernel_step.Blocks.choose, torch.empty, ranks.SPECS
+    choose, empty, specs = Blocks.choose, torch.empty, ranks.SPECS
 
     def poisoned(*args, **kwargs):
         tensor = empty(*args, **kwargs)
         return tensor.fill_(torch.nan) if tensor.is_floating_point() else tensor
 
-    kernel_step.Blocks.choose = classmethod(lambda cls, columns, device: cls(columns=64, step_rows=8))
+    Blocks.choose = classmethod(lambda cls, columns, device: cls(columns=64, step_rows=8))
     ranks.SPECS = [((130, 64), {}), ((64, 128), {})]
     torch.empty = poisoned
     try:
         return ranks.difference("celo2", [Shard(0)], mesh, steps=1, backend="triton")
     finally:
-        kernel_step.Blocks.choose, torch.empty, ranks.SPECS = choose, empty, specs
+        Blocks.choose, torch.empty, ranks.SPECS = choose, empty, specs
 
 
 def shards(params, optimizer):
@@ -118,11 +120,11 @@ def disagreement(mesh):
 @contextmanager
 def deferred_check():
     """Leave the flags of a step unread when it ends, as on a GPU."""
-    check, ShardedStep.check_flags = ShardedStep.check_flags, lambda step: None
+    check, Ranks.check_flags = Ranks.check_flags, lambda comm: None
     try:
         yield
     finally:
-        ShardedStep.check_flags = check
+        Ranks.check_flags = check
 
 
 def beside_whole_ones(mesh):
@@ -147,7 +149,35 @@ def beside_whole_ones(mesh):
             ranks.set_gradients(params, step)
             optimizer.step()
         models.append([ranks.whole(p) for p in params])
-    assert isinstance(optimizer._kernels.step, ShardedKernelStep) and not optimizer._kernels.refused
+    assert optimizer.planner.kernels.backend.shards and not optimizer.planner.kernels.refused
+    return max(float((a - b).abs().max()) for a, b in zip(*models, strict=True))
+
+
+def divided_rows(variant, mesh):
+    """Largest difference from one process when whole parameters are stepped by rows (ZeRO-1); ranks end alike."""
+    generator = torch.Generator().manual_seed(0)
+    values = [0.1 * torch.randn(shape, generator=generator) for shape in ((10, 6), (2, 5), (5,), (6, 3, 4), (4, 3))]
+    models = []
+    for backend, over in (("torch", None), ("triton", mesh)):
+        params = [nn.Parameter(value.clone()) for value in values]
+        groups = [{"params": params[:4], "rule": "celo2"}, {"params": params[4:], "rule": "adamw"}]
+        options = {"weights": ranks.theta(variant), "max_grad_norm": 0.1, "backend": backend, "zero1_mesh": over}
+        optimizer = FusedCelo2(groups, lr=1e-2, comm_dtype="float32", **options)
+        for step in range(3):
+            ranks.set_gradients(params, step)
+            if step == 1:
+                params[1].grad = None
+            if step == 2 and over is not None:
+                # a gradient in memory of another order
+                params[0].grad = params[0].grad.T.contiguous().T
+            optimizer.step()
+        models.append([p.detach() for p in params])
+    kernels = optimizer.planner.kernels
+    assert kernels.backend.shards and not kernels.backend.batches and not kernels.refused
+    first = [value.clone() for value in models[1]]
+    for value in first:
+        dist.broadcast(value, 0)
+    assert same_on_all(first, models[1])
     return max(float((a - b).abs().max()) for a, b in zip(*models, strict=True))
 
 
@@ -162,7 +192,7 @@ def fsdp2_losses(mesh):
                 fully_shard(block, mesh=mesh)
             fully_shard(model, mesh=mesh)
         optimizer = FusedCelo2(
-            model, lr=1e-2, weights=ranks.theta("celo2"), max_grad_norm=0.5, wire_dtype="float32", backend=backend
+            model, lr=1e-2, weights=ranks.theta("celo2"), max_grad_norm=0.5, comm_dtype="float32", backend=backend
         )
         run = []
         for step in range(3):
@@ -187,8 +217,8 @@ def no_host_reads():
     """Refuse to read a tensor on the host, but for the interpreter, within a launch."""
     names = ("item", "tolist", "numpy", "cpu", "__float__", "__int__", "__bool__")
     originals = {name: getattr(torch.Tensor, name) for name in names}
-    modules = (kernel_step, sharded_kernel_step)
-    launch, launches, inside = kernel_step.launch, [], []
+    modules = (batches, owner, triton)
+    launch, launches, inside = triton.launch, [], []
     look = SkipWatch.look
 
     def guarded(name):
@@ -232,7 +262,7 @@ def launches_without_host_reads(mesh):
         ranks.set_gradients(params, 1)
         with no_host_reads() as launches:
             optimizer.step()
-        assert isinstance(optimizer._kernels.step, ShardedKernelStep)
+        assert optimizer.planner.kernels.backend.shards
         counts.append(len(launches))
     collectives = ranks.count_collectives("celo2", mesh, backend="triton")
     return {"launches": counts, "collectives": collectives}
@@ -240,13 +270,13 @@ def launches_without_host_reads(mesh):
 
 def alternating_gradients(mesh):
     """Largest difference from one process when every other step lacks gradients, and how many plans that makes."""
-    plans, original = [], kernel_plan.plan_kernels
+    plans, original = [], Planner.plan_kernels
 
     def counted(*args):
         plans.append(args)
         return original(*args)
 
-    kernel_plan.plan_kernels = counted
+    Planner.plan_kernels = counted
     (single, one), (several, optimizer) = (
         ranks.build("celo2-base", where, mesh, backend=backend)
         for where, backend in ((None, "torch"), ([Shard(0)], "triton"))
@@ -257,7 +287,7 @@ def alternating_gradients(mesh):
             for p in params[:2] if step % 2 else params[1:]:
                 p.grad = None
             stepper.step()
-    kernel_plan.plan_kernels = original
+    Planner.plan_kernels = original
     worst = max(float((ranks.whole(a) - ranks.whole(b)).abs().max()) for a, b in zip(single, several, strict=True))
     return worst, len(plans)
 
@@ -269,7 +299,7 @@ def refused(mesh):
         params, optimizer = ranks.build("celo2", [Shard(0)], mesh, backend="triton", **options)
         ranks.set_gradients(params, 0)
         optimizer.step()
-        found[name] = [optimizer._kernels.step is None, optimizer.table()]
+        found[name] = [optimizer.planner.kernels.backend is None, optimizer.table()]
     return found
 
 
@@ -286,6 +316,8 @@ def main() -> None:
             ranks.idle_shards("celo2", 0, mesh, "triton"),
             ranks.idle_shards("celo2-base", 1, mesh, "triton"),
         ]
+    if world in (2, 3):
+        report["divided"] = divided_rows("celo2" if world == 2 else "celo2-base", mesh)
     if world == 2:
         ranks.SPECS = FEW
         report["missing"] = ranks.missing_gradients(mesh, (0, 2), "triton")

@@ -56,7 +56,7 @@ def build(variant, placements, mesh, dtype=torch.float32, **options):
             ]
             value = distribute_tensor(value, mesh, cut)
         groups.append({"params": [nn.Parameter(value)], "rule": "celo2", **group})
-    options = {"lr": 1e-2, "weight_decay": 0.1, "weights": theta(variant), "wire_dtype": "float32", **options}
+    options = {"lr": 1e-2, "weight_decay": 0.1, "weights": theta(variant), "comm_dtype": "float32", **options}
     return [group["params"][0] for group in groups], FusedCelo2(groups, **options)
 
 
@@ -125,8 +125,8 @@ def wire_runs(mesh, split: bool, low_rank: bool = False, steps: int = 20) -> lis
             values = [distribute_tensor(value, mesh, [Shard(0)]) for value in values]
         params = [nn.Parameter(value) for value in values]
         groups = [{"params": [p], **view} for p, (_, view) in zip(params, WIRE_SPECS, strict=True)]
-        options = {"split_over": mesh} if several and split else {}
-        optimizer = FusedCelo2(groups, lr=1e-3, weight_decay=0.1, wire_dtype="bfloat16", **options)
+        options = {"zero1_mesh": mesh} if several and split else {}
+        optimizer = FusedCelo2(groups, lr=1e-3, weight_decay=0.1, comm_dtype="bfloat16", **options)
         for step in range(steps if several or dist.get_rank() == 0 else 0):
             if low_rank:
                 set_low_rank_gradients(params, step)
@@ -186,7 +186,7 @@ def count_collectives(variant, mesh, backend="auto"):
     set_gradients(params, 0)
     optimizer.step()
     set_gradients(params, 1)
-    return collectives_of(optimizer.step) | optimizer._sharded.bytes_sent()
+    return collectives_of(optimizer.step) | optimizer.planner.ranks.plan.bytes_sent()
 
 
 def skipped_steps(mesh, places=(0, 8, 9), backend="auto"):
@@ -339,7 +339,7 @@ def train(folder: Path, world: int, mesh):
             for block in model.blocks:
                 fully_shard(block, mesh=mesh)
             fully_shard(model, mesh=mesh)
-        optimizer = FusedCelo2(model, lr=1e-2, weights=theta("celo2"), max_grad_norm=1.0, wire_dtype="float32")
+        optimizer = FusedCelo2(model, lr=1e-2, weights=theta("celo2"), max_grad_norm=1.0, comm_dtype="float32")
         first = 0
         if name == "resumed":
             # written by the run of four ranks
@@ -381,7 +381,7 @@ def main() -> None:
         if world == 4:
             square = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicas", "shards"))
             results[f"{variant} hsdp"] = difference(variant, [Replicate(), Shard(0)], square)
-    bfloat16 = difference("celo2", [Shard(0)], mesh, wire_dtype="bfloat16")
+    bfloat16 = difference("celo2", [Shard(0)], mesh, comm_dtype="bfloat16")
     report = {
         "differences": results,
         "bfloat16 wire": bfloat16,

@@ -37,7 +37,7 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from celo2 import FusedCelo2
-from celo2.split_step import gather_rows
+from celo2.zero1 import gather_rows
 
 MATRICES = [index for index, (shape, group) in enumerate(SPECS) if len(shape) > 1 and "rule" not in group]
 
@@ -49,8 +49,8 @@ def build(variant, mesh, dtype=torch.float32, **options):
     for shape, group in SPECS:
         value = (0.1 * torch.randn(shape, generator=generator)).to(dtype)
         groups.append({"params": [nn.Parameter(value)], "rule": "celo2", **group})
-    options = {"lr": 1e-2, "weight_decay": 0.1, "weights": theta(variant), "wire_dtype": "float32", **options}
-    return [group["params"][0] for group in groups], FusedCelo2(groups, split_over=mesh, **options)
+    options = {"lr": 1e-2, "weight_decay": 0.1, "weights": theta(variant), "comm_dtype": "float32", **options}
+    return [group["params"][0] for group in groups], FusedCelo2(groups, zero1_mesh=mesh, **options)
 
 
 def same_on_all_ranks(params) -> bool:
@@ -151,7 +151,7 @@ def layouts(mesh) -> float:
     for over in (None, mesh):
         params = parameters()
         groups = [{"params": [params[0]]}, {"params": [params[1]], "flatten": True}]
-        optimizer = FusedCelo2(groups, lr=1e-2, weights=theta("celo2"), wire_dtype="float32", split_over=over)
+        optimizer = FusedCelo2(groups, lr=1e-2, weights=theta("celo2"), comm_dtype="float32", zero1_mesh=over)
         for step in range(4):
             set_gradients(params, step)
             params[1].grad = params[1].grad.to(memory_format=torch.channels_last)
@@ -173,7 +173,7 @@ def nothing_to_split(mesh) -> float:
         params = {name: nn.Parameter(torch.randn(shape, generator=generator)) for name, shape in shapes.items()}
         params["frozen"].requires_grad_(False)
         optimizer = FusedCelo2(
-            list(params.items()), lr=1e-2, max_grad_norm=1.0, weights=theta("celo2"), split_over=over
+            list(params.items()), lr=1e-2, max_grad_norm=1.0, weights=theta("celo2"), zero1_mesh=over
         )
         for _ in range(3):
             for p in params.values():
@@ -303,12 +303,12 @@ def copies(mesh):
 
 def full_state_dicts(mesh):
     """Whole state dicts, from a split optimizer into one that is split, from rank 0 alone, and into one that is not."""
-    options = {"lr": 1e-2, "weights": theta("celo2"), "wire_dtype": "float32"}
+    options = {"lr": 1e-2, "weights": theta("celo2"), "comm_dtype": "float32"}
 
     def make(over):
         torch.manual_seed(0)
         model = Tied() if over is None else DistributedDataParallel(Tied())
-        return model, FusedCelo2(model, split_over=over, **options)
+        return model, FusedCelo2(model, zero1_mesh=over, **options)
 
     def steps(model, optimizer, first, last):
         for step in range(first, last):
@@ -340,18 +340,17 @@ def refusals(mesh):
     weight = nn.Parameter(torch.ones(4, 4))
     shard = nn.Parameter(distribute_tensor(torch.ones(4, 4), mesh, [Shard(0)]))
     moved = nn.Parameter(torch.ones(4, 4))
-    optimizer = FusedCelo2([moved], split_over=mesh)
+    optimizer = FusedCelo2([moved], zero1_mesh=mesh)
     assert optimizer.state[moved]
     moved.data = moved.data.double()
     moved.grad = torch.ones(4, 4, dtype=torch.float64)
     attempts = {
-        "dtensor": lambda: FusedCelo2([shard], split_over=mesh),
+        "dtensor": lambda: FusedCelo2([shard], zero1_mesh=mesh),
         "late dtensor": lambda: optimizer.add_param_group({"params": [shard]}),
-        "mesh": lambda: FusedCelo2([weight], split_over=square),
-        "type": lambda: FusedCelo2([weight], split_over=dist.group.WORLD),
-        "device": lambda: FusedCelo2([nn.Parameter(torch.ones(4, 4, device="meta"))], split_over=mesh),
-        "int8": lambda: FusedCelo2([weight], split_over=mesh, state_dtype="int8"),
-        "triton": lambda: FusedCelo2([weight], split_over=mesh, backend="triton"),
+        "mesh": lambda: FusedCelo2([weight], zero1_mesh=square),
+        "type": lambda: FusedCelo2([weight], zero1_mesh=dist.group.WORLD),
+        "device": lambda: FusedCelo2([nn.Parameter(torch.ones(4, 4, device="meta"))], zero1_mesh=mesh),
+        "int8": lambda: FusedCelo2([weight], zero1_mesh=mesh, state_dtype="int8"),
         "moved": optimizer.step,
     }
     answers = {}
@@ -367,7 +366,7 @@ def state_bytes(mesh) -> float:
     """Bytes of this model's state on the fullest rank, as a share of one process's."""
 
     def count(over):
-        optimizer = FusedCelo2(Tied(width=96), weights=theta("celo2"), split_over=over)
+        optimizer = FusedCelo2(Tied(width=96), weights=theta("celo2"), zero1_mesh=over)
         states = [optimizer.state[p] for group in optimizer.param_groups for p in group["params"]]
         tensors = [value for state in states if "momentum_fast" in state for value in state.values()]
         return sum(x.nbytes for x in (v.to_local() if isinstance(v, DTensor) else v for v in tensors))
@@ -392,8 +391,8 @@ def train(folder: Path, mesh, mode: str, source: str | None = None, save: bool =
         for block in model.blocks:
             fully_shard(block, mesh=mesh)
         fully_shard(model, mesh=mesh)
-    options = {"lr": 1e-2, "weights": theta("celo2"), "max_grad_norm": 1.0, "wire_dtype": "float32"}
-    optimizer = FusedCelo2(model, split_over=split, **options)
+    options = {"lr": 1e-2, "weights": theta("celo2"), "max_grad_norm": 1.0, "comm_dtype": "float32"}
+    optimizer = FusedCelo2(model, zero1_mesh=split, **options)
     first = 0
     if source is not None:
         model_state, optimizer_state = get_state_dict(model, optimizer)

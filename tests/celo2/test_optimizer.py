@@ -653,8 +653,16 @@ def test_shards_that_cannot_be_stepped_are_refused(tmp_path):
             FusedCelo2([plain], weights="momentum", state_dtype="int8")
     finally:
         destroy_process_group()
-    with pytest.raises(ValueError, match="wire_dtype='float16', allowed: auto, bfloat16, float32"):
-        FusedCelo2([nn.Parameter(torch.zeros(2, 2))], wire_dtype="float16")
+    with pytest.raises(ValueError, match="comm_dtype='float16', allowed: auto, bfloat16, float32"):
+        FusedCelo2([nn.Parameter(torch.zeros(2, 2))], comm_dtype="float16")
+
+
+def test_options_under_their_names_before_warn():
+    with pytest.warns(UserWarning, match="wire_dtype= is comm_dtype= now"):
+        optimizer = FusedCelo2([nn.Parameter(torch.zeros(2, 2))], wire_dtype="float32")
+    assert optimizer.comm_dtype == "float32"
+    with pytest.warns(UserWarning, match="split_over= is zero1_mesh= now"), pytest.raises(TypeError, match="a str"):
+        FusedCelo2([nn.Parameter(torch.zeros(2, 2))], split_over="mesh")
 
 
 def test_unknown_group_options_warn():

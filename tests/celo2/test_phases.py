@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from celo2 import phases
+from celo2.folded import FoldedTheta
 from celo2.reference import MatrixState, matrix_update
 
 CPU = torch.device("cpu")
@@ -31,7 +32,7 @@ def _run(matrices, theta, block, *, scale=1.0, clip=False, dtype=torch.float64):
     workspace = phases.Workspace(dtype, CPU)
     for name in ("x", "direction", "hidden0", "hidden1", "output"):
         workspace.take(name, 100_000).fill_(torch.nan)
-    folded = phases.FoldedTheta.from_theta(theta, dtype, CPU)
+    folded = FoldedTheta.from_theta(theta, dtype, CPU)
     moments = phases.gradient_moments(matrices.g, workspace, scale=scale, clip=clip, block=block)
     step = phases.MatrixStep(
         matrices, moments, folded, workspace, scale=scale, clip=clip, block=block, statistics_block=block
@@ -116,7 +117,7 @@ def test_statistics_phases_write_nothing(random_theta):
     everything = [matrices.p, matrices.g, *matrices.momenta, matrices.v, matrices.row_factor, matrices.column_factor]
     before = [tensor.clone() for tensor in everything]
     workspace = phases.Workspace(torch.float32, CPU)
-    folded = phases.FoldedTheta.from_theta(random_theta(), torch.float32, CPU)
+    folded = FoldedTheta.from_theta(random_theta(), torch.float32, CPU)
     moments = phases.gradient_moments(matrices.g, workspace)
     phases.MatrixStep(matrices, moments, folded, workspace).feature_scales()
     assert all(torch.equal(tensor, old) for tensor, old in zip(everything, before, strict=True))

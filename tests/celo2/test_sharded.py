@@ -16,8 +16,8 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from celo2 import load_weights
 from celo2.matrices import MatrixView
-from celo2.sharded_step import ShardedJob, ShardedStep, padded
-from celo2.sharding import Layout, assign_owners, chunk, newton_schulz_flops, placing_of, zeros_placed
+from celo2.plan import Plan, Slot, padded
+from celo2.sharding import ShardLayout, assign_owners, chunk, newton_schulz_flops, shard_spec_of, zeros_placed
 
 PROGRAM = Path(__file__).with_name("sharded_ranks.py")
 
@@ -143,14 +143,14 @@ def test_pieces_put_together_are_the_matrices(shape, view, ranks):
     whole = torch.arange(float(torch.Size(shape).numel())).view(shape)
     expected = view.matrices(whole)
     for axis in range(1 if view.flattens(len(shape)) else len(shape)):
-        layout = Layout.of(torch.Size(shape), view, axis)
+        layout = ShardLayout.of(torch.Size(shape), view, axis)
         result = torch.full(expected.shape, -1.0)
         for rank in range(ranks):
             start, stop = chunk(shape[axis], ranks, rank)
             shard = whole.narrow(axis, start, stop - start).contiguous()
-            pieces, views = layout.pieces(ranks, rank), layout.views(shard, ranks, rank)
-            assert len(pieces) == len(views)
-            for piece, part in zip(pieces, views, strict=True):
+            slices, views = layout.slices(ranks, rank), layout.views(shard, ranks, rank)
+            assert len(slices) == len(views)
+            for piece, part in zip(slices, views, strict=True):
                 assert part.data_ptr() >= shard.data_ptr() and part.numel() == piece.numel
                 target = result[
                     piece.matrix : piece.matrix + piece.count,
@@ -183,11 +183,11 @@ SHAPES = {
 
 
 def plain_moves(members, layouts, owner, ranks, source, target):
-    """What one rank sends another, as the protocol says it: by members, pieces and matrices in order."""
+    """What one rank sends another, as the protocol says it: by members, slices and matrices in order."""
     return [
         (index, b, piece, number)
         for index in members
-        for number, piece in enumerate(layouts[index].pieces(ranks, source))
+        for number, piece in enumerate(layouts[index].slices(ranks, source))
         for b in range(piece.matrix, piece.matrix + piece.count)
         if owner[index, b] == target
     ]
@@ -199,23 +199,23 @@ def test_messages_are_those_of_the_plain_plan(ranks, rank):
     try:
         mesh = init_device_mesh("cpu", (ranks,))
         theta = load_weights("momentum")
-        jobs = []
+        slots = []
         for position, (name, (shape, view)) in enumerate(SHAPES.items()):
             parameter = zeros_placed(shape, DTensor.from_local(torch.zeros(1), mesh, [Shard(0)]), 0, torch.float32)
-            placing = placing_of(parameter)
-            jobs.append(ShardedJob(name, 0, parameter, {}, view, placing, position, theta, len(shape) > 1, 5))
-        step = ShardedStep(jobs, mesh.get_group(), "bfloat16", torch.device("cpu"))
+            spec = shard_spec_of(parameter)
+            slots.append(Slot(name, 0, position, "celo2", parameter, {}, view, theta, len(shape) > 1, 5, None, spec))
+        step = Plan(slots, ranks, rank, "bfloat16")
     finally:
         dist.destroy_process_group()
     members = range(5)
-    layouts = [Layout.of(torch.Size(shape), view, 0) for shape, view in list(SHAPES.values())[:5]]
+    layouts = [ShardLayout.of(torch.Size(shape), view, 0) for shape, view in list(SHAPES.values())[:5]]
     matrices = [(index, b) for index in members for b in range(layouts[index].matrices[0])]
     holders = []
     for index, b in matrices:
         having = {
             r
             for r in range(ranks)
-            for piece in layouts[index].pieces(ranks, r)
+            for piece in layouts[index].slices(ranks, r)
             if piece.matrix <= b < piece.matrix + piece.count
         }
         holders.append(having.pop() if len(having) == 1 else None)

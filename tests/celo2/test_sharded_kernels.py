@@ -33,6 +33,12 @@ def test_equals_one_process(ranks, reports):
 
 
 @pytest.mark.dist
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_whole_parameters_are_stepped_by_rows(ranks, reports):
+    assert reports[ranks]["divided"] <= 2e-6
+
+
+@pytest.mark.dist
 def test_a_bad_gradient_or_infinity_on_one_rank_changes_no_byte(reports):
     assert reports[2]["skipped"] == [True, 3]
     assert reports[3]["disagreement"]["unchanged"] and reports[3]["disagreement"]["skipped"] == 1

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from celo2.sharding import chunk
-from celo2.split_step import fingerprint, plan_buckets
+from celo2.zero1 import fingerprint, plan_buckets
 
 PROGRAM = Path(__file__).with_name("split_ranks.py")
 RANKS = (1, 2, 3, 4)
@@ -140,13 +140,12 @@ def test_full_state_dicts(reports):
 def test_refusals_say_what_to_do(reports):
     answers = reports[3]["refusals"]
     for name, words in {
-        "dtensor": "ValueError.* DTensor .*leave split_over out",
-        "late dtensor": "ValueError.* DTensor .*leave split_over out",
-        "mesh": "ValueError: split_over=.* has 2 axes: take one of them",
-        "type": "TypeError: split_over is a ProcessGroup, expected a DeviceMesh",
+        "dtensor": "ValueError.* DTensor .*leave zero1_mesh out",
+        "late dtensor": "ValueError.* DTensor .*leave zero1_mesh out",
+        "mesh": "ValueError: zero1_mesh=.* has 2 axes: take one of them",
+        "type": "TypeError: zero1_mesh is a ProcessGroup, expected a DeviceMesh",
         "device": "ValueError.* on meta.* mesh of cpu devices; move the module first",
-        "int8": "ValueError.*state_dtype='int8' is not there with split_over",
-        "triton": "ValueError: backend='triton' with split_over.*use backend='auto'",
+        "int8": "ValueError.*state_dtype='int8' is not there with zero1_mesh",
         "moved": "ValueError.*torch.float64 on cpu now.*convert the module before",
     }.items():
         assert re.search(words, answers[name]), answers[name]
@@ -173,8 +172,8 @@ def test_buckets_hold_every_row_once(ranks, limit):
 @pytest.mark.dist
 def test_replicas_that_differ_are_refused_by_name(run_ranks):
     answers = run_ranks(PROGRAM.with_name("replica_ranks.py"), 2)
-    assert answers["weights"].startswith("split_over: parameter 1.bias differs between ranks")
-    assert answers["gradients"].startswith("split_over: gradient of 0.weight differs between ranks")
+    assert answers["weights"].startswith("zero1_mesh: parameter 1.bias differs between ranks")
+    assert answers["gradients"].startswith("zero1_mesh: gradient of 0.weight differs between ranks")
     assert all("wrap the model in DistributedDataParallel" in answers[case] for case in ("weights", "gradients"))
     # mended, the same optimizer steps
     assert answers["reduced"] == answers["equal"] == answers["ddp"] == ""

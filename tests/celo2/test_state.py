@@ -303,3 +303,21 @@ def test_inference_mode_does_not_spoil_later_steps():
         optimizer.step()
     optimizer.step()
     assert float(optimizer.state[p]["step"]) == 2
+
+
+def test_a_checkpoint_of_an_earlier_version_goes_on(golden_folder):
+    """Saved at commit ebe6f4b, before the step was one pipeline, with the parameters two steps later."""
+    saved = torch.load(golden_folder / "state_dict_of_ebe6f4b.torch")
+    params = {name: nn.Parameter(value.clone()) for name, value in saved["before"].items()}
+    rest = [(name, p) for name, p in params.items() if "qkv" not in name]
+    name = "blocks.0.qkv.weight"
+    groups = [{"params": [(name, params[name])], "split": 3}, {"params": rest}]
+    optimizer = FusedCelo2(groups, lr=1e-2, weights="momentum", max_grad_norm=1.0)
+    optimizer.load_state_dict(saved["state_dict"])
+    for gradients in saved["gradients"]:
+        for key, p in params.items():
+            p.grad = gradients[key].clone()
+        optimizer.step()
+    for key, p in params.items():
+        assert not torch.equal(p, saved["before"][key])
+        torch.testing.assert_close(p.detach(), saved["after"][key], rtol=0, atol=1e-6)

@@ -537,7 +537,7 @@ def same(one, other) -> bool:
 @pytest.mark.parametrize("bad", ["loss", "gradient", "found_inf"])
 def test_a_bad_step_changes_nothing(bad, on_host, monkeypatch):
     # a device that nobody waits for keeps everything by masks
-    monkeypatch.setattr(velo, "_is_on_host", lambda flag: on_host)
+    monkeypatch.setattr(velo, "is_on_host", lambda flag: on_host)
     params, optimizer = make()
     set_gradients(params, 0)
     optimizer.step(loss=1.0)
@@ -559,7 +559,7 @@ def test_a_bad_step_changes_nothing(bad, on_host, monkeypatch):
 def test_masks_accept_what_the_host_accepts(dtype, monkeypatch):
     results = []
     for on_host in (True, False):
-        monkeypatch.setattr(velo, "_is_on_host", lambda flag, answer=on_host: answer)
+        monkeypatch.setattr(velo, "is_on_host", lambda flag, answer=on_host: answer)
         params, optimizer = make(dtype=dtype)
         for step in range(3):
             set_gradients(params, step)

@@ -29,7 +29,7 @@ def device() -> torch.device:
 @pytest.fixture(autouse=True)
 def poisoned_empties(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fill every new float tensor of the step with NaN: what is read before it is written shows."""
-    from celo2 import kernel_step
+    from celo2.backends import triton
 
     empty = torch.empty
 
@@ -37,13 +37,13 @@ def poisoned_empties(monkeypatch: pytest.MonkeyPatch) -> None:
         tensor = empty(*args, **kwargs)
         return tensor.fill_(torch.nan) if tensor.is_floating_point() else tensor
 
-    monkeypatch.setattr(kernel_step.torch, "empty", poisoned)
+    monkeypatch.setattr(triton.torch, "empty", poisoned)
 
 
 @pytest.fixture
 def gpu_blocks(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
     """Cut matrices in the interpreter as on a GPU: several tiles a matrix, several steps a tile."""
-    from celo2.kernel_step import Blocks
+    from celo2.blocks import Blocks
 
     def use(columns: int = 64) -> None:
         monkeypatch.setattr(

@@ -18,9 +18,11 @@ from torch import nn
 from triton.backends.compiler import GPUTarget
 from triton.backends.driver import DriverBase
 
-from celo2 import FusedCelo2, batched_newton_schulz, blocks, kernel_step
+from celo2 import FusedCelo2, batched_newton_schulz, blocks
+from celo2.backends import triton as triton_backend
 from celo2.blocks import Blocks
-from celo2.groups import group_view
+from celo2.comm import Local
+from celo2.step import Inputs, take_step
 
 
 class NoDriver(DriverBase):
@@ -59,33 +61,18 @@ class NoDriver(DriverBase):
         return 0
 
 
-def jobs(optimizer, params):
-    learned, vectors, _ = optimizer._collect()
-    return [
-        kernel_step.LearnedJob(
-            job.group,
-            params[job.position],
-            optimizer.state[params[job.position]],
-            group_view(optimizer.param_groups[job.group]),
-            job.position,
-            job.theta,
-            optimizer.param_groups[job.group]["orthogonalize"],
-            5,
-            optimizer.param_groups[job.group]["max_grad_norm"],
-        )
-        for job in (*learned, *vectors)
-    ]
-
-
 def make(shapes, **options):
     params = [nn.Parameter(torch.zeros(shape)) for shape in shapes]
     for p in params:
         p.grad = torch.zeros_like(p)
     optimizer = FusedCelo2([{"params": params, "rule": "celo2"}], **options)
-    step = kernel_step.KernelStep(
-        jobs(optimizer, params), len(optimizer.param_groups), torch.device("cpu"), torch.bfloat16
-    )
-    return step, optimizer
+    slots = optimizer.planner.collect().whole
+    backend = triton_backend.TritonBackend(slots, len(optimizer.param_groups), torch.device("cpu"), torch.bfloat16)
+    return backend, optimizer
+
+
+def run(backend, optimizer, others=(), grad_scale=None, found_inf=None):
+    take_step(backend, Local(), Inputs(optimizer.param_groups, list(others), [], grad_scale, found_inf), lambda: None)
 
 
 def main() -> None:
@@ -106,15 +93,15 @@ def main() -> None:
     step.compile()
     report["ahead"], report["launched ahead"] = sum(compiled.values()), sum(driver.launched.values())
     compiled.clear()
-    step.run(optimizer.param_groups, [], None, None)
+    run(step, optimizer)
     report["in the first step"], report["launched"] = dict(compiled), len(driver.launched)
     compiled.clear()
     # other rates, limits, counts of matrices and of gradients: nothing of it is part of the code
     optimizer.param_groups[0]["lr"] = 3e-4
-    step.run(optimizer.param_groups, [torch.ones(5)] * 17, torch.tensor(2.0), torch.tensor(0.0))
+    run(step, optimizer, [torch.ones(5)] * 17, torch.tensor(2.0), torch.tensor(0.0))
     more, other = make([*shapes, *shapes, *shapes[:3]], orthogonalize=True, weight_decay=0.1)
     more.compile()
-    more.run(other.param_groups, [], None, None)
+    run(more, other)
     report["for another model"] = dict(compiled)
     compiled.clear()
     wide = torch.zeros(4096)
@@ -122,7 +109,7 @@ def main() -> None:
         job = SimpleNamespace(
             parameter=nn.Parameter(wide[:size].bfloat16()), position=position, state={"step": torch.zeros(())}
         )
-        kernel_step.round_on_device(job, wide[:size])
+        triton_backend.round_on_device(job, wide[:size])
     report["roundings"] = sum(compiled.values())
     print(json.dumps(report))
 

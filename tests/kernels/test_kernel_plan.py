@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 import celo2
-from celo2 import FusedCelo2, kernel_plan
+from celo2 import FusedCelo2, kernel_plans
+from celo2.planner import Planner
 
 SHAPES = [(8, 12), (12, 8), (2, 6, 10), (5,)]
 # which of them have gradients
@@ -19,15 +20,15 @@ A, B = (0, 3), (1, 2)
 
 @pytest.fixture
 def built(monkeypatch):
-    """The signatures for which plans were made."""
-    signatures, original = [], kernel_plan.plan_kernels
+    """An entry for every plan that was begun."""
+    plans, original = [], Planner.plan_kernels
 
-    def counted(optimizer, signature, shared):
-        signatures.append(signature)
-        return original(optimizer, signature, shared)
+    def counted(planner, ranks):
+        plans.append(ranks)
+        return original(planner, ranks)
 
-    monkeypatch.setattr(kernel_plan, "plan_kernels", counted)
-    return signatures
+    monkeypatch.setattr(Planner, "plan_kernels", counted)
+    return plans
 
 
 def make(device, theta, shapes=SHAPES, **options):
@@ -52,8 +53,8 @@ def everything(params, optimizer):
 @pytest.mark.parametrize("state_dtype", ["float32", "int8"])
 def test_alternating_sets_are_planned_once_each(state_dtype, built, device, random_theta, monkeypatch):
     runs = []
-    for kept in (1, kernel_plan.KEPT):
-        monkeypatch.setattr(kernel_plan, "KEPT", kept)
+    for kept in (1, kernel_plans.KEPT):
+        monkeypatch.setattr(kernel_plans, "KEPT", kept)
         built.clear()
         params, optimizer = make(device, random_theta(), state_dtype=state_dtype)
         for step in range(6):
@@ -87,7 +88,7 @@ def test_one_set_is_planned_once(state_dtype, built, device, random_theta):
 
 def test_groups_on_several_devices_are_planned_once(built, random_theta, monkeypatch):
     # meta tensors stand in for another device; nothing of them is read
-    monkeypatch.setattr(celo2.optimizer, "check_gradient", lambda *_: None)
+    monkeypatch.setattr(celo2.planner, "check_gradient", lambda *_: None)
     params = [nn.Parameter(torch.zeros(4, 6, device=device)) for device in ("cpu", "meta")]
     groups = [{"params": [p], "rule": "celo2"} for p in params]
     optimizer = FusedCelo2(groups, weights=random_theta(), backend="auto", state_dtype="int8")
@@ -96,21 +97,21 @@ def test_groups_on_several_devices_are_planned_once(built, random_theta, monkeyp
             p.grad = torch.ones_like(p)
         if step % 2:
             params[1].grad = None
-        assert not kernel_plan.take_kernels(optimizer)
+        assert optimizer.planner.take_kernels(None).backend is None
     assert len(built) == 2
 
 
 def test_the_plan_that_was_not_taken_for_longest_goes(built, device, random_theta, monkeypatch):
-    monkeypatch.setattr(kernel_plan, "KEPT", 3)
+    monkeypatch.setattr(kernel_plans, "KEPT", 3)
     params, optimizer = make(device, random_theta())
     for step, active in enumerate([(0,), (1,), (2,), (0,), (3,)]):
         take_step(params, optimizer, step, active)
-    assert len(built) == 4 and len(optimizer._kernels.shared.plans) == 3
+    assert len(built) == 4 and len(optimizer.planner.kernel_plans.kept) == 3
     for step, active in enumerate([(0,), (2,), (3,)]):
         take_step(params, optimizer, step, active)
     assert len(built) == 4
     take_step(params, optimizer, 0, (1,))
-    assert len(built) == 5 and len(optimizer._kernels.shared.plans) == 3
+    assert len(built) == 5 and len(optimizer.planner.kernel_plans.kept) == 3
 
 
 def test_plans_share_their_scratch_memory(built, device, random_theta):
@@ -119,14 +120,14 @@ def test_plans_share_their_scratch_memory(built, device, random_theta):
     # one after the other, the least first: room is made for all at once
     for step, active in enumerate([(2,), (0,), (0, 1), (0, 1, 2)]):
         take_step(params, optimizer, step, active)
-    plans = optimizer._kernels.shared.plans
+    plans = optimizer.planner.kernel_plans.kept
     assert len(plans) == 4
     storages = {
         batch.directions.untyped_storage().data_ptr(): batch.directions.untyped_storage().nbytes()
         for plan in plans
-        for batch in plan.step.batches
+        for batch in plan.backend.batches
     }
-    directions = plans[0].step.batches[0].directions
+    directions = plans[0].backend.batches[0].directions
     assert sum(storages.values()) == sum(p.numel() for p in params) * directions.element_size()
 
 
@@ -162,14 +163,14 @@ def test_plans_for_state_that_is_gone_are_not_kept(built, device, random_theta):
     # as a wrapper does that clears state
     optimizer.state.clear()
     take_step(params, optimizer, 2, (0, 1, 2, 3))
-    assert len(optimizer._kernels.shared.plans) == 1
+    assert len(optimizer.planner.kernel_plans.kept) == 1
     assert optimizer.state[params[0]] is not old and float(optimizer.state[params[0]]["step"]) == 1
     take_step(params, optimizer, 3, A)
-    assert len(optimizer._kernels.shared.plans) == 2
+    assert len(optimizer.planner.kernel_plans.kept) == 2
     # other memory of one parameter: the plans that have it go, the others stay
     params[1].data = params[1].data.clone()
     take_step(params, optimizer, 4, (1,))
-    assert [bool(plan.signature.memory[1]) for plan in optimizer._kernels.shared.plans] == [True, False]
+    assert [bool(plan.signature.memory[1]) for plan in optimizer.planner.kernel_plans.kept] == [True, False]
 
 
 def test_a_gradient_of_another_layout_is_copied_into_shared_memory(built, device, random_theta):

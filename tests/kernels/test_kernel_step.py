@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import nn
 
-from celo2 import FusedCelo2, kernel_plan
-from celo2.groups import group_view
+from celo2 import FusedCelo2
 from celo2.matrices import MatrixView
+from celo2.planner import Planner
 from celo2.reference import MatrixState, VectorState, matrix_update, vector_update
 from celo2.state import read_momenta
 
@@ -281,7 +281,7 @@ def test_one_bad_layout_after_another(orthogonalize, device, random_theta):
             optimizer.step()
         results[name] = p.detach().contiguous()
         if name == "every second element":
-            assert "contiguous along no axis" in optimizer._kernels.refused[p]
+            assert "contiguous along no axis" in optimizer.planner.kernels.refused[p]
     for name, result in results.items():
         # Newton-Schulz in float32 is off by 3e-5 of its unit, and a step has a hundredth of that
         torch.testing.assert_close(result, results["contiguous"], rtol=0, atol=1e-6, msg=lambda text, n=name: n + text)
@@ -411,8 +411,8 @@ def test_a_plan_is_made_once(device, random_theta, monkeypatch):
     params = parameters([(40, 64), (7,)], device)
     optimizer = build(params, random_theta())
     calls = []
-    original = kernel_plan.plan_kernels
-    monkeypatch.setattr(kernel_plan, "plan_kernels", lambda *args: (calls.append(1), original(*args))[1])
+    original = Planner.plan_kernels
+    monkeypatch.setattr(Planner, "plan_kernels", lambda *args: (calls.append(1), original(*args))[1])
     for step in range(3):
         set_gradients(params, step)
         optimizer.step()
@@ -459,16 +459,17 @@ def test_steps_in_and_out_of_inference_mode(device, random_theta):
 
 
 def test_as_many_launches_for_any_number_of_matrices(device, random_theta, monkeypatch):
-    from celo2 import kernel_step
+    from celo2.backends import batches, triton
     from celo2.kernels.report import STEP
 
     names = []
-    original = kernel_step.launch
-    monkeypatch.setattr(
-        kernel_step,
-        "launch",
-        lambda kernel, *args, **kwargs: (names.append(kernel), original(kernel, *args, **kwargs))[1],
-    )
+    original = triton.launch
+    for module in (batches, triton):
+        monkeypatch.setattr(
+            module,
+            "launch",
+            lambda kernel, *args, **kwargs: (names.append(kernel), original(kernel, *args, **kwargs))[1],
+        )
     counts = []
     for matrices in (1, 12):
         params = parameters([(16, 64)] * matrices, device)
@@ -482,7 +483,9 @@ def test_as_many_launches_for_any_number_of_matrices(device, random_theta, monke
 
 def test_narrow_matrices_have_batches_of_their_own(random_theta, monkeypatch):
     """Heads of 64 columns do not force narrow tiles on the rest; there is no GPU in this test."""
-    from celo2 import blocks, kernel_step
+    from celo2 import blocks
+    from celo2.backends.batches import batches_of, totals_of
+    from celo2.backends.parts import Part
 
     monkeypatch.setattr(blocks, "_target", lambda device: "sm_90")
     monkeypatch.setattr(blocks, "MEASURED", {("sm_90", 64): {"warps": 8}})
@@ -490,38 +493,33 @@ def test_narrow_matrices_have_batches_of_their_own(random_theta, monkeypatch):
     optimizer = FusedCelo2([{"params": params[:3], "heads": 2, "axis": 1}, {"params": params[3:]}], orthogonalize=True)
     set_gradients(params, 0)
     optimizer.step()
-    jobs = [
-        kernel_step.LearnedJob(
-            job.group, p, optimizer.state[p], group_view(optimizer.param_groups[job.group]), 0, job.theta, True, 5, None
-        )
-        for p, job in zip(params, optimizer._collect()[0], strict=True)
-    ]
-    batches = kernel_step.batches_of([kernel_step.Part.of(job) for job in jobs], torch.device("cuda"))
+    slots = optimizer.planner.collect().whole
+    batches = batches_of([Part.of(slot) for slot in slots], torch.device("cuda"))
     found = {(b.columns, b.warps, aligned): [tuple(part.p.shape) for part in parts] for b, aligned, parts in batches}
     assert found == {
         (128, 4, True): [(2, 128, 128)],
         (64, 8, True): [(2, 64, 64), (2, 256, 64)],
         (128, 4, False): [(1, 30, 7)],
     }
-    totals = kernel_step.totals_of(batches, torch.device("cpu"))
+    totals = totals_of(batches, torch.device("cpu"))
     assert [len(total) for total in totals] == [2, 4, 1, 12] and all(t.data_ptr() % 16 == 0 for t in totals)
 
 
 def test_interpreters_that_do_not_run_are_named(random_theta, monkeypatch):
-    from celo2 import kernel_step
+    from celo2.backends import parts
 
-    monkeypatch.setattr(kernel_step.triton, "__version__", "3.6.0")
+    monkeypatch.setattr(parts.triton, "__version__", "3.6.0")
     for version, runs in (("1.26.4", True), ("2.3.5", True), ("2.4.0", False), ("2.10.1", False)):
-        monkeypatch.setattr(kernel_step.np, "__version__", version)
-        assert (kernel_step.interpreter_fault() is None) == runs
-    assert "Triton 3.6.0 does not run with NumPy 2.10.1" in kernel_step.interpreter_fault()
+        monkeypatch.setattr(parts.np, "__version__", version)
+        assert (parts.interpreter_fault() is None) == runs
+    assert "Triton 3.6.0 does not run with NumPy 2.10.1" in parts.interpreter_fault()
     if not torch.cuda.is_available():
         p = nn.Parameter(torch.zeros(4, 4))
         p.grad = torch.ones(4, 4)
         with pytest.raises(ValueError, match="NumPy below 2.4 .* or use backend='auto'"):
             FusedCelo2([p], backend="triton").step()
-    monkeypatch.setattr(kernel_step.triton, "__version__", "3.7.1")
-    assert kernel_step.interpreter_fault() is None
+    monkeypatch.setattr(parts.triton, "__version__", "3.7.1")
+    assert parts.interpreter_fault() is None
 
 
 def test_parameters_that_do_not_fit_go_through_pytorch(device, random_theta):
@@ -544,7 +542,7 @@ def test_parameters_that_do_not_fit_go_through_pytorch(device, random_theta):
             optimizer.step()
         results.append([narrow, double, huge])
         if backend == "triton":
-            assert set(optimizer._kernels.refused) == {double, huge}
+            assert set(optimizer.planner.kernels.refused) == {double, huge}
             assert "parameter 1: stepped by PyTorch, torch.float64" in optimizer.table()
             assert "parameter 0: stepped by PyTorch, max_grad_norm=10000.0, above" in optimizer.table()
             narrow.grad[0, 0] = math.nan
@@ -561,9 +559,9 @@ def test_backends_are_checked(random_theta, monkeypatch):
         FusedCelo2([p], backend="cuda")
     assert FusedCelo2([p]).backend == "auto"
     if not torch.cuda.is_available():
-        from celo2 import kernel_step
+        from celo2.backends import parts
 
-        monkeypatch.setattr(kernel_step, "interpreted", lambda: False)
+        monkeypatch.setattr(parts, "interpreted", lambda: False)
         p.grad = torch.ones(4, 4)
         with pytest.raises(ValueError, match="the kernels run on GPUs; set TRITON_INTERPRET=1"):
             FusedCelo2([p], backend="triton").step()
@@ -592,7 +590,7 @@ def test_offsets_beyond_two_to_the_31(device, random_theta):
         optimizer = build([chosen], random_theta(), lr=1e-2)
         set_gradients([chosen], 0)
         optimizer.step()
-        assert not optimizer._kernels.refused
+        assert not optimizer.planner.kernels.refused
     # rounded by other bits, so equal up to one spacing
     torch.testing.assert_close(p.detach().contiguous(), dense.detach(), rtol=2.0**-7, atol=1e-7)
 

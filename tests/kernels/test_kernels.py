@@ -14,9 +14,9 @@ import torch
 import triton
 
 from celo2 import FusedCelo2, reference
+from celo2.folded import ELEMENT_COLUMNS
 from celo2.kernels.roofline import DTYPES, INSTRUCTIONS, INSTRUCTIONS_BY, phase_bytes
 from celo2.newton_schulz import newton_schulz
-from celo2.phases import ELEMENT_COLUMNS
 
 
 def test_constants_are_the_rules():

@@ -35,7 +35,7 @@ SMALL = [
     "--eval-every",
     "4",
 ]
-SMALL += ["--steps", "8", "--save-every", "4", "--wire-dtype", "float32"]
+SMALL += ["--steps", "8", "--save-every", "4", "--comm-dtype", "float32"]
 
 
 @pytest.fixture(scope="module")
@@ -101,7 +101,7 @@ def test_four_ranks_have_the_losses_of_one(alone, four) -> None:
     ("ranks", "options"),
     [
         (2, ["--parallel", "ddp", "--micro-batch", "3"]),
-        (3, ["--parallel", "ddp", "--split-step", "--micro-batch", "2", "--async-save"]),
+        (3, ["--parallel", "ddp", "--zero1", "--micro-batch", "2", "--async-save"]),
         (4, ["--parallel", "hsdp", "--shards", "2", "--micro-batch", "1", "--async-save"]),
         (
             2,
@@ -244,9 +244,9 @@ def test_first_weights_for_another_number_of_ranks(data, four, tmp_path) -> None
 def test_another_wire_and_split_are_noted(data, tmp_path) -> None:
     options = ["--parallel", "ddp", "--steps", "1", "--resume", "auto"]
     assert run(command(2, data, tmp_path, *options)).returncode == 0
-    done = run(command(2, data, tmp_path, *options, "--split-step", "--wire-dtype", "bfloat16"))
+    done = run(command(2, data, tmp_path, *options, "--zero1", "--comm-dtype", "bfloat16"))
     assert done.returncode == 0
-    for text in ("wire_dtype is 'float32' there and 'bfloat16' here", "split_step is False there and True here"):
+    for text in ("comm_dtype is 'float32' there and 'bfloat16' here", "zero1 is False there and True here"):
         assert f"resume:     {text}: the run goes on, no longer to the bit" in done.stdout
 
 

@@ -168,8 +168,8 @@ def test_refusals() -> None:
         Optimizers("velo", recipe_for("nano", "velo"), model, num_steps=3)
     with pytest.raises(TypeError, match="needs the number of steps"):
         Optimizers("velo", recipe_for("nano", "velo"), model, str(VELO))
-    with pytest.raises(ValueError, match="--split-step belongs to --opt celo2 or celo2-base, not to muon"):
-        Optimizers("muon", recipe_for("nano", "muon"), model, split_over=object())
+    with pytest.raises(ValueError, match="--zero1 belongs to --opt celo2 or celo2-base, not to muon"):
+        Optimizers("muon", recipe_for("nano", "muon"), model, zero1_mesh=object())
 
 
 @pytest.mark.parametrize("opt", OPTS)

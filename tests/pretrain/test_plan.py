@@ -23,7 +23,6 @@ from celo2.pretrain.optimizers import Optimizers
 from celo2.pretrain.parallel import Parallel, micro_step, shard
 from celo2.pretrain.plan import Plan, describe, fake_processes, make_plan, table
 from celo2.pretrain.recipes import recipe_for
-from celo2.sharded_plan import plan_sharded
 from celo2.sharding import chunk
 
 WIDTH, LAYERS, VOCAB, CONTEXT = 2048, 24, 50257, 2048  # of xl
@@ -250,7 +249,7 @@ def built(ranks: int) -> tuple[GPT, Optimizers]:
     model = GPT(model_config("nano"))
     model.init_weights(0)
     shard(model, Parallel.choose("fsdp", ranks, ranks, "cpu"), "bfloat16")
-    return model, Optimizers("celo2", recipe_for("nano", "celo2"), model, wire_dtype="bfloat16")
+    return model, Optimizers("celo2", recipe_for("nano", "celo2"), model, comm_dtype="bfloat16")
 
 
 def storage(tensors: Iterable[Tensor | None]) -> int:
@@ -310,8 +309,7 @@ def test_messages_of_a_step(ranks: int, processes: None, monkeypatch: pytest.Mon
     for parameter in model.parameters():
         parameter.grad = torch.ones_like(parameter) * 1e-3
     learned = optimizers.members[0]
-    step = plan_sharded(learned)
-    loads = Loads.of(learned, step, MACHINES["h100"])
+    loads = Loads.of(learned, learned.planner.plan_ranks().plan, MACHINES["h100"])
     monkeypatch.setattr(dist, "all_reduce", all_reduce)
     monkeypatch.setattr(dist, "all_to_all_single", all_to_all)
     learned.step()
@@ -330,7 +328,7 @@ def test_messages_of_a_step(ranks: int, processes: None, monkeypatch: pytest.Mon
 
 def test_all_ranks_together_have_everything_once(ranks: int, processes: None) -> None:
     learned = built(ranks)[1].members[0]
-    loads = Loads.of(learned, plan_sharded(learned), MACHINES["h100"])
+    loads = Loads.of(learned, learned.planner.plan_ranks().plan, MACHINES["h100"])
     total = 4 * 12 * 128**2
     assert sum(loads.held) == sum(loads.owned) == total
     assert all(
@@ -392,9 +390,9 @@ def test_layouts() -> None:
     assert four.memory["parameters"] > hsdp.memory["parameters"]
 
 
-def test_split_step() -> None:
+def test_zero1() -> None:
     whole = plan("small", world_size=8, parallel="ddp")
-    split = plan("small", world_size=8, parallel="ddp", split_step=True)
+    split = plan("small", world_size=8, parallel="ddp", zero1=True)
     fsdp = plan("small", world_size=8)
     learned = split.parameters["celo2"]
     assert split.held == {"celo2": learned // 8, "adamw": whole.held["adamw"]}
@@ -408,10 +406,10 @@ def test_split_step() -> None:
     assert messages["all-gather"].count >= 4 * learned / 2**26
     assert split.optimizer is not None and whole.optimizer is not None
     assert split.optimizer["learned rule"] == pytest.approx(whole.optimizer["learned rule"] / 8)
-    with pytest.raises(ValueError, match="--split-step belongs to --parallel ddp, this run is fsdp"):
-        plan(split_step=True)
-    with pytest.raises(ValueError, match="--split-step belongs to --opt celo2"):
-        plan(opt="adamw", parallel="ddp", split_step=True)
+    with pytest.raises(ValueError, match="--zero1 belongs to --parallel ddp, this run is fsdp"):
+        plan(zero1=True)
+    with pytest.raises(ValueError, match="--zero1 belongs to --opt celo2"):
+        plan(opt="adamw", parallel="ddp", zero1=True)
 
 
 def test_other_optimizers() -> None:

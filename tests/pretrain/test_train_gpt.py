@@ -331,7 +331,7 @@ def test_another_setting_is_noted(tmp_path, data, capsys) -> None:
     shutil.rmtree(tmp_path / "step-00000002")
     done = tmp_path / "step-00000001" / "DONE"
     text = done.read_text()
-    assert f'"torch": "{torch.__version__}"' in text and '"wire_dtype": null' in text
+    assert f'"torch": "{torch.__version__}"' in text and '"comm_dtype": null' in text
     done.write_text(text.replace(f'"torch": "{torch.__version__}"', '"torch": "1.0"').replace('"AMD', '"another'))
     capsys.readouterr()
     changes = ["--loss-chunks", "2", "--activation-checkpointing"]
@@ -621,7 +621,7 @@ def test_too_many_in_a_row_end_the_run_with_a_checkpoint(tmp_path, data, monkeyp
         (["--arch", "modern", "--bias"], "bias=True"),
         (["--val-tokens", "10"], "val_tokens=10 is less than one window of 256"),
         (["--keep", "0"], "keep at least one checkpoint"),
-        (["--split-step"], "--split-step belongs to --parallel ddp, this run is one process"),
+        (["--zero1"], "--zero1 belongs to --parallel ddp, this run is one process"),
         (["--size", "30m"], "holds vocabulary id 256, this model reads 0 ('gpt2')"),
     ],
 )
@@ -632,6 +632,15 @@ def test_mistakes_are_one_line_and_leave_nothing(tmp_path, data, capsys, options
     captured = capsys.readouterr()
     assert captured.err.startswith("error: ") and message in captured.err and captured.err.count("\n") == 1
     assert not (tmp_path / "out").exists()
+
+
+def test_options_under_their_names_before(tmp_path, data, capsys) -> None:
+    assert main(command(data, tmp_path, "--split-step", "--wire-dtype", "float32")) == 1
+    assert capsys.readouterr().err.splitlines() == [
+        "warning: --split-step is --zero1 now",
+        "warning: --wire-dtype is --comm-dtype now",
+        "error: --zero1 belongs to --parallel ddp, this run is one process",
+    ]
 
 
 def test_an_environment_that_is_no_torchrun(tmp_path, data, capsys, monkeypatch) -> None:

@@ -1,0 +1,363 @@
+"""The phases in PyTorch on what a rank has of parameters that are divided among ranks: slices of matrices.
+
+Each phase goes over all of them, and leaves its sums in the messages (`celo2.plan`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from celo2 import reference
+from celo2.folded import FoldedTheta
+from celo2.matrices import MatrixView
+from celo2.newton_schulz import newton_schulz
+from celo2.phases import (
+    Factors,
+    GradientMoments,
+    Matrices,
+    MatrixStep,
+    Workspace,
+    advance_factor,
+    apply_update,
+    gradient_moments,
+    has_started,
+    vector_sums,
+)
+from celo2.plan import Entry, Plan, Slot, Transfer
+from celo2.reference import NORM_EPS
+from celo2.state import MOMENTUM_KEYS
+from celo2.step import Messages
+from celo2.stochastic_rounding import mix64, round_stochastically_
+
+
+class Memory:
+    """Scratch planes and folded thetas, kept from step to step."""
+
+    def __init__(self) -> None:
+        self._workspaces: dict[tuple[torch.dtype, torch.device], Workspace] = {}
+        self._folded: dict[tuple[str, torch.dtype, torch.device], FoldedTheta] = {}
+        self._unfolded: dict[tuple[str, torch.dtype, torch.device], dict[str, Tensor]] = {}
+
+    def workspace(self, slot: Slot) -> Workspace:
+        key = (slot.compute_dtype, slot.parameter.device)
+        if key not in self._workspaces:
+            self._workspaces[key] = Workspace(*key)
+        return self._workspaces[key]
+
+    def folded(self, slot: Slot) -> FoldedTheta:
+        key = (slot.theta.sha256, slot.compute_dtype, slot.parameter.device)
+        if key not in self._folded:
+            self._folded[key] = FoldedTheta.from_theta(slot.theta, *key[1:])
+        return self._folded[key]
+
+    def unfolded(self, slot: Slot) -> dict[str, Tensor]:
+        key = (slot.theta.sha256, slot.compute_dtype, slot.parameter.device)
+        if key not in self._unfolded:
+            self._unfolded[key] = slot.theta.tensors(*key[1:])
+        return self._unfolded[key]
+
+
+@dataclass(eq=False)
+class _Sliced:
+    """An entry of the plan in one step: its tensors on this rank, and what each phase leaves for the next."""
+
+    entry: Entry
+    shard: Tensor
+    gradient: Tensor
+    state: dict[str, Tensor]
+    moments: list[GradientMoments] = field(default_factory=list)
+    steps: list[MatrixStep] = field(default_factory=list)
+    new_factors: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    directions: list[Tensor] = field(default_factory=list)
+    columns: Tensor | None = None  # of a vector
+    factor: Tensor | None = None  # of a vector: what becomes of it after a gradient
+
+    @classmethod
+    def of(cls, entry: Entry) -> _Sliced:
+        slot = entry.slot
+        shard, gradient = slot.shard, slot.gradient
+        if gradient.stride() != shard.stride():
+            gradient = torch.empty_like(shard, dtype=gradient.dtype).copy_(gradient)
+        return cls(entry, shard, gradient, slot.state)
+
+
+class Slices:
+    """The entries of a plan that have gradients in one step."""
+
+    def __init__(self, plan: Plan, memory: Memory) -> None:
+        self.plan, self.memory = plan, memory
+        self.sliced = {
+            index: _Sliced.of(entry)
+            for index, entry in enumerate(plan.entries)
+            if entry.slot.parameter.grad is not None
+        }
+        self.messages: Messages
+        self.scales: Sequence[float] = ()  # of the gradients of each group
+        self.clip = False
+
+    @property
+    def square(self) -> float:
+        """Sum of squares of the gradients of all slices of matrices."""
+        return sum(moment.total for sliced in self.sliced.values() for moment in sliced.moments)
+
+    def gradient_moments(self, *, clipped: bool) -> None:
+        """Phase 1."""
+        for sliced in self.sliced.values():
+            self._gradient_sums(sliced, clipped)
+
+    def _gradient_sums(self, sliced: _Sliced, clipped: bool) -> None:
+        """Sums of g^2 by row and column of every slice, and their part of the message."""
+        entry, slot, layout = sliced.entry, sliced.entry.slot, sliced.entry.layout
+        if layout is None:
+            return
+        sliced.moments = []
+        batch, m, n = layout.matrices
+        cut = n if layout.kind == "rows" else m
+        size = 0 if layout.kind == "whole" else batch * cut
+        part = self.messages.gradients[entry.grad_sumsq : entry.grad_sumsq + size].view(-1, cut)
+        scale = self.scales[slot.group]
+        for piece, g in zip(entry.slices, self._views(sliced, sliced.gradient), strict=True):
+            moments = gradient_moments(g, self.memory.workspace(slot), scale=scale, clip=clipped)
+            sliced.moments.append(moments)
+            if layout.kind != "whole":
+                along = moments.column_sum if layout.kind == "rows" else moments.row_sum
+                part[piece.matrix : piece.matrix + piece.count] += along
+
+    def _views(self, sliced: _Sliced, tensor: Tensor) -> list[Tensor]:
+        assert sliced.entry.layout is not None
+        return sliced.entry.layout.views(tensor, self.plan.ranks, self.plan.rank)
+
+    def _seed(self, slot: Slot) -> int:
+        """Seed of a shard's rounding: replicas of a shard round alike, different shards do not."""
+        shard = mix64(slot.position) ^ mix64(-1 - self.plan.rank)
+        return mix64(mix64(shard) ^ int(slot.states["step"]))
+
+    def feature_moments(self) -> None:
+        """Phase 2."""
+        for sliced in self.sliced.values():
+            if sliced.entry.layout is None:
+                self._vector_sums(sliced)
+            else:
+                self._feature_sums(sliced)
+
+    def _vector_sums(self, sliced: _Sliced) -> None:
+        """New accumulators of a shard of a vector, and its part of the 15 sums of squares."""
+        slot, state = sliced.entry.slot, sliced.state
+        flat = sliced.shard.reshape(-1).to(slot.compute_dtype)
+        old = vector_state(state, flat.dtype)
+        gradient = sliced.gradient.reshape(-1).to(flat.dtype) * self.scales[slot.group]
+        sliced.columns, new = reference.vector_columns(flat, gradient, old)
+        sliced.factor = new.factor
+        start = sliced.entry.feature_sumsq
+        self.messages.features[start : start + 15] += sliced.columns.square().sum(0)
+        write_vector_state(state, new, self._seed(slot))
+
+    def _feature_sums(self, sliced: _Sliced) -> None:
+        """New factors of every slice of a parameter, and its part of the sums of squares."""
+        entry, slot, layout, state = sliced.entry, sliced.entry.slot, sliced.entry.layout, sliced.state
+        assert layout is not None
+        workspace, scale = self.memory.workspace(slot), self.scales[slot.group]
+        batch, m, n = layout.matrices
+        # moments of a clipped gradient are taken after scaling
+        square_scale = 1.0 if self.clip else scale * scale
+        row, column = state["row_factor"], state["column_factor"]
+        ranks, rank = self.plan.ranks, self.plan.rank
+        old_rows = layout.factor_views(row, layout.kind != "columns", ranks, rank)
+        old_columns = layout.factor_views(column, layout.kind != "rows", ranks, rank)
+        # the factor along the cut axis is whole on every rank
+        whole: Tensor | None = None
+        started: Tensor | None = None
+        if layout.kind != "whole":
+            factor = MatrixView.factors(column if layout.kind == "rows" else row, batch)
+            sums = self.messages.gradients[entry.grad_sumsq :][: factor.shape[0] * factor.shape[1]].view(batch, -1)
+            started = has_started(factor, sums)
+            whole = advance_factor(factor, sums, m if layout.kind == "rows" else n, square_scale, started)
+            factor.copy_(whole)
+        p, g = self._views(sliced, sliced.shard), self._views(sliced, sliced.gradient)
+        momenta = [self._views(sliced, state[name]) for name in MOMENTUM_KEYS]
+        second_moments = self._views(sliced, state["second_moment"])
+        for number, piece in enumerate(entry.slices):
+            here = slice(piece.matrix, piece.matrix + piece.count)
+            moments = sliced.moments[number]
+            starts = has_started(old_rows[number], moments.row_sum) if started is None else started[here]
+            if layout.kind == "columns":
+                assert whole is not None
+                new_row = whole[here]
+            else:
+                new_row = advance_factor(old_rows[number], moments.row_sum, n, square_scale, starts)
+                old_rows[number].copy_(new_row)
+            if layout.kind == "rows":
+                assert whole is not None
+                new_column = whole[here]
+            else:
+                new_column = advance_factor(old_columns[number], moments.column_sum, m, square_scale, starts)
+                old_columns[number].copy_(new_column)
+            # the means of both factors are the moving average of the matrix's mean g^2: take the one that is whole
+            short = new_row if layout.kind == "columns" or (layout.kind == "whole" and m <= n) else new_column
+            factors = Factors(new_row, new_column, (m, n), short.mean(-2, keepdim=True))
+            fast, medium, slow = (momentum[number] for momentum in momenta)
+            matrices = Matrices(
+                *(p[number], g[number], (fast, medium, slow), second_moments[number]),
+                *(old_rows[number], old_columns[number]),
+            )
+            step = MatrixStep(
+                matrices,
+                None,
+                self.memory.folded(slot),
+                workspace,
+                factors=factors,
+                scale=scale,
+                clip=self.clip,
+                seed=mix64(self._seed(slot) + 16 + number),
+            )
+            sliced.steps.append(step)
+            sliced.new_factors.append((new_row, new_column))
+            if layout.kind != "whole":
+                part = self._feature_part(entry)[here]
+                part[:, :18] += step.feature_sums().T
+                part[:, 18:] += vector_sums(new_row if layout.kind == "rows" else new_column)
+
+    def _feature_part(self, entry: Entry) -> Tensor:
+        """The 24 sums of every matrix of an entry in the message, [B, 24]."""
+        assert entry.layout is not None
+        return self.messages.features[entry.feature_sumsq :][: 24 * entry.layout.matrices[0]].view(-1, 24)
+
+    def learned_update(self) -> None:
+        """Phase 3."""
+        for index, sliced in self.sliced.items():
+            sliced.entry.slot.states["step"] += 1
+            if sliced.entry.layout is None:
+                self._vector_direction(sliced)
+            else:
+                self._directions(index, sliced)
+
+    def _vector_direction(self, sliced: _Sliced) -> None:
+        entry, slot, columns, factor = sliced.entry, sliced.entry.slot, sliced.columns, sliced.state["factor"]
+        assert columns is not None and sliced.factor is not None
+        total = self.messages.features[entry.feature_sumsq : entry.feature_sumsq + 15]
+        scale = torch.rsqrt(total / max(1, slot.parameter.numel()) + NORM_EPS).to(columns.dtype)
+        started = reference.vector_has_started(factor, total[0])
+        d = torch.where(started, reference.mlp(self.memory.unfolded(slot), columns * scale), 0.0)
+        factor.copy_(sliced.factor * started)
+        sliced.directions = [d]
+        self.messages.directions[entry.direction_sumsq] += d.square().sum()
+
+    def _directions(self, index: int, sliced: _Sliced) -> None:
+        """Momenta, second moment and direction of every slice; the direction into the message, or kept."""
+        entry, slot, layout = sliced.entry, sliced.entry.slot, sliced.entry.layout
+        assert layout is not None
+        batch, m, n = layout.matrices
+        for number, (piece, step) in enumerate(zip(entry.slices, sliced.steps, strict=True)):
+            here = slice(piece.matrix, piece.matrix + piece.count)
+            if layout.kind == "whole":
+                direction = step.learned_update(step.feature_scales())
+            else:
+                part = self._feature_part(entry)[here].to(step.workspace.dtype)
+                scales = torch.rsqrt(part[:, :18].T / (m * n) + NORM_EPS)
+                new_row, new_column = sliced.new_factors[number]
+                row_sums = part[:, 18:] if layout.kind == "rows" else vector_sums(new_row)
+                column_sums = part[:, 18:] if layout.kind == "columns" else vector_sums(new_column)
+                vectors = torch.rsqrt(row_sums / m + NORM_EPS), torch.rsqrt(column_sums / n + NORM_EPS)
+                direction = step.learned_update(scales, vectors)
+            if slot.orthogonalize:
+                for transfer, values in self._sent(index, number):
+                    values.copy_(direction[transfer.matrix - piece.matrix])
+            else:
+                sliced.directions.append(direction.clone())
+                if layout.kind != "whole":
+                    squares = self.messages.directions[entry.direction_sumsq :][:batch]
+                    squares[here] += direction.square().sum(-1).sum(-1)
+
+    def _sent(self, index: int, number: int) -> Iterator[tuple[Transfer, Tensor]]:
+        """The parts of a slice in the message, [rows, columns] each."""
+        for transfer in self.plan.sends_of[index, number]:
+            yield transfer, _values(self.messages.sent, transfer)
+
+    def orthogonalize(self) -> None:
+        """Newton-Schulz and an RMS of 1 on the whole matrices that this rank owns, in place of what it received."""
+        parts: dict[tuple[int, int], list[Transfer]] = {}
+        for transfer in self.plan.receives:
+            parts.setdefault((transfer.entry, transfer.matrix), []).append(transfer)
+        for (m, n, ns_steps), matrices in self.plan.owned.items():
+            dtype = self.plan.entries[matrices[0][0]].slot.compute_dtype
+            x = torch.empty(len(matrices), m, n, dtype=dtype, device=self.messages.received.device)
+            places = [
+                (_part_of(x[position], transfer), _values(self.messages.received, transfer))
+                for position, key in enumerate(matrices)
+                for transfer in parts[key]
+            ]
+            for target, values in places:
+                target.copy_(values)
+            y = newton_schulz(x, ns_steps)
+            square = y.square().sum(-1).sum(-1)[:, None, None]
+            torch.mul(y, torch.rsqrt(square / (m * n) + NORM_EPS), out=x)
+            for source, values in places:
+                values.copy_(source)
+
+    def apply(self, groups: Sequence[dict[str, Any]]) -> None:
+        """Phase 4: p <- p - lr (u + weight_decay p) on this rank's shards."""
+        for index, sliced in self.sliced.items():
+            slot, shard = sliced.entry.slot, sliced.shard
+            group = groups[slot.group]
+            options = {"lr": float(group["lr"]), "weight_decay": group["weight_decay"]}
+            wide = shard if shard.dtype == slot.compute_dtype else shard.to(slot.compute_dtype)
+            for p, u, scale in self._updates(index, sliced, wide):
+                apply_update(p, u, scale, **options)
+            if wide is not shard:
+                round_stochastically_(shard, wide, mix64(self._seed(slot) + 8) >> 32)
+
+    def _updates(self, index: int, sliced: _Sliced, wide: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """What is moved, [B, rows, columns] of `wide`, the direction, and what that is multiplied by."""
+        entry, layout, dtype = sliced.entry, sliced.entry.layout, wide.dtype
+        squares = self.messages.directions[entry.direction_sumsq :]
+        if layout is None:
+            square = squares[0].to(dtype) / max(1, entry.slot.parameter.numel())
+            u = sliced.directions[0].view(wide.shape) * torch.rsqrt(square + NORM_EPS)
+            yield wide, u, torch.ones((), dtype=dtype, device=u.device)
+            return
+        _, m, n = layout.matrices
+        for number, p in enumerate(self._views(sliced, wide)):
+            piece, moves = entry.slices[number], sliced.steps[number].moves
+            if entry.slot.orthogonalize:
+                u = torch.empty(p.shape, dtype=dtype, device=p.device)
+                for transfer, values in self._sent(index, number):
+                    u[transfer.matrix - piece.matrix] = values
+                yield p, u, moves
+                continue
+            u = sliced.directions[number]
+            if layout.kind == "whole":
+                square = u.square().sum(-1).sum(-1)
+            else:
+                square = squares[piece.matrix : piece.matrix + piece.count].to(dtype)
+            yield p, u, torch.rsqrt(square / (m * n) + NORM_EPS)[:, None, None] * moves
+
+
+def _values(message: Tensor, transfer: Transfer) -> Tensor:
+    """View a part of a matrix in a message, [rows, columns]."""
+    rows, columns = transfer.piece.rows, transfer.piece.columns
+    return message[transfer.offset : transfer.offset + rows * columns].view(rows, columns)
+
+
+def _part_of(matrix: Tensor, transfer: Transfer) -> Tensor:
+    """View the part of a matrix [m, n] that travels."""
+    piece = transfer.piece
+    return matrix[piece.row : piece.row + piece.rows, piece.column : piece.column + piece.columns]
+
+
+def vector_state(state: dict[str, Tensor], dtype: torch.dtype) -> reference.VectorState:
+    momentum = torch.stack([state[name].reshape(-1).to(dtype) for name in MOMENTUM_KEYS], dim=-1)
+    return reference.VectorState(momentum, state["second_moment"].reshape(-1).to(dtype), state["factor"])
+
+
+def write_vector_state(state: dict[str, Tensor], new: reference.VectorState, seed: int) -> None:
+    """Write the new momenta and second moment, the factor left out."""
+    for index, name in enumerate(MOMENTUM_KEYS):
+        target = state[name]
+        round_stochastically_(target, new.momentum[:, index].view(target.shape), mix64(seed + index) >> 32)
+    target = state["second_moment"]
+    round_stochastically_(target, new.second_moment.view(target.shape), mix64(seed + 3) >> 32)

@@ -1,0 +1,149 @@
+"""What ranks send each other in a step: `Local` for a process that steps alone, `Ranks` for those of a plan."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    import torch.distributed as dist
+    from torch.distributed.device_mesh import DeviceMesh
+
+    from celo2.plan import Plan
+
+
+class Work(Protocol):
+    """A collective under way."""
+
+    def wait(self) -> Any: ...
+
+
+class Comm(Protocol):
+    """The collectives of a step; every rank of a plan calls them in the same order."""
+
+    def all_reduce(self, message: Tensor) -> None:
+        """Add up a message over the ranks, in place."""
+
+    def to_owners(self, received: Tensor, sent: Tensor) -> Work | None:
+        """Start to send directions to the ranks that orthogonalise them; None when there are none."""
+
+    def from_owners(self, received: Tensor, sent: Tensor) -> Work:
+        """Start to send them back, with the arguments in the same order as there: from `received` into `sent`."""
+
+    def note_flags(self, flags: Tensor) -> None:
+        """Keep the sums of the entries' flags, for `check_flags`; waits for no device."""
+
+    def check_flags(self) -> None:
+        """Raise RuntimeError when ranks did not agree on which parameters had gradients in the last noted step."""
+
+    def gather_rows(self) -> None:
+        """Bring the rows of whole parameters that each rank has stepped to all ranks (ZeRO-1)."""
+
+
+class Local:
+    """The one process of a step: nothing is sent."""
+
+    def all_reduce(self, message: Tensor) -> None:
+        pass
+
+    def to_owners(self, received: Tensor, sent: Tensor) -> None:
+        return None
+
+    def from_owners(self, received: Tensor, sent: Tensor) -> Work:
+        raise AssertionError("no directions were sent")
+
+    def note_flags(self, flags: Tensor) -> None:
+        pass
+
+    def check_flags(self) -> None:
+        pass
+
+    def gather_rows(self) -> None:
+        pass
+
+
+class Ranks:
+    """The ranks of `group`, which step the entries of `plan` together; `mesh` is given with ZeRO-1.
+
+    Collective: every rank makes it. Raises RuntimeError when they were given different parameters.
+    """
+
+    def __init__(self, plan: Plan, group: dist.ProcessGroup, device: torch.device, mesh: DeviceMesh | None = None):
+        from celo2.sharding import agree
+
+        self.plan, self.group, self.device, self.mesh = plan, group, device, mesh
+        agree(plan.describe(), group, "the set of sharded parameters")
+        self._noted: tuple[Tensor, torch.cuda.Event | None] | None = None
+
+    def all_reduce(self, message: Tensor) -> None:
+        import torch.distributed as dist
+
+        if message.numel():
+            dist.all_reduce(message, group=self.group)
+
+    def to_owners(self, received: Tensor, sent: Tensor) -> Work | None:
+        if not self.plan.owner:
+            return None
+        return self._exchange(received, sent, self.plan.receive_counts, self.plan.send_counts)
+
+    def from_owners(self, received: Tensor, sent: Tensor) -> Work:
+        return self._exchange(sent, received, self.plan.send_counts, self.plan.receive_counts)
+
+    def _exchange(self, out: Tensor, given: Tensor, out_counts: Sequence[int], counts: Sequence[int]) -> Work:
+        import torch.distributed as dist
+
+        # as bytes: every backend takes them
+        size = self.plan.comm_dtype.itemsize
+        work: Work | None = dist.all_to_all_single(
+            out.view(torch.uint8),
+            given.view(torch.uint8),
+            [count * size for count in out_counts],
+            [count * size for count in counts],
+            group=self.group,
+            async_op=True,
+        )
+        assert work is not None
+        return work
+
+    def note_flags(self, flags: Tensor) -> None:
+        if flags.device.type != "cuda":
+            self._noted = flags.clone(), None
+        elif not torch.cuda.is_current_stream_capturing():
+            host = torch.empty(flags.shape, dtype=flags.dtype, pin_memory=True)
+            host.copy_(flags, non_blocking=True)
+            event: torch.cuda.Event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            event.record()
+            self._noted = host, event
+
+    def check_flags(self) -> None:
+        """Waits for the copy, which ends early in the step. A CUDA graph neither notes nor checks."""
+        if self._noted is None or (self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
+            return
+        (flags, event), self._noted = self._noted, None
+        if event is not None:
+            event.synchronize()
+        for entry, flag in zip(self.plan.entries, flags.tolist(), strict=True):
+            if flag not in (0, self.plan.ranks):
+                raise RuntimeError(
+                    f"{entry.slot.name} has a gradient on {flag:g} of {self.plan.ranks} ranks: all or none must have "
+                    "one"
+                )
+
+    def shares(self, whole: list[Tensor], shards: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        """Return gradients that count in full on every rank, and those of which this rank has a share, for the norm."""
+        if self.mesh is None:
+            return whole, shards
+        # a norm that is the same on all ranks to the last bit
+        from celo2.zero1 import shares
+
+        return [], [*shards, *shares(whole, self.mesh)]
+
+    def gather_rows(self) -> None:
+        if self.mesh is not None:
+            from celo2.zero1 import gather_rows
+
+            parameters = [entry.slot.parameter for entry in self.plan.entries]
+            gather_rows([parameter for parameter in parameters if parameter.grad is not None], self.mesh)
