@@ -10,7 +10,6 @@ of a run do not depend on how many processes share it, up to the order of sums (
 """
 
 import argparse
-import dataclasses
 import math
 import os
 import secrets
@@ -21,30 +20,27 @@ import traceback
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
 
 from celo2.pretrain import require
-from celo2.pretrain.checkpoint import SETTING, Checkpoints, RunState
+from celo2.pretrain.checkpoint import Checkpoints, RunState
 from celo2.pretrain.device import OptimizerTimer, device_name, peak_flops, precision, send
-from celo2.pretrain.evaluation import bits_per_byte, evaluate
+from celo2.pretrain.evaluation import bits_per_byte
 from celo2.pretrain.failures import explain, require_compiler
 from celo2.pretrain.folder_lock import locked
-from celo2.pretrain.hellaswag import find_items, score
+from celo2.pretrain.hellaswag import score
 from celo2.pretrain.interruption import Interruption, signals_restored
-from celo2.pretrain.model import GPT, SIZES, model_config
+from celo2.pretrain.model import GPT, model_config
 from celo2.pretrain.optimizers import Optimizers
 from celo2.pretrain.options import parse_arguments, resolve_recipe
 from celo2.pretrain.parallel import Parallel, World, micro_step, replicate, shard
-from celo2.pretrain.prepare_data import prepare_embedded
 from celo2.pretrain.recipes import Schedule, split_batch
-from celo2.pretrain.runlog import METRICS, RunLog, ZScore, format_step, has_records, versions
-from celo2.pretrain.shards import Loader, find_shards, open_shard, shard_fingerprint, validation_batches
+from celo2.pretrain.run import Data, Run, identity_of, open_log
+from celo2.pretrain.runlog import METRICS, ZScore, format_step, has_records
 from celo2.pretrain.summary import describe, finish, plan_of, setting_of
 from celo2.pretrain.terminal import unfailing_streams
-from celo2.pretrain.tokenizer import get_tokenizer
 
 
 def build(
@@ -89,7 +85,7 @@ def train(arguments: argparse.Namespace, held: ExitStack) -> int:
     config = model_config(arguments.size, arguments.arch or recipe.arch, bias=arguments.bias)
     world = World.start(arguments.device, background=arguments.async_save)
     interruption = Interruption(world)
-    say = print if world.main else _silent
+    log0 = print if world.main else _silent
     micro_batch, micro_steps = split_batch(arguments.micro_batch, recipe.batch_tokens, config.context, world.ranks)
     device, where = world.device, device_name(world.device)
     dtype = arguments.dtype or ("bfloat16" if device.type == "cuda" else "float32")
@@ -112,34 +108,9 @@ def train(arguments: argparse.Namespace, held: ExitStack) -> int:
     require("matplotlib", "tqdm")
     from tqdm import tqdm
 
-    # data: windows addressed by the sample index, a validation set that never changes
-    tokenizer = get_tokenizer(SIZES[arguments.size].tokenizer)
-    if arguments.data is None:
-        arguments.data = Path("data") / f"wikipedia-{tokenizer.name}"
-        if world.local_rank == 0:
-            prepare_embedded(tokenizer.name, arguments.data)
-        world.barrier()
-    train_paths, val_paths = find_shards(arguments.data)
-    loader = Loader(train_paths, config.context, arguments.seed, tokenizer.vocab_id)
-    paths = (*train_paths, *val_paths) if world.main else ()
-    shards = world.shared({path.name: shard_fingerprint(path) for path in paths})
-    token_bytes = tokenizer.token_bytes()
-    items = find_items(arguments.hellaswag, arguments.data, tokenizer)
-    if recipe.val_tokens < config.context:
-        raise ValueError(
-            f"val_tokens={recipe.val_tokens} is less than one window of {config.context}: raise --val-tokens"
-        )
-
-    epochs = total * recipe.batch_tokens / (loader.num_sequences * config.context)
-    held_out = config.context * sum(
-        (len(open_shard(path, tokenizer.vocab_id)) - 1) // config.context for path in val_paths
-    )
-    say(
-        f"data:       {arguments.data}, {len(train_paths)} training shards, "
-        f"{loader.num_sequences * config.context:,} tokens, {epochs:.2f} epochs; validation on "
-        f"{min(held_out, recipe.val_tokens):,} tokens"
-        + (f", all there are of the recipe's {recipe.val_tokens:,}" if held_out < recipe.val_tokens else "")
-    )
+    data = Data.open(arguments, recipe, config.context, world)
+    arguments.data = data.folder
+    log0(f"data:       {data.describe(recipe, total, config.context)}")
 
     # where the run stands: what decides its numbers must be the same when it goes on
     out_dir: Path = arguments.out_dir or Path("runs") / f"{arguments.size}-{arguments.opt}"
@@ -148,27 +119,9 @@ def train(arguments: argparse.Namespace, held: ExitStack) -> int:
     checkpoints = Checkpoints(
         out_dir, keep=arguments.keep, keep_every=arguments.keep_every, world=world, background=arguments.async_save
     )
-    identity: dict[str, Any] = {
-        "model": dataclasses.asdict(config),
-        "optimizer": arguments.opt,
-        "theta": optimizers.theta.sha256 if optimizers.theta else None,
-        "recipe": {
-            key: list(v) if isinstance(v, tuple) else v
-            for key, v in vars(recipe).items()
-            # the model has the architecture; checkpoints from before the others were options have none
-            if key not in ("name", "source", "arch")
-            and (key, v) not in (("momentum", 0.95), ("newton_schulz", "auto"), ("cooldown_frac", None))
-        },
-        "seed": arguments.seed,
-        "shards": shards,
-        "dtype": dtype,
-        "micro_batch": micro_batch,
-        "ranks": world.ranks,
-        "parallel": parallel.mode,
-        "extensions": list(schedule.extensions),
-        "weights_of": None,
-        SETTING: setting_of(arguments, parallel, device, where),
-    }
+    split = {"dtype": dtype, "micro_batch": micro_batch, "ranks": world.ranks, "parallel": parallel.mode}
+    setting = setting_of(arguments, parallel, device, where)
+    identity = identity_of(arguments, config, optimizers, schedule, data.fingerprints, split, setting)
     held.enter_context(locked(out_dir, world))
     if world.main:
         checkpoints.remove_temporary()
@@ -178,7 +131,7 @@ def train(arguments: argparse.Namespace, held: ExitStack) -> int:
         may_differ, aside = ("micro_batch", "ranks", "parallel"), ("extensions", "weights_of")
         state, notes = checkpoints.load(model, optimizers, identity, may_differ=may_differ, aside=aside)
         for note in notes:
-            say(f"resume:     {note}")
+            log0(f"resume:     {note}")
     elif world.shared(world.main and (has_records(out_dir / METRICS) or checkpoints.latest() is not None)):
         raise ValueError(f"{out_dir} holds a run: go on with --resume auto, or give another --out-dir")
     if state is not None:
@@ -187,47 +140,14 @@ def train(arguments: argparse.Namespace, held: ExitStack) -> int:
     elif arguments.init_from is not None:
         identity["weights_of"] = checkpoints.load_weights(model, arguments.init_from, identity["model"])
     if identity["weights_of"] is not None:
-        say(f"weights:    began as those of {identity['weights_of']}")
+        log0(f"weights:    began as those of {identity['weights_of']}")
     step, skipped = (state.step, state.skipped) if state else (0, 0)
     started_at = step
     run_id = state.run_id if state else world.shared(secrets.token_hex(4))
-    say(
+    log0(
         f"output:     {out_dir}, run {run_id}, " + (f"resumed at step {step} of {total}" if state else "from the start")
     )
-    given = {key: str(value) if isinstance(value, Path) else value for key, value in vars(arguments).items()}
-    log = RunLog(
-        out_dir,
-        resume_step=step if state else None,
-        wandb=arguments.wandb,
-        run_id=run_id,
-        config={**identity, "arguments": given, "recipe_name": recipe.name, "versions": versions()},
-        main=world.main,
-    )
-    log.write(
-        "run",
-        step=step,
-        run_id=run_id,
-        time=time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        arguments=given,
-        identity=identity,
-        source=recipe.source,
-        theta=optimizers.theta.label if optimizers.theta else None,
-        device=where,
-        versions=versions(),
-    )
-
-    def save() -> None:
-        checkpoints.save(model, optimizers, RunState(step, skipped, run_id, identity), before=log.sync)
-
-    def settled() -> bool:
-        """Wait for what is written in the background; whether it is there."""
-        try:
-            checkpoints.wait()
-        except OSError as error:
-            tell(f"warning: {error}")
-            return False
-        return True
-
+    log = open_log(out_dir, arguments, identity, recipe, optimizers, where, run_id, step if state else None, world.main)
     loss_z, norm_z = ZScore(log.last("train", "loss")), ZScore(log.last("train", "grad_norm"))
     peak, flops = peak_flops(where), model.flops_per_token()
     timer = OptimizerTimer(device)
@@ -236,36 +156,27 @@ def train(arguments: argparse.Namespace, held: ExitStack) -> int:
     # None: no bar unless standard error is a terminal
     disable = None if world.main else True
     bar = tqdm(total=total, initial=step, unit="step", disable=disable, dynamic_ncols=True)
-    tell = tqdm.write if world.main else _silent
+    log_line = tqdm.write if world.main else _silent
 
-    def validated() -> bool:
-        return world.shared(log.last("val", "step")[-1:] == [step])
-
-    def validate() -> None:
-        batches = validation_batches(
-            val_paths, config.context, recipe.val_tokens, micro_batch, tokenizer.vocab_id, world.rank, world.ranks
-        )
-        found = evaluate(model, batches, token_bytes, autocast, world, interruption)
-        if found is not None:
-            log.write("val", step=step, loss=found[0], bits_per_byte=found[1])
-            tell(f"step {step}/{total} | validation loss {found[0]:.4f} | {found[1]:.3f} bpb")
-
+    run = Run(model, optimizers, checkpoints, log, data, world, interruption, log_line, run_id, identity)
+    run.step, run.skipped, run.total = step, skipped, total
+    run.dtype, run.micro_batch, run.val_tokens = autocast, micro_batch, recipe.val_tokens
     if arguments.compile:
-        say("compile:    each kind of block when it is first used, a minute or more each unless it is in the cache")
-    if step % arguments.eval_every == 0 and not validated():
+        log0("compile:    each kind of block when it is first used, a minute or more each unless it is in the cache")
+    if run.step % arguments.eval_every == 0 and not run.is_validated():
         # at the start, and where a signal ended the validation of this step
-        validate()
-    while step < total and not interruption.signal:
+        run.validate()
+    while run.step < total and not interruption.signal:
         # one optimizer step: the mean over the whole batch, accumulated from micro-batches
         start = time.perf_counter()
-        factor = schedule.learning_rate(step) / recipe.lr
+        factor = schedule.learning_rate(run.step) / recipe.lr
         optimizers.set_lr(factor)
         optimizers.zero_grad()
         losses, text_bytes = [], 0
         for index in range(micro_steps):
-            first = ((step * micro_steps + index) * world.ranks + world.rank) * micro_batch
-            inputs_BT, targets_BT = loader.batch(first, micro_batch)
-            text_bytes += int(token_bytes[targets_BT.numpy()].sum())
+            first = ((run.step * micro_steps + index) * world.ranks + world.rank) * micro_batch
+            inputs_BT, targets_BT = data.loader.batch(first, micro_batch)
+            text_bytes += int(data.token_bytes[targets_BT.numpy()].sum())
             with micro_step(forward, index == micro_steps - 1, arguments.reduce):
                 with precision(device, autocast):
                     micro_loss = forward(send(inputs_BT, device), send(targets_BT, device)) / micro_steps
@@ -285,16 +196,16 @@ def train(arguments: argparse.Namespace, held: ExitStack) -> int:
         (loss, mean_bytes, *flags), norm = means.tolist(), float(grad_norm)
         interruption.agree(flags)
         finite = math.isfinite(loss) and math.isfinite(norm)
-        skipped, in_a_row = (skipped, 0) if finite else (skipped + 1, in_a_row + 1)
+        run.skipped, in_a_row = (run.skipped, 0) if finite else (run.skipped + 1, in_a_row + 1)
         optimizer_ms = timer.elapsed_ms()
         seconds = time.perf_counter() - start
-        step += 1
+        run.step += 1
 
         recent = [*recent[-49:], seconds]
-        seconds_left = sorted(recent)[len(recent) // 2] * (total - step)
+        seconds_left = sorted(recent)[len(recent) // 2] * (total - run.step)
         record = log.write(
             "train",
-            step=step,
+            step=run.step,
             loss=loss,
             loss_z=loss_z(loss),
             bits_per_byte=bits_per_byte(loss * recipe.batch_tokens, mean_bytes * world.ranks),
@@ -308,48 +219,50 @@ def train(arguments: argparse.Namespace, held: ExitStack) -> int:
             skipped=not finite,
         )
         bar.update()
-        if step % arguments.log_every == 0 or step == total or not finite:
-            tell(format_step(record, total, seconds_left))
+        if run.step % arguments.log_every == 0 or run.step == total or not finite:
+            log_line(format_step(record, total, seconds_left))
         if in_a_row >= arguments.max_skips:
-            settled()
-            save()
-            checkpoints.wait()
+            run.wait_for_save()
+            run.save_and_wait()
             raise FloatingPointError(
-                f"{in_a_row} steps in a row had a loss or gradient that is not finite; step {step} is saved in "
+                f"{in_a_row} steps in a row had a loss or gradient that is not finite; step {run.step} is saved in "
                 f"{out_dir} with the parameters before them: lower the learning rate, or look at these steps' data"
             )
-        if step % arguments.eval_every == 0 or step == total:
-            validate()
-        if (step % arguments.save_every == 0 or interruption.hangup) and step < total:
-            settled()
+        if run.step % arguments.eval_every == 0 or run.step == total:
+            run.validate()
+        if (run.step % arguments.save_every == 0 or interruption.hangup) and run.step < total:
+            run.wait_for_save()
             try:
-                save()
-                saved_at = step
+                run.save()
+                saved_at = run.step
                 if interruption.hangup and not interruption.signal:
-                    tell(f"SIGHUP: step {step} of {total} is saved in {out_dir}; the run goes on")
+                    log_line(f"SIGHUP: step {run.step} of {total} is saved in {out_dir}; the run goes on")
             except OSError as error:
                 # the run is worth more than this checkpoint: the next one may find room
-                tell(f"warning: {error}")
+                log_line(f"warning: {error}")
     bar.close()
 
-    if not settled():
+    if not run.wait_for_save():
         saved_at = -1
-    if step != saved_at and step > 0:
-        save()
-        checkpoints.wait()
-    if step == total and not validated():
+    if run.step != saved_at and run.step > 0:
+        run.save_and_wait()
+    if run.step == total and not run.is_validated():
         # interrupted there, or the last steps were skipped
-        validate()
+        run.validate()
     if interruption.signal:
-        saved = f"step {step} of {total} is saved in {out_dir}" if step else "before the first step, nothing to save"
-        say(f"{interruption.name}: {saved}; go on with --resume auto")
+        saved = (
+            f"step {run.step} of {total} is saved in {out_dir}"
+            if run.step
+            else "before the first step, nothing to save"
+        )
+        log0(f"{interruption.name}: {saved}; go on with --resume auto")
         log.close()
-        if world.main and step > started_at and (requeue := os.environ.get("CELO2_REQUEUE")):
+        if world.main and run.step > started_at and (requeue := os.environ.get("CELO2_REQUEUE")):
             # for the launch script: there is more to do, and another job comes further
             Path(requeue).touch()
         return 130 if interruption.signal == signal.SIGINT else 0
-    hellaswag = score(model, items, tokenizer, world, autocast) if items else None
-    finish(arguments, schedule, model, optimizers, tokenizer, log, out_dir, skipped, world, hellaswag)
+    hellaswag = score(model, data.items, data.tokenizer, world, autocast) if data.items else None
+    finish(arguments, schedule, model, optimizers, data.tokenizer, log, out_dir, run.skipped, world, hellaswag)
     log.close()
     world.barrier()
     return 0
