@@ -28,7 +28,7 @@ meta: $(INSTALLED) ## meta-train a theta for 400 outer steps on the embedded ima
 evaluate: $(INSTALLED) ## test the bundled thetas beside tuned baselines, some hours; writes docs/results.md
 	$(BIN)/python -m celo2.meta.evaluate $(ARGS)
 
-evaluate-small: $(INSTALLED) ## the paper's evaluations at CPU size, some 40 minutes; writes docs/evaluations.md
+evaluate-small: $(INSTALLED) ## the paper's evaluations at CPU size, half an hour; writes docs/evaluations.md
 	$(BIN)/python bench/evaluate_small.py $(ARGS)
 
 test: $(INSTALLED) ## run the tests, but for the ones below (ARGS="-k golden")
