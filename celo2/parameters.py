@@ -99,7 +99,7 @@ class Parameters:
             self.host.theta_of(group["weights"]),
             bool(group["orthogonalize"]) and parameter.ndim > 1,
             group["ns_steps"],
-            group["max_grad_norm"],
+            group,
             spec,
         )
 

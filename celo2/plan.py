@@ -41,10 +41,11 @@ def padded(length: int) -> int:
 
 @dataclass(frozen=True, eq=False)
 class Slot:
-    """A parameter of the optimizer, its state, and the options of its group when it was planned.
+    """A parameter of the optimizer, its state, and the options of its group.
 
-    `position` is its number among all parameters of the optimizer; `spec` says how its step is divided among ranks,
-    None where each takes all of it.
+    `position` is its number among all parameters of the optimizer; `options` are those of its group as they are now,
+    while `orthogonalize` and `ns_steps` decide what ranks send each other and stay as they were planned; `spec` says
+    how its step is divided among ranks, None where each takes all of it.
     """
 
     name: str
@@ -57,7 +58,7 @@ class Slot:
     theta: Theta
     orthogonalize: bool
     ns_steps: int
-    max_grad_norm: float | None
+    options: dict[str, Any]
     spec: ShardSpec | None
 
     @property
@@ -69,6 +70,11 @@ class Slot:
     def clips(self) -> bool:
         """Whether the rule's clip of an element can act: it cannot behind a global norm of at most that."""
         return self.max_grad_norm is None
+
+    @property
+    def max_grad_norm(self) -> float | None:
+        limit: float | None = self.options["max_grad_norm"]
+        return limit
 
     @property
     def compute_dtype(self) -> torch.dtype:

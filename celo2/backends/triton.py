@@ -290,6 +290,8 @@ class TritonBackend:
         torch.autograd.graph.increment_version(self.parameters)
         if self.rest is not None and not float(self.skip):
             self.rest.step_alone(self.inputs, self.control[1:, 0].tolist())
+        # gradients must be free when their owner lets go
+        self.rest, self.inputs = None, _NOTHING
 
     # compilation
 
@@ -314,6 +316,9 @@ class TritonBackend:
             self._share_norm(self.zero, self.zero, self.one, self.zero)
             self.owner.rehearse(self.messages.received)
         self._decide(self.zero, self.one, self.zero)
+
+
+_NOTHING = Inputs([], [], [])
 
 
 def norms_of(gradients: Sequence[Tensor], nothing: Tensor) -> Tensor:

@@ -90,6 +90,15 @@ def test_what_changes_is_seen(change):
     assert Signature.of(optimizer.param_groups, optimizer.state, zero1=False) != before
 
 
+def test_a_slot_has_the_limit_of_now():
+    p = nn.Parameter(torch.ones(6, 4))
+    optimizer = FusedCelo2([{"params": [p], "rule": "celo2"}], weights="momentum")
+    slot = optimizer.planner.parameters.slot(p, None)
+    assert slot.clips
+    optimizer.param_groups[0]["max_grad_norm"] = 0.5
+    assert slot.max_grad_norm == 0.5 and not slot.clips
+
+
 def test_values_do_not_matter():
     p = nn.Parameter(torch.ones(6, 4))
     p.grad = torch.ones_like(p)

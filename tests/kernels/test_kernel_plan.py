@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import weakref
 
 import pytest
 import torch
@@ -187,3 +188,19 @@ def test_a_gradient_of_another_layout_is_copied_into_shared_memory(built, device
     assert len(built) == 2
     for a, b in zip(params, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=2e-5)
+
+
+def test_no_gradient_is_kept_alive(device, random_theta):
+    shapes = [(8, 12), (5,), (12, 8), (6, 4)]
+    params = [nn.Parameter(torch.ones(shape, device=device)) for shape in shapes]
+    # the kernels leave it to PyTorch
+    params.append(nn.Parameter(torch.ones(4, 4, dtype=torch.float64, device=device)))
+    groups = [{"params": [*params[:2], *params[4:]], "rule": "celo2"}, {"params": params[2:4], "rule": "adamw"}]
+    optimizer = FusedCelo2(groups, weights=random_theta(), backend="triton", max_grad_norm=1.0)
+    for _ in range(2):
+        for p in params:
+            p.grad = torch.ones_like(p)
+        optimizer.step()
+        gradients = [weakref.ref(p.grad) for p in params]
+        optimizer.zero_grad()
+        assert [gradient() for gradient in gradients] == [None] * len(params)
