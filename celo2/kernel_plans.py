@@ -75,8 +75,8 @@ class Signature(NamedTuple):
 class Watch:
     """Finds out whether a plan still holds, in about half a microsecond a parameter: what `Signature` describes.
 
-    State tensors are compared by identity and by the address of one of each parameter's, gradients by their address,
-    and by strides and dtype unless they are the same objects.
+    State tensors are compared by identity and by the address of one of each parameter's, gradients by the alignment of
+    their address, and by strides and dtype unless they are the same objects where they were.
     """
 
     def __init__(self, groups: Sequence[dict[str, Any]], states: dict[Tensor, dict[str, Tensor]]) -> None:
@@ -88,8 +88,8 @@ class Watch:
         self._values = list(chain.from_iterable(map(dict.values, self._dicts)))
         self._marks = [next(reversed(state.values())) for state in self._dicts if state]
         gradients = self._gradients()
-        self._seen = self._look(gradients)
-        self._same = list(map(id, gradients))
+        addresses, self._seen = self._look(gradients)
+        self._same = list(map(id, gradients)), addresses
         self._forms = _forms(gradients)
 
     def unchanged(self) -> bool:
@@ -100,9 +100,10 @@ class Watch:
         if not all(map(is_, chain.from_iterable(map(dict.values, self._dicts)), self._values)):
             return False
         gradients = self._gradients()
-        if self._look(gradients) != self._seen:
+        addresses, seen = self._look(gradients)
+        if seen != self._seen:
             return False
-        same = list(map(id, gradients))
+        same = list(map(id, gradients)), addresses
         if same != self._same:
             self._same = same
             return _forms(gradients) == self._forms
@@ -113,14 +114,15 @@ class Watch:
         self._missing = [gradient is None for gradient in gradients]
         return self._locals([gradient for gradient in gradients if gradient is not None])
 
-    def _look(self, gradients: list[Tensor]) -> list[list[Any]]:
+    def _look(self, gradients: list[Tensor]) -> tuple[list[int], list[list[Any]]]:
+        """Addresses of the gradients, and what must not change."""
         try:
             addresses = [gradient.data_ptr() for gradient in gradients]
         except RuntimeError:  # a sparse one has none
-            return [[object()]]
-        return [
+            return [], [[object()]]
+        return addresses, [
             self._missing,
-            addresses,
+            [address & 15 for address in addresses],
             [parameter.data_ptr() for parameter in self._locals(self._parameters)],
             [mark.data_ptr() for mark in self._locals(self._marks)],
             [group[key] for group in self._groups for key in OPTIONS],

@@ -113,14 +113,14 @@ class FusedCelo2(Optimizer):
     have gradients, nothing is changed and every rank raises RuntimeError: at once through PyTorch, and through the
     kernels at the next step, or when `grad_norm` or `skipped_steps` is read.
 
-    Parameters that are split over replicas go through PyTorch: all ranks of `zero1_mesh` step together, and have the
-    same parameters afterwards, to the bit. Their state is sharded as FSDP2 shards it, and moves between both, one
+    With `zero1_mesh` all its ranks step together, by the same rules, and have the same parameters afterwards, to the
+    bit. Their state is sharded as FSDP2 shards it, and moves between both, one
     process and other numbers of ranks through `torch.distributed.checkpoint`. Before their first step
     all parameters and gradients are compared by a hash: one that differs between ranks raises RuntimeError on all.
 
     Raises ValueError or TypeError for options out of range, unknown rules, duplicate, sparse, complex or integer
-    parameters or gradients, parameters sharded on two axes, and with `zero1_mesh` for sharded parameters, for
-    `backend="triton"` and for 8-bit state.
+    parameters or gradients, parameters sharded on two axes, and with `zero1_mesh` for sharded parameters
+    and 8-bit state.
     """
 
     # GradScaler hands over `grad_scale` and `found_inf` instead of unscaling the gradients itself

@@ -92,7 +92,6 @@ class Parameters:
             place.name,
             place.group,
             place.position,
-            place.rule,
             parameter,
             self.host.state[parameter],
             group_view(group),

@@ -51,7 +51,6 @@ class Slot:
     name: str
     group: int
     position: int
-    rule: str
     parameter: Tensor
     states: dict[str, Tensor]
     view: MatrixView
@@ -119,10 +118,6 @@ class Entry:
     grad_sumsq: int
     feature_sumsq: int
     direction_sumsq: int
-
-    @property
-    def kind(self) -> str:
-        return "vector" if self.layout is None else self.layout.kind
 
 
 class Transfer(NamedTuple):

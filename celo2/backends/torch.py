@@ -88,8 +88,10 @@ class TorchBackend:
             self.slices.messages, self.slices.scales = self.messages, self.scales
 
     def decide(self, comm: Comm) -> bool:
-        norm, finite = self.whole_norm, math.isfinite(self.whole_norm) and not self.found
-        if self.plan is not None:
+        norm = self.whole_norm
+        if self.plan is None:
+            finite = math.isfinite(norm * self.inverse_scale) and not self.found
+        else:
             message = self.messages.gradients
             comm.note_flags(message[HEADER : HEADER + len(self.plan.entries)])
             comm.check_flags()
@@ -97,7 +99,7 @@ class TorchBackend:
             norm = math.sqrt(square) if square >= 0 else math.nan
             finite = math.isfinite(float(message[0])) and float(message[1]) == 0
         self.norm = norm * self.inverse_scale
-        if not finite or not (self.plan is not None or math.isfinite(self.norm)):
+        if not finite:
             return False
         self.scales = []
         for group in self.inputs.groups:

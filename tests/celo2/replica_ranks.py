@@ -1,4 +1,4 @@
-"""The program of one rank for `test_split.py`: replicas that nobody keeps equal; rank 0 prints JSON."""
+"""The program of one rank for `test_zero1.py`: replicas that nobody keeps equal; rank 0 prints JSON."""
 
 from __future__ import annotations
 

@@ -10,10 +10,6 @@ from celo2 import FusedCelo2
 from celo2.kernel_plans import Signature, Watch
 
 
-def other_gradient(optimizer, p):
-    p.grad = torch.ones_like(p)
-
-
 def transposed_gradient(optimizer, p):
     p.grad = torch.ones(p.shape[::-1]).T
 
@@ -27,6 +23,11 @@ def gradient_of_another_dtype(optimizer, p):
     p.grad = None
     p.grad_dtype = torch.bfloat16
     p.grad = torch.ones(p.shape, dtype=torch.bfloat16)
+
+
+def gradient_of_another_alignment(optimizer, p):
+    storage = torch.ones(p.numel() + 1)
+    p.grad = storage[1:].view(p.shape)
 
 
 def no_gradient(optimizer, p):
@@ -65,6 +66,7 @@ def other_options(optimizer, p):
         transposed_gradient,
         gradient_in_place_of_another,
         gradient_of_another_dtype,
+        gradient_of_another_alignment,
         no_gradient,
         sparse_gradient,
         moved_parameter,
@@ -109,6 +111,8 @@ def test_values_do_not_matter():
         for tensor in (p, p.grad, *optimizer.state[p].values()):
             tensor.add_(1)
     optimizer.param_groups[0]["lr"] = 0.5
-    # another tensor in the same memory
+    # another tensor in the same memory, and one elsewhere: the kernels' tables follow gradients
     p.grad = p.grad.detach()
     assert watch.unchanged()
+    kept, p.grad = p.grad, torch.ones_like(p)
+    assert p.grad.data_ptr() != kept.data_ptr() and watch.unchanged()

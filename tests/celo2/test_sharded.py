@@ -203,7 +203,7 @@ def test_messages_are_those_of_the_plain_plan(ranks, rank):
         for position, (name, (shape, view)) in enumerate(SHAPES.items()):
             parameter = zeros_placed(shape, DTensor.from_local(torch.zeros(1), mesh, [Shard(0)]), 0, torch.float32)
             spec = shard_spec_of(parameter)
-            slots.append(Slot(name, 0, position, "celo2", parameter, {}, view, theta, len(shape) > 1, 5, {}, spec))
+            slots.append(Slot(name, 0, position, parameter, {}, view, theta, len(shape) > 1, 5, {}, spec))
         step = Plan(slots, ranks, rank, "bfloat16")
     finally:
         dist.destroy_process_group()

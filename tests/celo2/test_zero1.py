@@ -14,7 +14,7 @@ import torch
 from celo2.sharding import chunk
 from celo2.zero1 import fingerprint, plan_buckets
 
-PROGRAM = Path(__file__).with_name("split_ranks.py")
+PROGRAM = Path(__file__).with_name("zero1_ranks.py")
 RANKS = (1, 2, 3, 4)
 
 
