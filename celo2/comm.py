@@ -24,8 +24,8 @@ class Work(Protocol):
 class Comm(Protocol):
     """The collectives of a step; every rank of a plan calls them in the same order."""
 
-    def all_reduce(self, message: Tensor) -> None:
-        """Add up a message over the ranks, in place."""
+    def all_reduce(self, number: int, message: Tensor) -> None:
+        """Add up a message of the plan over the ranks, in place; `number` is its place among the three."""
 
     def to_owners(self, received: Tensor, sent: Tensor) -> Work | None:
         """Start to send directions to the ranks that orthogonalise them; None when there are none."""
@@ -46,7 +46,7 @@ class Comm(Protocol):
 class Local:
     """The one process of a step: nothing is sent."""
 
-    def all_reduce(self, message: Tensor) -> None:
+    def all_reduce(self, number: int, message: Tensor) -> None:
         pass
 
     def to_owners(self, received: Tensor, sent: Tensor) -> None:
@@ -76,21 +76,27 @@ class Ranks:
 
         self.plan, self.group, self.device, self.mesh = plan, group, device, mesh
         agree(plan.describe(), group, "the set of sharded parameters")
+        masks = plan.masks()
+        self.masks = None if masks is None else [torch.from_numpy(mask).to(device) for mask in masks]
         self._noted: tuple[Tensor, torch.cuda.Event | None] | None = None
 
-    def all_reduce(self, message: Tensor) -> None:
+    def all_reduce(self, number: int, message: Tensor) -> None:
         import torch.distributed as dist
 
         if message.numel():
+            if self.masks is not None:
+                message.mul_(self.masks[number])
             dist.all_reduce(message, group=self.group)
 
     def to_owners(self, received: Tensor, sent: Tensor) -> Work | None:
         if not self.plan.owner:
             return None
-        return self._exchange(received, sent, self.plan.receive_counts, self.plan.send_counts)
+        given = _taken(sent, self.plan.sent_ranges)
+        return self._exchange(received, given, self.plan.receive_counts, self.plan.send_counts)
 
     def from_owners(self, received: Tensor, sent: Tensor) -> Work:
-        return self._exchange(sent, received, self.plan.send_counts, self.plan.receive_counts)
+        given = _taken(received, self.plan.returned_ranges)
+        return self._exchange(sent, given, self.plan.part_counts, self.plan.return_counts)
 
     def _exchange(self, out: Tensor, given: Tensor, out_counts: Sequence[int], counts: Sequence[int]) -> Work:
         import torch.distributed as dist
@@ -147,3 +153,9 @@ class Ranks:
 
             parameters = [entry.slot.parameter for entry in self.plan.entries]
             gather_rows([parameter for parameter in parameters if parameter.grad is not None], self.mesh)
+
+
+def _taken(message: Tensor, ranges: Sequence[tuple[int, int]]) -> Tensor:
+    """Return ranges of a message one after another: a view where they are one, as without replicas."""
+    parts = [message[start:stop] for start, stop in ranges]
+    return torch.cat(parts) if len(parts) > 1 else parts[0] if parts else message[:0]

@@ -6,10 +6,14 @@ each matrix. No element of a tensor is read here, and no message is sent.
 
 The messages of a step, in order:
 
-1. `gradients`, all-reduced: the squared norm, and of every matrix the sums of g^2 along the axis that is cut;
-2. `features`, all-reduced: the 18 sums of squares of every matrix, and 6 of the vectors along the cut axis;
+1. `gradients`, all-reduced: the squared norm, and of every matrix the sums of g^2 along the axes that are cut;
+2. `features`, all-reduced: the 18 sums of squares of every matrix, and 6 of the vectors along each cut axis;
 3. `directions`, all-reduced: a sum of squares of the direction of every matrix that is not orthogonalised;
 4. the directions themselves, sent to each matrix's owner by an all-to-all, and the result back by another.
+
+Several ranks may have the same part of a parameter: replicas of HSDP, or ranks of another axis of the mesh. The first
+of them counts in every sum, and the masks leave the others out. To an owner a part is sent by the rank whose place
+among its replicas is the owner's; the result goes to all that have the part.
 """
 
 from __future__ import annotations
@@ -18,7 +22,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from celo2.matrices import MatrixView
@@ -26,7 +32,7 @@ from celo2.state import compute_dtype, is_dtensor, local
 from celo2.theta import Theta
 
 if TYPE_CHECKING:
-    from celo2.sharding import ShardLayout, ShardSpec, Slice
+    from celo2.sharding import Cut, ShardLayout, ShardSpec, Slice, Team
 
 # the first entries of the message of gradients: squared norm, and whether a rank asks to skip the step; a flag for each
 # entry of the plan follows, 1 where it has a gradient
@@ -104,19 +110,26 @@ class Slot:
         """What ranks must agree on."""
         return (
             *(self.name, tuple(self.parameter.shape), self.parameter.dtype, self.view, self.group),
-            *(None if self.spec is None else self.spec.axis, self.theta.sha256, self.orthogonalize, self.ns_steps),
+            *(None if self.spec is None else self.spec.axes, self.theta.sha256, self.orthogonalize, self.ns_steps),
         )
 
 
 @dataclass(frozen=True, eq=False)
 class Entry:
-    """A slot in the messages: its layout (None for fewer than two axes), this rank's slices, and where it begins."""
+    """A slot in the messages: its layout (None for fewer than two axes), this rank's slices, and where it begins.
+
+    `home` is the first rank with the same part: the one that counts. Sums of g^2 are there along axes that are cut.
+    """
 
     slot: Slot
     layout: ShardLayout | None
     slices: list[Slice]
-    grad_sumsq: int
+    home: int
+    counts: bool
+    row_totals: int | None  # [B, m], where columns are cut
+    column_totals: int | None  # [B, n], where rows are cut
     feature_sumsq: int
+    feature_width: int
     direction_sumsq: int
 
 
@@ -129,44 +142,72 @@ class Transfer(NamedTuple):
     number: int  # of the slice among its rank's
     offset: int
 
+    @property
+    def stop(self) -> int:
+        return self.offset + padded(self.piece.rows * self.piece.columns)
+
 
 def _lay_out(parts: list[list[tuple[int, int, Slice, int]]]) -> tuple[list[Transfer], list[int]]:
     """Give the parts of a message their offsets, one rank after the other; return them, and each rank's elements."""
     transfers, counts, offset = [], [], 0
     for there in parts:
         start = offset
-        for index, matrix, piece, number in there:
-            transfers.append(Transfer(index, matrix, piece, number, offset))
-            offset += padded(piece.rows * piece.columns)
+        for part in there:
+            transfers.append(Transfer(*part, offset))
+            offset = transfers[-1].stop
         counts.append(offset - start)
     return transfers, counts
 
 
-class Plan:
-    """The slots whose step is divided among `ranks`, as rank `rank` sees them; `comm_dtype` is that of directions.
+def _joined(ranges: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Join ranges [start, stop) that follow each other."""
+    joined: list[tuple[int, int]] = []
+    for start, stop in ranges:
+        if joined and joined[-1][1] == start:
+            joined[-1] = joined[-1][0], stop
+        else:
+            joined.append((start, stop))
+    return joined
 
-    Raises ValueError for a parameter whose matrices cannot be sharded as it is.
+
+class Plan:
+    """The slots whose step is divided among the ranks of a team, as one of them sees them.
+
+    `comm_dtype` is that of directions. Raises ValueError for a parameter whose matrices cannot be sharded as it is.
     """
 
-    def __init__(self, slots: Sequence[Slot], ranks: int, rank: int, comm_dtype: str) -> None:
-        from celo2.sharding import ShardLayout
+    def __init__(self, slots: Sequence[Slot], team: Team, comm_dtype: str) -> None:
+        from celo2.sharding import ShardLayout, home
 
-        self.ranks, self.rank, self.comm_dtype = ranks, rank, COMM_DTYPES[comm_dtype]
+        self.team, self.ranks, self.rank = team, team.ranks, team.rank
+        self.comm_dtype = COMM_DTYPES[comm_dtype]
         self.entries: list[Entry] = []
+        self.cuts: list[tuple[Cut, ...]] = []
         gradients, features, directions = HEADER + len(slots), 0, 0
         for slot in slots:
             assert slot.spec is not None
+            cuts = team.cuts(slot.spec)
+            self.cuts.append(cuts)
+            first = home(cuts, self.rank)
+            counts = first == self.rank
             if slot.is_vector:
-                self.entries.append(Entry(slot, None, [], gradients, features, directions))
+                self.entries.append(Entry(slot, None, [], first, counts, None, None, features, 15, directions))
                 features, directions = features + 15, directions + 1
                 continue
-            layout = ShardLayout.of(slot.parameter.shape, slot.view, slot.spec.axis, slot.name)
-            self.entries.append(Entry(slot, layout, layout.slices(ranks, rank), gradients, features, directions))
+            layout = ShardLayout.of(slot.parameter.shape, slot.view, cuts, slot.name)
             batch, m, n = layout.matrices
-            if layout.kind != "whole":
-                gradients += batch * (n if layout.kind == "rows" else m)
-                features += batch * 24
-                directions += batch
+            row_totals = column_totals = None
+            if layout.cuts_rows:
+                column_totals, gradients = gradients, gradients + batch * n
+            if layout.cuts_columns:
+                row_totals, gradients = gradients, gradients + batch * m
+            width = 0 if layout.whole else 18 + 6 * (layout.cuts_rows + layout.cuts_columns)
+            slices = layout.slices(self.rank)
+            self.entries.append(
+                Entry(slot, layout, slices, first, counts, row_totals, column_totals, features, width, directions)
+            )
+            features += batch * width
+            directions += 0 if layout.whole else batch
         self.lengths = gradients, features, directions
         # the same on every rank, with gradients or without
         self.shares_directions = directions > 0 and not all(entry.slot.orthogonalize for entry in self.entries)
@@ -174,29 +215,67 @@ class Plan:
 
     def describe(self) -> list[Any]:
         """What all ranks must have alike."""
-        return [(*entry.slot.describe(), str(self.comm_dtype)) for entry in self.entries]
+        described = zip(self.entries, self.cuts, strict=True)
+        return [(*entry.slot.describe(), cuts, str(self.comm_dtype)) for entry, cuts in described]
+
+    def masks(self) -> list[NDArray[np.float32]] | None:
+        """Return for each all-reduced message what this rank's part of it is multiplied by; None: 1, on every rank."""
+        from celo2.sharding import home
+
+        layouts = [entry.layout for entry in self.entries if entry.layout is not None]
+        replicated = any(home(cuts, rank) != rank for cuts in set(self.cuts) for rank in range(self.ranks))
+        if not replicated and not any(layout.cuts_rows and layout.cuts_columns for layout in layouts):
+            return None
+        gradients, features, directions = (np.ones(length, np.float32) for length in self.lengths)
+        for entry in self.entries:
+            layout, batch, first = entry.layout, 1, entry.feature_sumsq
+            if layout is not None:
+                batch, m, n = layout.matrices
+                for start, length in ((entry.column_totals, batch * n), (entry.row_totals, batch * m)):
+                    if start is not None:
+                        gradients[start : start + length] = entry.counts
+            own = features[first : first + batch * entry.feature_width].reshape(batch, -1)
+            own[:] = entry.counts
+            if layout is not None and layout.cuts_rows and layout.cuts_columns:
+                # the vectors of a row are with the first of those that have it, those of a column as well
+                for piece in entry.slices:
+                    here = slice(piece.matrix, piece.matrix + piece.count)
+                    own[here, 18:24] *= piece.column == 0
+                    own[here, 24:30] *= piece.row == 0
+            if layout is None or not layout.whole:
+                directions[entry.direction_sumsq : entry.direction_sumsq + batch] = entry.counts
+        return [gradients, features, directions]
+
+    def slices(self, layout: ShardLayout) -> list[list[Slice]]:
+        """Return what every rank has of a parameter; parameters of one layout have the same."""
+        if layout not in self._slices:
+            self._slices[layout] = [layout.slices(rank) for rank in range(self.ranks)]
+        return self._slices[layout]
+
+    def sends(self, index: int, rank: int, owner: int) -> bool:
+        """Whether a rank is the one of its replicas that sends parts of an entry to an owner."""
+        from celo2.sharding import home
+
+        cuts = self.cuts[index]
+        return owner - home(cuts, owner) == rank - home(cuts, rank)
 
     def _plan_transfers(self) -> None:
         """Fix owners and the layout of both all-to-alls: by owner, then by entries, slices and matrices in order."""
         from celo2.sharding import assign_owners
 
         matrices, shapes, holders = [], [], []
-        # parameters of one layout have the same slices
-        slices: dict[ShardLayout, list[list[Slice]]] = {}
+        self._slices: dict[ShardLayout, list[list[Slice]]] = {}
         for index, entry in enumerate(self.entries):
             layout = entry.layout
-            if layout is None:
-                continue
-            if layout not in slices:
-                slices[layout] = [layout.slices(self.ranks, rank) for rank in range(self.ranks)]
-            if not entry.slot.orthogonalize:
+            if layout is None or not entry.slot.orthogonalize:
                 continue
             batch, m, n = layout.matrices
-            held: list[int | None] = [None] * batch
-            for rank, there in enumerate(slices[layout]):
+            held: list[list[int]] = [[] for _ in range(batch)]
+            for rank, there in enumerate(self.slices(layout)):
                 for piece in there:
                     if (piece.rows, piece.columns) == (m, n):
-                        held[piece.matrix : piece.matrix + piece.count] = [rank] * piece.count
+                        for b in range(piece.matrix, piece.matrix + piece.count):
+                            held[b].append(rank)
             matrices += [(index, b) for b in range(batch)]
             shapes += [(m, n)] * batch
             holders += held
@@ -204,26 +283,32 @@ class Plan:
         owners = assign_owners(shapes, holders, self.ranks, steps)
         self.owner = dict(zip(matrices, owners, strict=True))
 
-        # (entry, matrix, slice, its number) for each rank, in order: what goes there, and what comes from there
-        going: list[list[tuple[int, int, Slice, int]]] = [[] for _ in range(self.ranks)]
+        # (entry, matrix, slice, its number) for each rank, in order: what comes back from there, and what comes from
+        # there; a rank has room for all of its parts, and sends those that its replicas do not
+        own: list[list[tuple[int, int, Slice, int]]] = [[] for _ in range(self.ranks)]
         coming: list[list[tuple[int, int, Slice, int]]] = [[] for _ in range(self.ranks)]
+        returned: list[list[tuple[int, int, Slice]]] = [[] for _ in range(self.ranks)]
         mine = {index for (index, _), owner in self.owner.items() if owner == self.rank}
         for index, entry in enumerate(self.entries):
             if entry.layout is None or not entry.slot.orthogonalize:
                 continue
-            for number, piece in enumerate(slices[entry.layout][self.rank]):
+            for number, piece in enumerate(entry.slices):
                 for b in range(piece.matrix, piece.matrix + piece.count):
-                    going[self.owner[index, b]].append((index, b, piece, number))
+                    own[self.owner[index, b]].append((index, b, piece, number))
             for rank in range(self.ranks) if index in mine else ():
-                for number, piece in enumerate(slices[entry.layout][rank]):
+                sends = self.sends(index, rank, self.rank)
+                for number, piece in enumerate(self.slices(entry.layout)[rank]):
                     for b in range(piece.matrix, piece.matrix + piece.count):
                         if self.owner[index, b] == self.rank:
-                            coming[rank].append((index, b, piece, number))
-        self.sends, self.send_counts = _lay_out(going)
+                            returned[rank].append((index, b, piece))
+                            if sends:
+                                coming[rank].append((index, b, piece, number))
+        self.parts, self.part_counts = _lay_out(own)
         self.receives, self.receive_counts = _lay_out(coming)
-        self.sends_of: dict[tuple[int, int], list[Transfer]] = {}
-        for transfer in self.sends:
-            self.sends_of.setdefault((transfer.entry, transfer.number), []).append(transfer)
+        self._plan_replicas(returned)
+        self.parts_of: dict[tuple[int, int], list[Transfer]] = {}
+        for transfer in self.parts:
+            self.parts_of.setdefault((transfer.entry, transfer.number), []).append(transfer)
         self.owned: dict[tuple[int, int, int], list[tuple[int, int]]] = {}  # (m, n, ns_steps) -> matrices
         for (index, b), owner in self.owner.items():
             if owner == self.rank:
@@ -232,13 +317,34 @@ class Plan:
                 key = (owned.layout.matrices[1], owned.layout.matrices[2], owned.slot.ns_steps)
                 self.owned.setdefault(key, []).append((index, b))
 
+    def _plan_replicas(self, returned: Sequence[Sequence[tuple[int, int, Slice]]]) -> None:
+        """Fix which ranges of this rank's parts it sends, and of what it received, where to they go back."""
+        self.send_counts = [0] * self.ranks
+        sent = []
+        for transfer in self.parts:
+            owner = self.owner[transfer.entry, transfer.matrix]
+            if self.sends(transfer.entry, self.rank, owner):
+                sent.append((transfer.offset, transfer.stop))
+                self.send_counts[owner] += transfer.stop - transfer.offset
+        where = {
+            (transfer.entry, transfer.matrix, transfer.piece.row, transfer.piece.column): transfer
+            for transfer in self.receives
+        }
+        back = []
+        self.return_counts = []
+        for there in returned:
+            found = [where[index, b, piece.row, piece.column] for index, b, piece in there]
+            back += [(transfer.offset, transfer.stop) for transfer in found]
+            self.return_counts.append(sum(transfer.stop - transfer.offset for transfer in found))
+        self.sent_ranges, self.returned_ranges = _joined(sent), _joined(back)
+
     def bytes_sent(self) -> dict[str, int]:
         """Bytes that this rank gives to each kind of collective in a step; an all-to-all's part for itself left out.
 
         With ZeRO-1 `all-gather` is what it gives when all parameters have gradients.
         """
         away = sum(self.send_counts) - self.send_counts[self.rank]
-        back = sum(self.receive_counts) - self.receive_counts[self.rank]
+        back = sum(self.return_counts) - self.return_counts[self.rank]
         lengths = self.lengths if self.shares_directions else self.lengths[:2]
         found = {"all-reduce": 4 * sum(lengths), "all-to-all": self.comm_dtype.itemsize * (away + back)}
         gathered = [entry.slot.parameter for entry in self.entries if entry.slot.spec and entry.slot.spec.zero1]

@@ -25,6 +25,8 @@ from celo2.state import follow_parameter, is_dtensor, local, shard_spec_of
 from celo2.step import Inputs, take_step
 
 if TYPE_CHECKING:
+    import torch.distributed as dist
+
     from celo2.backends.triton import TritonBackend
 
 # options of a group that all ranks must give alike: they decide what is exchanged, or what replicas become
@@ -55,6 +57,7 @@ class Planner:
         self._watch: Watch | None = None  # of what it depends on
         self.kernel_plans = KernelPlans()
         self.ranks: Ranks | None = None
+        self._group: tuple[tuple[int, ...], dist.ProcessGroup] | None = None  # of which ranks; kept when plans go
         self._unsupported: str | None = None  # why the kernels do not take the sharded parameters
 
     def forget(self) -> None:
@@ -124,10 +127,10 @@ class Planner:
 
         Raises ValueError for parameters on several meshes, RuntimeError when ranks have different ones.
         """
-        from celo2.sharding import agree
+        from celo2.sharding import Team, agree
 
         mesh = self.host.zero1_mesh
-        groups = [] if mesh is None else [mesh.get_group(0)]
+        meshes = [] if mesh is None else [mesh]
         slots, device = [], self.host.param_groups[0]["params"][0].device
         for group in self.host.param_groups:
             for parameter in group["params"]:
@@ -135,22 +138,21 @@ class Planner:
                 if spec is None:
                     continue
                 device = parameter.device
-                if spec.group not in groups:
-                    groups.append(spec.group)
+                if spec.mesh not in meshes:
+                    meshes.append(spec.mesh)
                 if group["rule"] == "celo2":
                     slots.append(self.parameters.slot(parameter, spec))
-        if len(groups) != 1:
-            raise ValueError(f"parameters are sharded over {len(groups)} process groups: one optimizer needs one mesh")
+        team = Team(meshes)
+        if self._group is None or self._group[0] != team.members:
+            self._group = team.members, team.group()
+        process_group = self._group[1]
         # a rank that clips makes a message more than one that does not
         options = [[_plain(group[key]) for key in COMPARED] for group in self.host.param_groups]
-        agree(options, groups[0], "an option of the parameter groups")
+        agree(options, process_group, "an option of the parameter groups")
         comm_dtype = self.host.comm_dtype
         if comm_dtype == "auto":
             comm_dtype = "float32" if device.type == "cpu" else "bfloat16"
-        import torch.distributed as dist
-
-        plan = Plan(slots, dist.get_world_size(groups[0]), dist.get_rank(groups[0]), comm_dtype)
-        return Ranks(plan, groups[0], device, mesh)
+        return Ranks(Plan(slots, team, comm_dtype), process_group, device, mesh)
 
     def _unsupported_shards(self, ranks: Ranks) -> str | None:
         """Return why the kernels of some rank do not take its shards, None when all do; collective."""
@@ -163,7 +165,7 @@ class Planner:
             from celo2.backends.parts import unsupported_shard
 
             for entry in ranks.plan.entries:
-                found = unsupported_shard(entry, ranks.plan.ranks, ranks.plan.rank)
+                found = unsupported_shard(entry, ranks.plan.rank)
                 reason = reason or (found and f"{entry.slot.name}: {found}")
         return next((other for other in gather(reason, ranks.group) if other is not None), None)
 
@@ -321,11 +323,12 @@ class Planner:
     ) -> Inputs:
         """What a backend is given: `others` are the slots of the learned rule whose gradients it does not add up."""
         adamw = [slot for slots in adam for slot in slots]
-        whole = [slot.gradient for slot in (*others, *adamw) if slot.spec is None]
-        shards = [slot.gradient for slot in adamw if slot.spec is not None]
+        whole, shards = [slot.gradient for slot in (*others, *adamw) if slot.spec is None], []
         if ranks is not None:
-            vectors = (entry.slot for entry in ranks.plan.entries if entry.layout is None)
-            shards += [slot.gradient for slot in vectors if slot.parameter.grad is not None]
+            shards = [slot.gradient for slot in adamw if slot.spec is not None and ranks.plan.team.counts(slot.spec)]
+            for entry in ranks.plan.entries:
+                if entry.layout is None and entry.counts and entry.slot.parameter.grad is not None:
+                    shards.append(entry.slot.gradient)
             whole, shards = ranks.shares(whole, shards)
         grad_scale, found_inf = (None if x is None else local(x) for x in (grad_scale, found_inf))
         return Inputs(self.host.param_groups, whole, shards, grad_scale, found_inf)

@@ -22,7 +22,7 @@ from celo2.quantisation import dequantise, quanta, quantise_
 from celo2.stochastic_rounding import mix64
 
 if TYPE_CHECKING:
-    from celo2.sharding import ShardSpec
+    from celo2.sharding import ShardLayout, ShardSpec
 
 MOMENTUM_KEYS = ("momentum_fast", "momentum_medium", "momentum_slow")
 
@@ -86,11 +86,29 @@ def check_state(parameter: Tensor, rule: str, view: MatrixView, dtype: str) -> N
         return
     if dtype == "int8":
         raise ValueError("state_dtype='int8' is not there for sharded parameters; use 'bfloat16' or 'float32'")
-    placing = shard_spec_of(parameter)
-    if placing is not None:
-        from celo2.sharding import ShardLayout
+    layout_of(parameter, view)
 
-        ShardLayout.of(parameter.shape, view, placing.axis)
+
+def layout_of(parameter: Tensor, view: MatrixView) -> ShardLayout | None:
+    """Return how the matrices of a DTensor are sharded, None where every rank has them whole.
+
+    Raises ValueError for a layout that is not supported, and for a shard that is another part of the parameter than
+    its placements say.
+    """
+    from celo2.sharding import ShardLayout, box, shard_spec_of
+
+    spec = shard_spec_of(parameter)
+    if spec is None:
+        return None
+    cuts, rank = spec.own_cuts()
+    expected = tuple(stop - start for start, stop in box(parameter.shape, cuts, rank))
+    if tuple(local(parameter).shape) != expected:
+        raise ValueError(
+            f"a rank has {tuple(local(parameter).shape)} of shape {tuple(parameter.shape)}, and its placements "
+            f"{spec.cuts} (axis of the tensor, of the mesh) cut it to {expected}: uneven shards of two axes of a mesh "
+            "must be cut one after the other, as fully_shard does"
+        )
+    return ShardLayout.of(parameter.shape, view, cuts)
 
 
 class LazyStates(defaultdict[Tensor, dict[str, Tensor]]):
@@ -135,18 +153,18 @@ def shard_spec_of(parameter: Tensor) -> ShardSpec | None:
 
 def _sharded_factors(parameter: Tensor, view: MatrixView, dtype: str) -> dict[str, Tensor]:
     """Return zero factors on the parameter's mesh, sharded along the axis that they share with it."""
-    from celo2.sharding import ShardLayout, shard_spec_of, zeros_placed
+    from celo2.sharding import zeros_placed
 
-    placing, wide = shard_spec_of(parameter), compute_dtype(parameter)
-    axis = None if placing is None else placing.axis
+    wide = compute_dtype(parameter)
     if parameter.ndim < 2:
-        return {"factor": zeros_placed((parameter.numel(), 3), parameter, axis, wide)}
+        return {"factor": zeros_placed((parameter.numel(), 3), parameter, {0: 0}, wide)}
     check_state(parameter, "celo2", view, dtype)
-    rows, columns = view.factor_shapes(parameter.shape)
-    row_axis, column_axis = (None, None) if axis is None else ShardLayout.of(parameter.shape, view, axis).factor_axes()
+    layout, shapes = layout_of(parameter, view), view.factor_shapes(parameter.shape)
+    axes = range(parameter.ndim)
+    factor_axes = [(None, None) if layout is None else layout.factor_axes(axis) for axis in axes]
     return {
-        "row_factor": zeros_placed(rows, parameter, row_axis, wide),
-        "column_factor": zeros_placed(columns, parameter, column_axis, wide),
+        key: zeros_placed(shape, parameter, {axis: factor_axes[axis][which] for axis in axes}, wide)
+        for which, (key, shape) in enumerate(zip(("row_factor", "column_factor"), shapes, strict=True))
     }
 
 

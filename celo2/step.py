@@ -90,16 +90,16 @@ def take_step(backend: Backend, comm: Comm, inputs: Inputs, overlapped_work: Cal
         backend.begin(inputs)
         messages = backend.messages
         backend.gradient_moments()
-        comm.all_reduce(messages.gradients)
+        comm.all_reduce(0, messages.gradients)
         if not backend.decide(comm):
             return False
         if backend.must_clip():
             backend.gradient_moments(clipped=True)
-            comm.all_reduce(messages.gradients)
+            comm.all_reduce(0, messages.gradients)
         backend.feature_moments()
-        comm.all_reduce(messages.features)
+        comm.all_reduce(1, messages.features)
         backend.learned_update()
-        comm.all_reduce(messages.directions)
+        comm.all_reduce(2, messages.directions)
         travelling = comm.to_owners(messages.received, messages.sent)
         backend.step_whole()
         overlapped_work()

@@ -345,7 +345,8 @@ class VeLO(Optimizer):
                         raise ValueError(f"{name}: its gradient is not placed on the mesh as the parameter is")
                     placing = shard_spec_of(parameter)
                     state = {key: local(value) for key, value in state.items()}
-                cut, ranks = (None, 1) if placing is None else (placing.axis, placing.ranks)
+                cut, along = (None, 0) if placing is None else placing.only_cut()
+                ranks = 1 if placing is None else placing.mesh.size(along)
                 job = Job(name, shape, order, local(parameter), local(gradient), state, cut, ranks)
                 found.append((job, lr))
         if all("param_names" in group for group in self.param_groups):

@@ -24,15 +24,18 @@ def groups_of_ranks(groups: Sequence[dict[str, Any]]) -> list[dist.ProcessGroup]
     for group in groups:
         for name, parameter in named_parameters(group):
             if is_dtensor(parameter) and (spec := shard_spec_of(parameter)) is not None:
-                found[name] = spec, parameter.device_mesh  # type: ignore[attr-defined]
+                try:
+                    found[name] = spec.mesh.get_group(spec.only_cut()[1]), spec.mesh
+                except ValueError as error:
+                    raise ValueError(f"{name}: {error}") from error
     if not found:
         return []
     first, mesh = next(iter(found.values()))
-    for name, (spec, _) in found.items():
-        if spec.group != first.group:
+    for name, (other, _) in found.items():
+        if other != first:
             raise ValueError(f"{name} is sharded over other ranks than {next(iter(found))}: use one mesh for all")
     own = [mesh.get_group(axis) for axis in range(mesh.ndim)]
-    return [first.group, *(group for group in own if group != first.group)]
+    return [first, *(group for group in own if group != first)]
 
 
 class VeLORanks:

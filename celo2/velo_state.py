@@ -47,14 +47,15 @@ def create_velo_state(parameter: Tensor, order: tuple[int, ...], lstm: Mapping[s
     factors: dict[str, tuple[Any, ...]] = {"row_factor": (*rest, rows), "column_factor": (*rest, columns)}
     if parameter.ndim < 2:
         factors = {"factor": tuple(order)}
-    placing = shard_spec_of(parameter) if is_dtensor(parameter) else None
+    if is_dtensor(parameter) and (spec := shard_spec_of(parameter)) is not None:
+        spec.only_cut()
     for key, axes in factors.items():
         sizes = (*(shape[axis] for axis in axes), 3) if axes else (1, 3)
         if is_dtensor(parameter):
             from celo2.sharding import zeros_placed
 
-            cut = axes.index(placing.axis) if placing is not None and placing.axis in axes else None
-            state[key] = zeros_placed(sizes, parameter, cut, wide)
+            axis_of = {axis: axes.index(axis) if axis in axes else None for axis in range(max(1, parameter.ndim))}
+            state[key] = zeros_placed(sizes, parameter, axis_of, wide)
         else:
             state[key] = torch.zeros(sizes, dtype=wide, device=device)
     state |= {name: lstm[name][0].to(device, copy=True) for name in ("hidden", "cell")}

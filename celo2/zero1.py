@@ -125,7 +125,7 @@ def fingerprint(tensor: Tensor) -> int:
 
 def spec_on(mesh: DeviceMesh) -> ShardSpec:
     """Return how the rows of a whole parameter are divided."""
-    return ShardSpec(0, mesh.get_group(0), mesh.size(0), mesh.get_local_rank(0), zero1=True)
+    return ShardSpec(mesh, ((0, 0),), zero1=True)
 
 
 def shares(gradients: Sequence[Tensor], mesh: DeviceMesh) -> list[Tensor]:

@@ -44,19 +44,20 @@ MOMENTUM_SCALE = tl.constexpr(26)  # address of [rows, quanta, 3], for 8-bit mom
 # sums over the whole matrix: a row of the table may be a shard of one, and some of its sums then come from all ranks
 WHOLE_ROWS = tl.constexpr(27)  # lengths of the whole matrix: ROWS and COLS unless it is sharded
 WHOLE_COLS = tl.constexpr(28)
-CUT = tl.constexpr(29)  # which of its axes is sharded: CUT_ROWS, CUT_COLS or neither
+CUT = tl.constexpr(29)  # which of its axes are sharded: bits CUT_ROWS and CUT_COLS
 ROW_TOTALS = tl.constexpr(30)  # address of the sums of g^2 of whole rows, float32 [parts, rows], and their parts
 ROW_PARTS = tl.constexpr(31)
 COLUMN_TOTALS = tl.constexpr(32)
 COLUMN_PARTS = tl.constexpr(33)
 SQUARES = tl.constexpr(34)  # address of what adds up to the sum of g^2, float32 [parts]: one part, or many in a message
 SQUARE_PARTS = tl.constexpr(35)
-ROWS_GIVE_MEAN = tl.constexpr(36)  # whether the mean of the factors is taken over the rows' one, or the columns'
-ROW_MOMENTS = tl.constexpr(37)  # address of the sums over the rows' factors, float32 [CHUNK_SUMS]
-COLUMN_MOMENTS = tl.constexpr(38)
-ELEMENT_MOMENTS = tl.constexpr(39)  # address of the sums of the 18 per-element columns, float32 [ELEMENT_COLUMNS]
-DIRECTION_SQUARES = tl.constexpr(40)  # address of the sum of d^2, float32
-COLUMNS = tl.constexpr(41)
+MEAN_FACTOR = tl.constexpr(36)  # address of a factor over all rows or all columns, [length, 3], which gives the mean
+MEAN_LENGTH = tl.constexpr(37)
+ROW_MOMENTS = tl.constexpr(38)  # address of the sums over the rows' factors, float32 [CHUNK_SUMS]
+COLUMN_MOMENTS = tl.constexpr(39)
+ELEMENT_MOMENTS = tl.constexpr(40)  # address of the sums of the 18 per-element columns, float32 [ELEMENT_COLUMNS]
+DIRECTION_SQUARES = tl.constexpr(41)  # address of the sum of d^2, float32
+COLUMNS = tl.constexpr(42)
 
 CUT_ROWS = tl.constexpr(1)
 CUT_COLS = tl.constexpr(2)

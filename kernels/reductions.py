@@ -51,11 +51,8 @@ def sum_gradients_kernel(
     if chunks == 0:
         # the matrix is on other ranks, its factors as well
         return
-    factor_ptr = layout.sums_at(table_ptr, matrix, layout.COLUMN_FACTOR)
-    length = layout.entry(table_ptr, matrix, layout.WHOLE_COLS)
-    if layout.entry(table_ptr, matrix, layout.ROWS_GIVE_MEAN) != 0:
-        factor_ptr = layout.sums_at(table_ptr, matrix, layout.ROW_FACTOR)
-        length = layout.entry(table_ptr, matrix, layout.WHOLE_ROWS)
+    factor_ptr = layout.sums_at(table_ptr, matrix, layout.MEAN_FACTOR)
+    length = layout.entry(table_ptr, matrix, layout.MEAN_LENGTH)
     o_k = tl.arange(0, 4)
     o_entry = tl.arange(0, BLOCK // 4)
     total = tl.zeros([BLOCK // 4, 4], tl.float32)

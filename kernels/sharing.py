@@ -1,7 +1,7 @@
 """What the ranks of a sharded step tell each other: their parts of sums into messages, and directions out of them.
 
-A matrix may be cut along its rows or its columns (`CUT` in the table); each rank has a part of it. Sums along the cut
-axis are a rank's own part of a sum over the whole matrix, those along the other axis are whole. The parts go to where
+A matrix may be cut along its rows, its columns or both (`CUT` in the table); each rank has a part of it. Sums along a
+cut axis are a rank's own part of a sum over the whole matrix, those along another axis are whole. The parts go to where
 the table looks for the sums of whole matrices, a message of float32 that an all-reduce then adds up: the sums of g^2 by
 the two kernels here, all others by those of `reductions`. What no rank has stays zero. `move_parts_kernel` puts the
 directions that arrive at a matrix's owner together, and takes them apart again. All read and write what is small beside
@@ -34,12 +34,12 @@ def share_gradient_sums_kernel(
     parts_ptr = sums_ptr + layout.entry(table_ptr, matrix, layout.ROW_SUMS)
     parts = tl.cdiv(layout.entry(table_ptr, matrix, layout.COLS), BLOCK_COLUMNS)
     total_ptr = layout.sums_at(table_ptr, matrix, layout.ROW_TOTALS)
-    is_shared = cut == layout.CUT_COLS
+    is_shared = (cut & layout.CUT_COLS) != 0
     if of_columns:
         parts_ptr = sums_ptr + layout.entry(table_ptr, matrix, layout.COLUMN_SUMS)
         parts = tl.cdiv(layout.entry(table_ptr, matrix, layout.ROWS), BLOCK_ROWS)
         total_ptr = layout.sums_at(table_ptr, matrix, layout.COLUMN_TOTALS)
-        is_shared = cut == layout.CUT_ROWS
+        is_shared = (cut & layout.CUT_ROWS) != 0
     if is_shared:
         total = tl.zeros([PARTS, BLOCK_COLUMNS], tl.float32)
         for part in range(0, parts, PARTS):
@@ -100,7 +100,7 @@ def part_entry(parts_ptr, part, COLUMN: tl.constexpr):
 def move_parts_kernel(
     parts_ptr,  # int64 [parts, PART_COLUMNS]
     tiles_ptr,  # int32 [tiles, 3]: part, first row, first column
-    wire_ptr,
+    message_ptr,
     matrices_ptr,
     squares_ptr,  # float32 [matrices]: sums of squares of what is taken back; the message gets it with an RMS of 1
     BACK: tl.constexpr,  # from the matrices to the message
@@ -119,21 +119,21 @@ def move_parts_kernel(
     if ALIGNED:
         columns = tl.multiple_of(tl.load(p_part + PART_COLS), 16)
         stride = tl.multiple_of(tl.load(p_part + PART_STRIDE), 16)
-        wire_ptr += tl.multiple_of(tl.load(p_part + PART_OFFSET), 16)
+        message_ptr += tl.multiple_of(tl.load(p_part + PART_OFFSET), 16)
         matrices_ptr += tl.multiple_of(tl.load(p_part + PART_TARGET), 16)
     else:
         columns = tl.load(p_part + PART_COLS)
         stride = tl.load(p_part + PART_STRIDE)
-        wire_ptr += tl.load(p_part + PART_OFFSET)
+        message_ptr += tl.load(p_part + PART_OFFSET)
         matrices_ptr += tl.load(p_part + PART_TARGET)
     mask = (o_row < rows)[:, None] & (o_column < columns)[None, :]
-    wire_ptr += o_row[:, None].to(tl.int64) * columns + o_column[None, :]
+    message_ptr += o_row[:, None].to(tl.int64) * columns + o_column[None, :]
     matrices_ptr += o_row[:, None].to(tl.int64) * stride + o_column[None, :]
     if BACK:
         square = tl.load(squares_ptr + part_entry(parts_ptr, part, PART_MATRIX))
         scale = tl.rsqrt(square / part_entry(parts_ptr, part, PART_SIZE).to(tl.float32) + layout.NORM_EPS)
         value = tl.load(matrices_ptr, mask=mask, other=0.0).to(tl.float32) * scale
-        tl.store(wire_ptr, value.to(wire_ptr.dtype.element_ty), mask=mask)
+        tl.store(message_ptr, value.to(message_ptr.dtype.element_ty), mask=mask)
     else:
-        value = tl.load(wire_ptr, mask=mask, other=0.0)
+        value = tl.load(message_ptr, mask=mask, other=0.0)
         tl.store(matrices_ptr, value.to(matrices_ptr.dtype.element_ty), mask=mask)

@@ -14,7 +14,7 @@ from celo2.pretrain.device import DTYPES
 from celo2.pretrain.machines import ITERATION_LAUNCHES, Links, Machine
 from celo2.pretrain.model import GPT
 from celo2.pretrain.parallel import Parallel
-from celo2.sharding import ShardLayout, Slice, newton_schulz_flops
+from celo2.sharding import newton_schulz_flops
 from celo2.state import local
 from celo2.zero1 import BUCKET_BYTES, plan_buckets
 
@@ -35,12 +35,12 @@ class Messages:
 
 
 class Loads:
-    """Newton-Schulz by rank: FLOPs, seconds, elements owned, elements held, and those that are both."""
+    """Newton-Schulz by rank: FLOPs, seconds, elements owned and held, and those that are sent to owners and back."""
 
     def __init__(self, ranks: int, machine: Machine) -> None:
         self.machine = machine
         self.flops, self.seconds = [0] * ranks, [0.0] * ranks
-        self.owned, self.held, self.kept = [0] * ranks, [0] * ranks, [0] * ranks
+        self.owned, self.held, self.away, self.back = [0] * ranks, [0] * ranks, [0] * ranks, [0] * ranks
         self.batches: Counter[tuple[int, int, int, int]] = Counter()  # of rank, rows, columns, iterations
 
     @classmethod
@@ -53,9 +53,8 @@ class Loads:
                     if group["orthogonalize"] and parameter.ndim > 1 and optimizer.rule_of(parameter) == "celo2":
                         batch, m, n = group_view(group).shape(parameter.shape)
                         loads._own(0, m, n, group["ns_steps"], batch)
-            loads.held = loads.kept = loads.owned
+            loads.held = loads.owned
             return loads
-        slices: dict[ShardLayout, list[list[Slice]]] = {}
         for index, entry in enumerate(step.entries):
             layout = entry.layout
             if layout is None or not entry.slot.orthogonalize:
@@ -64,13 +63,16 @@ class Loads:
             owners = [step.owner[index, matrix] for matrix in range(batch)]
             for owner in owners:
                 loads._own(owner, m, n, entry.slot.ns_steps, 1)
-            if layout not in slices:
-                slices[layout] = [layout.slices(step.ranks, rank) for rank in range(step.ranks)]
-            for rank, there in enumerate(slices[layout]):
+            # by owner: ranks in its own replica, which send to it
+            senders = {owner: {r for r in range(step.ranks) if step.sends(index, r, owner)} for owner in set(owners)}
+            for rank, there in enumerate(step.slices(layout)):
                 for piece in there:
-                    stay = owners[piece.matrix : piece.matrix + piece.count].count(rank)
+                    size = piece.rows * piece.columns
                     loads.held[rank] += piece.numel
-                    loads.kept[rank] += stay * piece.rows * piece.columns
+                    for owner in owners[piece.matrix : piece.matrix + piece.count]:
+                        if owner != rank:
+                            loads.away[rank] += size * (rank in senders[owner])
+                            loads.back[owner] += size
         return loads
 
     def _own(self, rank: int, m: int, n: int, steps: int, count: int) -> None:
@@ -136,20 +138,25 @@ def model_messages(
     return messages, {"gathered": gathered, "reduced": (size + 4) * max(root, *blocks)}
 
 
-def rule_messages(step: Plan, loads: Loads, links: Links) -> tuple[list[Messages], int, float]:
-    """What the learned rule sends in a step, bytes of its messages, and bytes that gathering would send."""
+def rule_messages(step: Plan, loads: Loads, links: Links, within: Links) -> tuple[list[Messages], int, float]:
+    """What the learned rule sends in a step, bytes of its messages, and bytes that gathering would send.
+
+    Directions go to an owner `within` its replica, and what it returns to all replicas.
+    """
     item, lengths = step.comm_dtype.itemsize, list(step.lengths)
     if not step.shares_directions:
         lengths.pop()  # sums of squares of directions that nobody orthogonalises
     messages = [Messages.of("all-reduce", 1, [links.ring(4 * length, 2) for length in lengths])]
-    away = [held - kept for held, kept in zip(loads.held, loads.kept, strict=True)]
-    back = [owned - kept for owned, kept in zip(loads.owned, loads.kept, strict=True)]
-    assert item * (away[0] + back[0]) == step.bytes_sent()["all-to-all"]
+    assert item * (loads.away[0] + loads.back[0]) == step.bytes_sent()["all-to-all"]
     if step.owner:
-        sent = item * max(a + b for a, b in zip(away, back, strict=True))
-        messages.append(Messages("all-to-all", 2, sent, 2 * links.exchange(item * max(*away, *back))))
+        sent = item * max(a + b for a, b in zip(loads.away, loads.back, strict=True))
+        # a rank receives what it holds, but for what it owns
+        busiest = item * max(*loads.back, *loads.held)
+        seconds = within.exchange(item * max(*loads.away, *loads.owned)) + links.exchange(busiest)
+        messages.append(Messages("all-to-all", 2, sent, seconds))
     buffers = item * max(h + o for h, o in zip(loads.held, loads.owned, strict=True)) + 4 * sum(lengths)
-    return messages, buffers, item * sum(loads.held) * (step.ranks - 1) / step.ranks
+    gathered = item * sum(loads.owned) * (within.ranks - 1)
+    return messages, buffers, gathered / within.ranks
 
 
 def row_messages(step: Plan, links: Links) -> tuple[Messages, int]:

@@ -194,8 +194,9 @@ def make_plan(
             step = learned.planner.plan_ranks().plan if layout.sharded or zero1 else None
             loads = Loads.of(learned, step, machine)
             if step is not None:
-                among = replicas if zero1 else links
-                stepping, buffers["messages"], instead = rule_messages(step, loads, among)
+                among = Links(machine, world_size, local_ranks)
+                within = among if zero1 else links
+                stepping, buffers["messages"], instead = rule_messages(step, loads, among, within)
                 if zero1:
                     gather, buckets = row_messages(step, among)
                     stepping, instead = [*stepping, gather], 0.0

@@ -199,7 +199,8 @@ class MatrixBatch:
             COLUMN_TOTALS=address(self.sums, column("COLUMN_SUMS")),
             SQUARES=address(self.clipped_totals if self.clips else self.totals, index),
             SQUARE_PARTS=1,
-            ROWS_GIVE_MEAN=column("ROWS_ARE_SHORT"),
+            MEAN_FACTOR=np.where(column("ROWS_ARE_SHORT"), column("ROW_FACTOR"), column("COLUMN_FACTOR")),
+            MEAN_LENGTH=np.where(column("ROWS_ARE_SHORT"), column("WHOLE_ROWS"), column("WHOLE_COLS")),
             ELEMENT_MOMENTS=address(self.matrix_moments, index, stride),
             ROW_MOMENTS=address(self.matrix_moments, index, stride) + 4 * columns,
             COLUMN_MOMENTS=address(self.matrix_moments, index, stride) + 4 * (columns + sums),
@@ -209,7 +210,7 @@ class MatrixBatch:
         for part in parts:
             count = part.p.shape[0]
             if part.sums is not None:
-                part.sums.fill(table, first, count, part.whole[1 if part.sums.cut == layout.CUT_ROWS.value else 0])
+                part.sums.fill(table, first, count)
             first += count
 
     @property

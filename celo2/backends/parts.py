@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -22,7 +22,7 @@ from celo2.step import Messages
 from celo2.stochastic_rounding import mix64
 
 if TYPE_CHECKING:
-    from celo2.sharding import ShardLayout
+    from celo2.sharding import ShardLayout, Slice
 
 PARAMETER_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -57,7 +57,7 @@ def unsupported_reason(slot: Slot) -> str | None:
     return unsupported_layout(slot.view.matrices(parameter), slot.view.matrices(moment))
 
 
-def unsupported_shard(entry: Entry, ranks: int, rank: int) -> str | None:
+def unsupported_shard(entry: Entry, rank: int) -> str | None:
     """Return why the kernels cannot take this rank's shard of a parameter, or None when they can."""
     slot, layout = entry.slot, entry.layout
     p, state = slot.shard, slot.state
@@ -68,7 +68,7 @@ def unsupported_shard(entry: Entry, ranks: int, rank: int) -> str | None:
     v = state["second_moment"]
     if layout is None:
         return None if p.is_contiguous() and v.is_contiguous() else "a vector with gaps"
-    pairs = zip(layout.views(p, ranks, rank), layout.views(v, ranks, rank), strict=True)
+    pairs = zip(layout.views(p, rank), layout.views(v, rank), strict=True)
     return next((reason for pair in pairs if (reason := unsupported_layout(*pair)) is not None), None)
 
 
@@ -100,28 +100,36 @@ def unsupported_layout(p: Tensor, v: Tensor) -> str | None:
 
 
 class Sums(NamedTuple):
-    """Where the ranks add up the sums of the parts of matrices: addresses of float32, int64 [B] each."""
+    """Where the ranks add up the sums of the parts of matrices: addresses of float32, int64 [B] each.
 
-    cut: int  # layout.CUT_ROWS or CUT_COLS
-    totals: NDArray[np.int64]  # of g^2 along the cut axis
-    moments: NDArray[np.int64]  # 18 of the elements, 6 of the vectors along the cut axis
-    squares: NDArray[np.int64] | None  # of d^2
+    Rows are those that the kernels see.
+    """
 
-    def fill(self, table: NDArray[np.int64], first: int, count: int, length: int) -> None:
-        """Enter them in `count` rows of the table; `length` is that of the axis that is not cut."""
-        shared: dict[str, int | NDArray[np.int64]] = {"CUT": self.cut}
-        shared |= {"SQUARES": self.totals, "SQUARE_PARTS": length}
-        shared |= {"ELEMENT_MOMENTS": self.moments}
-        if self.squares is not None:
-            shared |= {"DIRECTION_SQUARES": self.squares}
-        vectors = self.moments + 4 * layout.ELEMENT_COLUMNS.value
-        if self.cut == layout.CUT_ROWS.value:
-            shared |= {"COLUMN_TOTALS": self.totals, "COLUMN_PARTS": 1, "ROWS_GIVE_MEAN": 0}
-            shared |= {"ROW_MOMENTS": vectors}
-        else:
-            shared |= {"ROW_TOTALS": self.totals, "ROW_PARTS": 1, "ROWS_GIVE_MEAN": 1}
-            shared |= {"COLUMN_MOMENTS": vectors}
-        fill(table, first, count, **shared)
+    row_totals: NDArray[np.int64] | None  # of g^2 of this part's rows, where columns are cut
+    column_totals: NDArray[np.int64] | None  # of its columns, where rows are cut
+    squares: NDArray[np.int64]  # of g^2, of which `length` add up to that of the matrix
+    length: int
+    moments: NDArray[np.int64] | None  # 18 of the elements, then 6 of the vectors of each cut axis
+    row_moments: NDArray[np.int64] | None
+    column_moments: NDArray[np.int64] | None
+    directions: NDArray[np.int64] | None  # of d^2
+    mean_factor: NDArray[np.int64]  # of a factor that is here as a whole, of `length`
+
+    def fill(self, table: NDArray[np.int64], first: int, count: int) -> None:
+        """Enter them in `count` rows of the table."""
+        cut = 0
+        shared: dict[str, int | NDArray[np.int64]] = {"SQUARES": self.squares, "SQUARE_PARTS": self.length}
+        shared |= {"MEAN_FACTOR": self.mean_factor, "MEAN_LENGTH": self.length}
+        if self.row_totals is not None:
+            cut |= layout.CUT_COLS.value
+            shared |= {"ROW_TOTALS": self.row_totals, "ROW_PARTS": 1}
+        if self.column_totals is not None:
+            cut |= layout.CUT_ROWS.value
+            shared |= {"COLUMN_TOTALS": self.column_totals, "COLUMN_PARTS": 1}
+        optional = {"ELEMENT_MOMENTS": self.moments, "DIRECTION_SQUARES": self.directions}
+        optional |= {"ROW_MOMENTS": self.row_moments, "COLUMN_MOMENTS": self.column_moments}
+        shared |= {name: where for name, where in optional.items() if where is not None}
+        fill(table, first, count, CUT=cut, **shared)
 
 
 class Part(NamedTuple):
@@ -269,62 +277,107 @@ def seeds_of(position: int, count: int) -> NDArray[np.int64]:
 def parts_of_entry(plan: Plan, entry: Entry, messages: Messages, scratch: Scratch) -> Iterator[tuple[int | None, Part]]:
     """Yield what this rank has of the matrices of an entry with a gradient, each with the number of its slice.
 
-    Of matrices that are on other ranks alone it has a factor, when that is whole on every rank, and the counter of
-    the parameter advances also where the shard is empty: parts without rows.
+    Factors that are whole on every rank advance there as a whole: those of rows and columns that are on other ranks
+    are parts without elements. So does the counter of the parameter, also where the shard is empty.
     """
-    cut, ranks, rank, slot, state = entry.layout, plan.ranks, plan.rank, entry.slot, entry.slot.state
+    cut, slot = entry.layout, entry.slot
     assert cut is not None
     batch, m, n = cut.matrices
-    row_factors, column_factors = (
-        cut.factor_views(state[name], cut.kind != whole, ranks, rank)
-        for name, whole in (("row_factor", "columns"), ("column_factor", "rows"))
-    )
+    row_factors, column_factors = cut.factor_views(slot.state["row_factor"], slot.state["column_factor"], plan.rank)
     counts = True
     for number, piece in enumerate(entry.slices):
         matrices = np.arange(piece.matrix, piece.matrix + piece.count)
         part = Part.of(
             slot,
-            partial(_slice_of, cut, ranks, rank, number),
+            partial(_slice_of, cut, plan.rank, number),
             (row_factors[number], column_factors[number]),
             (m, n),
-            seeds_of_shard(slot.position, rank, matrices),
+            seeds_of_shard(slot.position, entry.home, matrices),
             scratch,
         )
-        sums = None if cut.kind == "whole" else _sums(entry, messages, matrices, (cut.kind == "rows") != part.swapped)
+        sums = None if cut.whole else _sums(entry, messages, piece, swapped=part.swapped)
         yield number, part._replace(counts=counts, sums=sums)
         counts = False
-    if cut.kind == "whole" or not batch * m * n:
-        if counts:
-            yield None, _without_rows(slot, slot.shard.new_empty(1, 0, 3), (m, n), swapped=False)
-        return
-    name = "column_factor" if cut.kind == "rows" else "row_factor"
-    factor = MatrixView.factors(state[name], batch)
-    here = [b for piece in entry.slices for b in range(piece.matrix, piece.matrix + piece.count)]
-    for first, stop in ((0, min(here, default=batch)), (max(here, default=batch - 1) + 1, batch)):
-        if first < stop:
-            part = _without_rows(slot, factor[first:stop], (m, n), swapped=cut.kind != "rows")
-            sums = _sums(entry, messages, np.arange(first, stop), cuts_rows=True)
+    for axis, (name, whole) in enumerate(zip(("row_factor", "column_factor"), cut.whole_factors, strict=True)):
+        if not whole or not batch * m * n:
+            continue
+        factor = MatrixView.factors(slot.state[name], batch)
+        for absent in _absent(entry.slices, axis, (batch, m, n)):
+            start, stop = ((absent.row, absent.rows), (absent.column, absent.columns))[axis]
+            there = factor[absent.matrix : absent.matrix + absent.count, start : start + stop]
+            # they are seen as columns of matrices without rows
+            part = _without_rows(slot, there, (m, n), swapped=axis == 0)
+            sums = _sums(entry, messages, absent, swapped=axis == 0)
+            # they have nothing to tell the other ranks
+            sums = sums._replace(row_totals=None, moments=None, row_moments=None, column_moments=None, directions=None)
             yield None, part._replace(counts=counts, sums=sums)
             counts = False
+    if counts:
+        yield None, _without_rows(slot, slot.shard.new_empty(1, 0, 3), (m, n), swapped=False)
 
 
-def _sums(entry: Entry, messages: Messages, matrices: NDArray[np.int64], cuts_rows: bool) -> Sums:
-    """Addresses in the messages of some matrices of an entry; `cuts_rows` is about the rows of a part."""
-    assert entry.layout is not None
-    _, m, n = entry.layout.matrices
-    length = n if entry.layout.kind == "rows" else m
-    squares = messages.directions.data_ptr() + 4 * (entry.direction_sumsq + matrices)
+def _absent(slices: Sequence[Slice], axis: int, shape: tuple[int, int, int]) -> Iterator[Slice]:
+    """Yield the rows (axis 0) or columns of matrices that are in no slice, as slices without the other axis."""
+    from celo2.sharding import Slice
+
+    batch, *lengths = shape
+    length = lengths[axis]
+
+    def of(matrix: int, count: int, start: int, stop: int) -> Slice:
+        ends = (start, stop - start, 0, 0) if axis == 0 else (0, 0, start, stop - start)
+        return Slice(matrix, count, *ends)
+
+    matrix = 0
+    for piece in sorted(slices, key=lambda piece: piece.matrix):
+        if matrix < piece.matrix:
+            yield of(matrix, piece.matrix - matrix, 0, length)
+        start, size = ((piece.row, piece.rows), (piece.column, piece.columns))[axis]
+        for first, stop in ((0, start), (start + size, length)):
+            if first < stop:
+                yield of(piece.matrix, piece.count, first, stop)
+        matrix = piece.matrix + piece.count
+    if matrix < batch:
+        yield of(matrix, batch - matrix, 0, length)
+
+
+def _sums(entry: Entry, messages: Messages, piece: Slice, *, swapped: bool) -> Sums:
+    """Addresses in the messages of a slice of an entry; `swapped`: the kernels see its columns as rows."""
+    cut = entry.layout
+    assert cut is not None
+    batch, m, n = cut.matrices
+    matrices = np.arange(piece.matrix, piece.matrix + piece.count)
+
+    def totals(start: int | None, length: int, first: int) -> NDArray[np.int64] | None:
+        return None if start is None else messages.gradients.data_ptr() + 4 * (start + length * matrices + first)
+
+    # with both axes cut every rank has both factors: the columns' gives the mean
+    by_rows = not cut.cuts_rows
+    start, length = (entry.row_totals, m) if by_rows else (entry.column_totals, n)
+    squares = totals(start, length, 0)
+    assert squares is not None
+    factor = MatrixView.factors(entry.slot.state["row_factor" if by_rows else "column_factor"], batch)
+    moments = messages.features.data_ptr() + 4 * (entry.feature_sumsq + entry.feature_width * matrices)
+    vectors = moments + 4 * layout.ELEMENT_COLUMNS.value
+    after = vectors + (4 * layout.CHUNK_SUMS.value if cut.cuts_rows else 0)
+    rows = totals(entry.row_totals, m, piece.row), vectors if cut.cuts_rows else None
+    columns = totals(entry.column_totals, n, piece.column), after if cut.cuts_columns else None
+    (row_totals, row_moments), (column_totals, column_moments) = (columns, rows) if swapped else (rows, columns)
     return Sums(
-        (layout.CUT_ROWS if cuts_rows else layout.CUT_COLS).value,
-        messages.gradients.data_ptr() + 4 * (entry.grad_sumsq + length * matrices),
-        messages.features.data_ptr() + 4 * (entry.feature_sumsq + 24 * matrices),
-        None if entry.slot.orthogonalize else squares,
+        row_totals,
+        column_totals,
+        squares,
+        length,
+        moments,
+        row_moments,
+        column_moments,
+        None if entry.slot.orthogonalize else messages.directions.data_ptr() + 4 * (entry.direction_sumsq + matrices),
+        addresses(factor)[matrices],
     )
 
 
-def _slice_of(cut: ShardLayout, ranks: int, rank: int, number: int, shard: Tensor) -> Tensor:
+def _slice_of(cut: ShardLayout, rank: int, number: int, shard: Tensor) -> Tensor:
     """View the matrices of a slice, [B, rows, columns], in this rank's shard."""
-    return cut.views(shard, ranks, rank)[number]
+    return cut.views(shard, rank)[number]
 
 
 def seeds_of_shard(position: int, rank: int, matrices: NDArray[np.int64]) -> NDArray[np.int64]:

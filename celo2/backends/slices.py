@@ -72,7 +72,7 @@ class _Sliced:
     state: dict[str, Tensor]
     moments: list[GradientMoments] = field(default_factory=list)
     steps: list[MatrixStep] = field(default_factory=list)
-    new_factors: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    vector_sums: list[tuple[Tensor, Tensor]] = field(default_factory=list)  # over rows and columns, [count, 6] each
     directions: list[Tensor] = field(default_factory=list)
     columns: Tensor | None = None  # of a vector
     factor: Tensor | None = None  # of a vector: what becomes of it after a gradient
@@ -102,8 +102,8 @@ class Slices:
 
     @property
     def square(self) -> float:
-        """Sum of squares of the gradients of all slices of matrices."""
-        return sum(moment.total for sliced in self.sliced.values() for moment in sliced.moments)
+        """Sum of squares of the gradients of all slices of matrices that count on this rank."""
+        return sum(m.total for sliced in self.sliced.values() if sliced.entry.counts for m in sliced.moments)
 
     def gradient_moments(self, *, clipped: bool) -> None:
         """Phase 1."""
@@ -116,26 +116,35 @@ class Slices:
         if layout is None:
             return
         sliced.moments = []
-        batch, m, n = layout.matrices
-        cut = n if layout.kind == "rows" else m
-        size = 0 if layout.kind == "whole" else batch * cut
-        part = self.messages.gradients[entry.grad_sumsq : entry.grad_sumsq + size].view(-1, cut)
+        row_totals, column_totals = self._totals(entry)
         scale = self.scales[slot.group]
         for piece, g in zip(entry.slices, self._views(sliced, sliced.gradient), strict=True):
             moments = gradient_moments(g, self.memory.workspace(slot), scale=scale, clip=clipped)
             sliced.moments.append(moments)
-            if layout.kind != "whole":
-                along = moments.column_sum if layout.kind == "rows" else moments.row_sum
-                part[piece.matrix : piece.matrix + piece.count] += along
+            here = slice(piece.matrix, piece.matrix + piece.count)
+            if row_totals is not None:
+                row_totals[here, piece.row : piece.row + piece.rows] += moments.row_sum
+            if column_totals is not None:
+                column_totals[here, piece.column : piece.column + piece.columns] += moments.column_sum
+
+    def _totals(self, entry: Entry) -> tuple[Tensor | None, Tensor | None]:
+        """The sums of g^2 over whole rows [B, m] and columns [B, n] in the message, of axes that are cut."""
+        assert entry.layout is not None
+        batch, m, n = entry.layout.matrices
+        rows, columns = (
+            None if start is None else self.messages.gradients[start : start + batch * length].view(batch, length)
+            for start, length in ((entry.row_totals, m), (entry.column_totals, n))
+        )
+        return rows, columns
 
     def _views(self, sliced: _Sliced, tensor: Tensor) -> list[Tensor]:
         assert sliced.entry.layout is not None
-        return sliced.entry.layout.views(tensor, self.plan.ranks, self.plan.rank)
+        return sliced.entry.layout.views(tensor, self.plan.rank)
 
-    def _seed(self, slot: Slot) -> int:
+    def _seed(self, entry: Entry) -> int:
         """Seed of a shard's rounding: replicas of a shard round alike, different shards do not."""
-        shard = mix64(slot.position) ^ mix64(-1 - self.plan.rank)
-        return mix64(mix64(shard) ^ int(slot.states["step"]))
+        shard = mix64(entry.slot.position) ^ mix64(-1 - entry.home)
+        return mix64(mix64(shard) ^ int(entry.slot.states["step"]))
 
     def feature_moments(self) -> None:
         """Phase 2."""
@@ -155,7 +164,7 @@ class Slices:
         sliced.factor = new.factor
         start = sliced.entry.feature_sumsq
         self.messages.features[start : start + 15] += sliced.columns.square().sum(0)
-        write_vector_state(state, new, self._seed(slot))
+        write_vector_state(state, new, self._seed(sliced.entry))
 
     def _feature_sums(self, sliced: _Sliced) -> None:
         """New factors of every slice of a parameter, and its part of the sums of squares."""
@@ -166,18 +175,20 @@ class Slices:
         # moments of a clipped gradient are taken after scaling
         square_scale = 1.0 if self.clip else scale * scale
         row, column = state["row_factor"], state["column_factor"]
-        ranks, rank = self.plan.ranks, self.plan.rank
-        old_rows = layout.factor_views(row, layout.kind != "columns", ranks, rank)
-        old_columns = layout.factor_views(column, layout.kind != "rows", ranks, rank)
-        # the factor along the cut axis is whole on every rank
-        whole: Tensor | None = None
-        started: Tensor | None = None
-        if layout.kind != "whole":
-            factor = MatrixView.factors(column if layout.kind == "rows" else row, batch)
-            sums = self.messages.gradients[entry.grad_sumsq :][: factor.shape[0] * factor.shape[1]].view(batch, -1)
-            started = has_started(factor, sums)
-            whole = advance_factor(factor, sums, m if layout.kind == "rows" else n, square_scale, started)
-            factor.copy_(whole)
+        old_rows, old_columns = layout.factor_views(row, column, self.plan.rank)
+        # factors along cut axes are whole on every rank
+        row_totals, column_totals = self._totals(entry)
+        whole_rows = whole_columns = started = None
+        if column_totals is not None:
+            factor = MatrixView.factors(column, batch)
+            started = has_started(factor, column_totals)
+            whole_columns = advance_factor(factor, column_totals, m, square_scale, started)
+            factor.copy_(whole_columns)
+        if row_totals is not None:
+            factor = MatrixView.factors(row, batch)
+            started = has_started(factor, row_totals) if started is None else started
+            whole_rows = advance_factor(factor, row_totals, n, square_scale, started)
+            factor.copy_(whole_rows)
         p, g = self._views(sliced, sliced.shard), self._views(sliced, sliced.gradient)
         momenta = [self._views(sliced, state[name]) for name in MOMENTUM_KEYS]
         second_moments = self._views(sliced, state["second_moment"])
@@ -185,20 +196,21 @@ class Slices:
             here = slice(piece.matrix, piece.matrix + piece.count)
             moments = sliced.moments[number]
             starts = has_started(old_rows[number], moments.row_sum) if started is None else started[here]
-            if layout.kind == "columns":
-                assert whole is not None
-                new_row = whole[here]
+            if whole_rows is not None:
+                new_row = whole_rows[here, piece.row : piece.row + piece.rows]
             else:
                 new_row = advance_factor(old_rows[number], moments.row_sum, n, square_scale, starts)
                 old_rows[number].copy_(new_row)
-            if layout.kind == "rows":
-                assert whole is not None
-                new_column = whole[here]
+            if whole_columns is not None:
+                new_column = whole_columns[here, piece.column : piece.column + piece.columns]
             else:
                 new_column = advance_factor(old_columns[number], moments.column_sum, m, square_scale, starts)
                 old_columns[number].copy_(new_column)
-            # the means of both factors are the moving average of the matrix's mean g^2: take the one that is whole
-            short = new_row if layout.kind == "columns" or (layout.kind == "whole" and m <= n) else new_column
+            # the means of both factors are the moving average of the matrix's mean g^2: take one that is whole
+            all_rows = new_row if whole_rows is None else whole_rows[here]
+            all_columns = new_column if whole_columns is None else whole_columns[here]
+            by_rows = not layout.cuts_rows and (layout.cuts_columns or m <= n)
+            short = all_rows if by_rows else all_columns
             factors = Factors(new_row, new_column, (m, n), short.mean(-2, keepdim=True))
             fast, medium, slow = (momentum[number] for momentum in momenta)
             matrices = Matrices(
@@ -213,19 +225,23 @@ class Slices:
                 factors=factors,
                 scale=scale,
                 clip=self.clip,
-                seed=mix64(self._seed(slot) + 16 + number),
+                seed=mix64(self._seed(entry) + 16 + number),
             )
             sliced.steps.append(step)
-            sliced.new_factors.append((new_row, new_column))
-            if layout.kind != "whole":
+            sliced.vector_sums.append((vector_sums(all_rows), vector_sums(all_columns)))
+            if not layout.whole:
                 part = self._feature_part(entry)[here]
                 part[:, :18] += step.feature_sums().T
-                part[:, 18:] += vector_sums(new_row if layout.kind == "rows" else new_column)
+                # of the vectors along an axis that is on no rank as a whole
+                for which, factor in enumerate(sliced.vector_sums[-1]):
+                    if layout.shares_vectors[which]:
+                        part[:, 18:24] += factor
 
     def _feature_part(self, entry: Entry) -> Tensor:
-        """The 24 sums of every matrix of an entry in the message, [B, 24]."""
+        """The sums of every matrix of an entry in the message, [B, feature_width]."""
         assert entry.layout is not None
-        return self.messages.features[entry.feature_sumsq :][: 24 * entry.layout.matrices[0]].view(-1, 24)
+        size = entry.feature_width * entry.layout.matrices[0]
+        return self.messages.features[entry.feature_sumsq :][:size].view(-1, entry.feature_width)
 
     def learned_update(self) -> None:
         """Phase 3."""
@@ -254,14 +270,15 @@ class Slices:
         batch, m, n = layout.matrices
         for number, (piece, step) in enumerate(zip(entry.slices, sliced.steps, strict=True)):
             here = slice(piece.matrix, piece.matrix + piece.count)
-            if layout.kind == "whole":
+            if layout.whole:
                 direction = step.learned_update(step.feature_scales())
             else:
                 part = self._feature_part(entry)[here].to(step.workspace.dtype)
                 scales = torch.rsqrt(part[:, :18].T / (m * n) + NORM_EPS)
-                new_row, new_column = sliced.new_factors[number]
-                row_sums = part[:, 18:] if layout.kind == "rows" else vector_sums(new_row)
-                column_sums = part[:, 18:] if layout.kind == "columns" else vector_sums(new_column)
+                row_sums, column_sums = (
+                    part[:, 18:24] if shared else own
+                    for shared, own in zip(layout.shares_vectors, sliced.vector_sums[number], strict=True)
+                )
                 vectors = torch.rsqrt(row_sums / m + NORM_EPS), torch.rsqrt(column_sums / n + NORM_EPS)
                 direction = step.learned_update(scales, vectors)
             if slot.orthogonalize:
@@ -269,13 +286,13 @@ class Slices:
                     values.copy_(direction[transfer.matrix - piece.matrix])
             else:
                 sliced.directions.append(direction.clone())
-                if layout.kind != "whole":
+                if not layout.whole:
                     squares = self.messages.directions[entry.direction_sumsq :][:batch]
                     squares[here] += direction.square().sum(-1).sum(-1)
 
     def _sent(self, index: int, number: int) -> Iterator[tuple[Transfer, Tensor]]:
         """The parts of a slice in the message, [rows, columns] each."""
-        for transfer in self.plan.sends_of[index, number]:
+        for transfer in self.plan.parts_of[index, number]:
             yield transfer, _values(self.messages.sent, transfer)
 
     def orthogonalize(self) -> None:
@@ -309,7 +326,7 @@ class Slices:
             for p, u, scale in self._updates(index, sliced, wide):
                 apply_update(p, u, scale, **options)
             if wide is not shard:
-                round_stochastically_(shard, wide, mix64(self._seed(slot) + 8) >> 32)
+                round_stochastically_(shard, wide, mix64(self._seed(sliced.entry) + 8) >> 32)
 
     def _updates(self, index: int, sliced: _Sliced, wide: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """What is moved, [B, rows, columns] of `wide`, the direction, and what that is multiplied by."""
@@ -330,7 +347,7 @@ class Slices:
                 yield p, u, moves
                 continue
             u = sliced.directions[number]
-            if layout.kind == "whole":
+            if layout.whole:
                 square = u.square().sum(-1).sum(-1)
             else:
                 square = squares[piece.matrix : piece.matrix + piece.count].to(dtype)

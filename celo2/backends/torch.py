@@ -79,7 +79,7 @@ class TorchBackend:
         lengths, sizes, dtype = (0, 0, 0), (0, 0), torch.float32
         if self.plan is not None:
             lengths = self.plan.lengths if self.plan.shares_directions else (*self.plan.lengths[:2], 0)
-            sizes = sum(self.plan.send_counts), sum(self.plan.receive_counts)
+            sizes = sum(self.plan.part_counts), sum(self.plan.receive_counts)
             dtype = self.plan.comm_dtype
         sums = [torch.zeros(length, dtype=torch.float32, device=self.device) for length in lengths]
         # every rank sends all parts; those without gradients come back to nobody

@@ -126,13 +126,13 @@ class TritonBackend:
         messages = Messages(first, second, third, nothing, nothing)
 
         # phase 3 writes into the message, and directions of transposed storage behind it
-        sent_size = size = sum(plan.send_counts)
+        sent_size = size = sum(plan.part_counts)
         behind_it, parts = [], []
         for index, entry in active.items():
             found = parts_of_entry(plan, entry, messages, self.scratch) if entry.layout is not None else ()
             for number, part in found:
                 if entry.slot.orthogonalize and number is not None:
-                    transfers = sorted(plan.sends_of[index, number], key=lambda transfer: transfer.matrix)
+                    transfers = sorted(plan.parts_of[index, number], key=lambda transfer: transfer.matrix)
                     offsets = [transfer.offset for transfer in transfers]
                     for b, transfer in enumerate(transfers) if part.swapped and min(part.p.shape[1:]) > 1 else ():
                         behind_it.append((transfer, size))
@@ -178,7 +178,9 @@ class TritonBackend:
                 for message, name in ((messages.features, "feature_sumsq"), (messages.directions, "direction_sumsq"))
             )
             nought = np.zeros(1, dtype=np.int64)
-            seeds = np.concatenate([seeds_of_shard(slot.position, plan.rank, nought) for slot in batch])
+            homes = [by_position[slot.position].home for slot in batch]
+            pairs = zip(batch, homes, strict=True)
+            seeds = np.concatenate([seeds_of_shard(slot.position, first, nought) for slot, first in pairs])
             yield VectorBatch(batch, seeds, moments, squares)
 
     # the step

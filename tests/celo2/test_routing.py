@@ -219,24 +219,24 @@ def test_views_split_every_matrix_of_a_batch():
 @pytest.mark.parametrize("axes", [(3, 10, 8), (2, 3, 10, 8)])
 @pytest.mark.parametrize("ranks", [1, 2, 3])
 def test_shards_of_a_batch_in_blocks_are_its_matrices(axes, ranks):
-    from celo2.sharding import ShardLayout, chunk
+    from celo2.sharding import Cut, ShardLayout, chunk
 
     view = MatrixView(split=2, flatten=False)
     whole = torch.randn(axes)
     rows, columns = (torch.randn(shape) for shape in view.factor_shapes(whole.shape))
     for axis in range(len(axes) - 2):
-        layout = ShardLayout.of(whole.shape, view, axis)
-        assert layout.factor_axes() == (axis, axis)
+        layout = ShardLayout.of(whole.shape, view, (Cut(axis, ranks),))
+        assert layout.factor_axes(axis) == (axis, axis)
         for rank in range(ranks):
             start, stop = chunk(axes[axis], ranks, rank)
             shard = whole.narrow(axis, start, stop - start).contiguous()
-            pieces, views = layout.slices(ranks, rank), layout.views(shard, ranks, rank)
+            pieces, views = layout.slices(rank), layout.views(shard, rank)
             local = [factor.narrow(axis, start, stop - start).contiguous() for factor in (rows, columns)]
-            factors = [layout.factor_views(factor, True, ranks, rank) for factor in local]
+            factors = layout.factor_views(*local, rank)
             for index, piece in enumerate(pieces):
                 there = slice(piece.matrix, piece.matrix + piece.count)
                 assert torch.equal(views[index], view.matrices(whole)[there])
                 for factor, parts in zip((rows, columns), factors, strict=True):
                     assert torch.equal(parts[index], MatrixView.factors(factor, 12 if len(axes) > 3 else 6)[there])
     with pytest.raises(ValueError, match="cut into 2 blocks, is sharded along axis"):
-        ShardLayout.of(whole.shape, view, len(axes) - 2)
+        ShardLayout.of(whole.shape, view, (Cut(len(axes) - 2, ranks),))

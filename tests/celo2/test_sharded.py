@@ -11,13 +11,13 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import Shard, distribute_tensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from celo2 import load_weights
 from celo2.matrices import MatrixView
 from celo2.plan import Plan, Slot, padded
-from celo2.sharding import ShardLayout, assign_owners, chunk, newton_schulz_flops, shard_spec_of, zeros_placed
+from celo2.sharding import Cut, ShardLayout, Team, assign_owners, chunk, newton_schulz_flops, shard_spec_of
 
 PROGRAM = Path(__file__).with_name("sharded_ranks.py")
 
@@ -143,12 +143,12 @@ def test_pieces_put_together_are_the_matrices(shape, view, ranks):
     whole = torch.arange(float(torch.Size(shape).numel())).view(shape)
     expected = view.matrices(whole)
     for axis in range(1 if view.flattens(len(shape)) else len(shape)):
-        layout = ShardLayout.of(torch.Size(shape), view, axis)
+        layout = ShardLayout.of(torch.Size(shape), view, (Cut(axis, ranks),))
         result = torch.full(expected.shape, -1.0)
         for rank in range(ranks):
             start, stop = chunk(shape[axis], ranks, rank)
             shard = whole.narrow(axis, start, stop - start).contiguous()
-            slices, views = layout.slices(ranks, rank), layout.views(shard, ranks, rank)
+            slices, views = layout.slices(rank), layout.views(shard, rank)
             assert len(slices) == len(views)
             for piece, part in zip(slices, views, strict=True):
                 assert part.data_ptr() >= shard.data_ptr() and part.numel() == piece.numel
@@ -164,12 +164,14 @@ def test_pieces_put_together_are_the_matrices(shape, view, ranks):
 
 def test_owners_are_balanced_and_whole_matrices_stay():
     shapes = [(768, 768)] * 48 + [(3072, 768), (768, 3072)] * 12
-    owners = assign_owners(shapes, [None] * len(shapes), 8, 5)
+    owners = assign_owners(shapes, [[]] * len(shapes), 8, 5)
     loads = [0] * 8
     for (m, n), owner in zip(shapes, owners, strict=True):
         loads[owner] += newton_schulz_flops(m, n, 5)
     assert max(loads) <= 1.1 * sum(loads) / 8
-    assert assign_owners([(8, 8)] * 3, [2, None, 2], 3, 5) == [2, 0, 2]
+    assert assign_owners([(8, 8)] * 3, [[2], [], [2]], 3, 5) == [2, 0, 2]
+    # replicas of an expert share them
+    assert assign_owners([(8, 8)] * 4, [[1, 3]] * 4, 4, 5) == [1, 3, 1, 3]
 
 
 SHAPES = {
@@ -187,7 +189,7 @@ def plain_moves(members, layouts, owner, ranks, source, target):
     return [
         (index, b, piece, number)
         for index in members
-        for number, piece in enumerate(layouts[index].slices(ranks, source))
+        for number, piece in enumerate(layouts[index].slices(source))
         for b in range(piece.matrix, piece.matrix + piece.count)
         if owner[index, b] == target
     ]
@@ -201,21 +203,21 @@ def test_messages_are_those_of_the_plain_plan(ranks, rank):
         theta = load_weights("momentum")
         slots = []
         for position, (name, (shape, view)) in enumerate(SHAPES.items()):
-            parameter = zeros_placed(shape, DTensor.from_local(torch.zeros(1), mesh, [Shard(0)]), 0, torch.float32)
+            parameter = distribute_tensor(torch.zeros(shape), mesh, [Shard(0)], src_data_rank=None)
             spec = shard_spec_of(parameter)
             slots.append(Slot(name, 0, position, parameter, {}, view, theta, len(shape) > 1, 5, {}, spec))
-        step = Plan(slots, ranks, rank, "bfloat16")
+        step = Plan(slots, Team([mesh]), "bfloat16")
     finally:
         dist.destroy_process_group()
     members = range(5)
-    layouts = [ShardLayout.of(torch.Size(shape), view, 0) for shape, view in list(SHAPES.values())[:5]]
+    layouts = [ShardLayout.of(torch.Size(shape), view, (Cut(0, ranks),)) for shape, view in list(SHAPES.values())[:5]]
     matrices = [(index, b) for index in members for b in range(layouts[index].matrices[0])]
     holders = []
     for index, b in matrices:
         having = {
             r
             for r in range(ranks)
-            for piece in layouts[index].slices(ranks, r)
+            for piece in layouts[index].slices(r)
             if piece.matrix <= b < piece.matrix + piece.count
         }
         holders.append(having.pop() if len(having) == 1 else None)
@@ -231,7 +233,7 @@ def test_messages_are_those_of_the_plain_plan(ranks, rank):
             owners[matrices[number]], loads[least] = least, loads[least] + costs[number]
     assert step.owner == owners
     for moves, counts, ends in (
-        (step.sends, step.send_counts, [(rank, other) for other in range(ranks)]),
+        (step.parts, step.send_counts, [(rank, other) for other in range(ranks)]),
         (step.receives, step.receive_counts, [(other, rank) for other in range(ranks)]),
     ):
         expected, offset = [], 0

@@ -1,0 +1,59 @@
+"""Parameters sharded on two axes of a mesh, and replicas: FSDP2 after tensor parallelism, HSDP, on four gloo ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytestmark = pytest.mark.dist
+
+PROGRAM = Path(__file__).with_name("mesh_ranks.py")
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory: pytest.TempPathFactory, run_ranks: Callable[..., Any]) -> Any:
+    return run_ranks(PROGRAM, 4, tmp_path_factory.mktemp("meshes"), TRITON_INTERPRET="0")
+
+
+@pytest.fixture(scope="module")
+def kernels(tmp_path_factory: pytest.TempPathFactory, run_ranks: Callable[..., Any]) -> Any:
+    return run_ranks(PROGRAM, 4, tmp_path_factory.mktemp("kernels"), TRITON_INTERPRET="1")
+
+
+def test_equals_one_process(report) -> None:
+    assert len(report["cases"]) == 17
+    for case, (parameters, factors, norm) in report["cases"].items():
+        assert parameters <= 2e-6 and factors <= 1e-5 and norm <= 1e-6, case
+
+
+def test_kernels_equal_one_process(kernels) -> None:
+    assert len(kernels["cases"]) == 2
+    for case, (parameters, factors, norm) in kernels["cases"].items():
+        assert parameters <= 2e-6 and factors <= 1e-4 and norm <= 1e-6, case
+
+
+def test_replicas_round_alike(report, kernels) -> None:
+    assert report["replicas agree"] and kernels["replicas agree"]
+
+
+def test_newton_schulz_is_divided_over_all_ranks_of_replicas(report) -> None:
+    # eight matrices of 16 x 16 in bfloat16 or float32: half of each is here, and half of the owners in this replica
+    owners = report["owners"]
+    assert owners["owned"] == [2, 2, 2, 2]
+    assert (owners["own"], owners["sent"], owners["returned"]) == (8 * 128, 4 * 128, 2 * 4 * 128)
+
+
+def test_fsdp2_after_tensor_parallelism_trains_and_resumes(report) -> None:
+    trained = report["trained"]
+    assert trained["difference"] <= 2e-6 and trained["resumed"] and trained["alone"] <= 2e-6
+
+
+def test_what_is_not_supported_is_refused_by_name(report) -> None:
+    strided, short, velo, apart = report["refused"]
+    assert "strided otherwise than by fully_shard after tensor parallelism" in strided
+    assert "a rank has (1, 8) of shape (8, 8)" in short
+    assert "VeLO takes parameters sharded on one" in velo
+    assert "the one is no part of the other" in apart
