@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help setup train meta evaluate evaluate-small test test-bench test-dist test-kernels test-lowest test-interop lint bench report gpu-check data clean
+.PHONY: help setup train meta evaluate evaluate-small test test-bench test-dist test-slow test-kernels test-lowest test-interop lint bench report gpu-check data clean
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
@@ -37,8 +37,11 @@ test: $(INSTALLED) ## run the tests, but for the ones below (ARGS="-k golden")
 test-bench: $(INSTALLED) ## run the tests of the evaluations and of the command lines, some minutes
 	$(BIN)/python -m pytest -q tests/bench tests/test_entry_points.py $(ARGS)
 
-test-dist: $(INSTALLED) ## run the tests on 1 to 4 processes: steps, trainer, launch scripts, ten minutes
-	$(BIN)/python -m pytest -q -m dist $(ARGS)
+test-dist: $(INSTALLED) ## run the tests on two processes, and on two by two: steps, trainer, launch scripts
+	$(BIN)/python -m pytest -q -m "dist and not slow" $(ARGS)
+
+test-slow: $(INSTALLED) ## run the same on one, three and four processes, some minutes
+	$(BIN)/python -m pytest -q -m "dist and slow" $(ARGS)
 
 test-kernels: $(INSTALLED) ## run the tests of the kernels, on a GPU or in the interpreter, some minutes
 	$(BIN)/python -m pytest -q -m kernels $(ARGS)

@@ -20,7 +20,7 @@ from celo2.pretrain.device import peak_flops
 from celo2.pretrain.model import GPT, model_config
 from celo2.pretrain.optimizers import Optimizers
 from celo2.pretrain.recipes import recipe_for
-from celo2.sharding import newton_schulz_flops
+from celo2.shard_layout import newton_schulz_flops
 
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if CUDA else "cpu")

@@ -83,6 +83,8 @@ class FusedCelo2(Optimizer):
         comm_dtype: what directions of sharded parameters travel in to the rank that orthogonalises them and back:
             `"bfloat16"`, `"float32"`, or `"auto"`: bfloat16 on a GPU, where the kernels keep directions in it anyway,
             and float32 on a CPU. Where a wire rounds what one process would not, Newton-Schulz amplifies it.
+        ns_over_replicas: with HSDP, divide Newton-Schulz among the ranks of all replicas too, where each replica does
+            all of it otherwise: less work for each rank, and directions that cross replicas.
         zero1_mesh: a mesh of one axis, of ranks that have the parameters whole and equal gradients
             (DistributedDataParallel): the learned rule's work on parameters of two axes or more, and their state, are
             split over them by rows.
@@ -107,24 +109,25 @@ class FusedCelo2(Optimizer):
     for 100 steps goes 5.1 in 200 steps of zeros with `"celo2"`, and 6.0 with `"celo2-base"`, where 6.4 is the most
     (norm 1.6 after one gradient: 6.0 and 5.9). A gradient of None stops it.
 
-    Parameters sharded by `fully_shard` (FSDP2, HSDP) are stepped by their ranks together: `step` is collective then,
-    and its results do not depend on the number of ranks but for the order of sums and `comm_dtype`. They go through the
+    Parameters sharded by `fully_shard` (FSDP2, HSDP), after tensor parallelism as well, are stepped by their ranks
+    together: `step` is collective then, and its results do not depend on the number of ranks but for the order of sums
+    and `comm_dtype`. All must be on one mesh, or on slices of it. They go through the
     kernels when every rank can take all of its shards so, else through PyTorch. When ranks disagree on which parameters
     have gradients, nothing is changed and every rank raises RuntimeError: at once through PyTorch, and through the
     kernels at the next step, or when `grad_norm` or `skipped_steps` is read.
 
     With `zero1_mesh` all its ranks step together, by the same rules, and have the same parameters afterwards, to the
-    bit. Their state is sharded as FSDP2 shards it, and moves between both, one
-    process and other numbers of ranks through `torch.distributed.checkpoint`. Before their first step
-    all parameters and gradients are compared by a hash: one that differs between ranks raises RuntimeError on all.
+    bit. Their state is sharded as FSDP2 shards it, and moves between both, one process and other numbers of ranks
+    through `torch.distributed.checkpoint`. Before their first step all parameters and gradients are compared by a hash:
+    one that differs between ranks raises RuntimeError on all.
 
     Raises ValueError or TypeError for options out of range, unknown rules, duplicate, sparse, complex or integer
-    parameters or gradients, parameters sharded on two axes, and with `zero1_mesh` for sharded parameters
-    and 8-bit state.
+    parameters or gradients, 8-bit state where columns are sharded, and with `zero1_mesh` for sharded parameters.
     """
 
     # GradScaler hands over `grad_scale` and `found_inf` instead of unscaling the gradients itself
     _step_supports_amp_scaling = True
+    ns_over_replicas = False  # of those that were pickled before
     _routes: dict[Tensor, Route] | None  # while the optimizer is constructed with module=
 
     def __init__(
@@ -146,6 +149,7 @@ class FusedCelo2(Optimizer):
         state_dtype: str = "float32",
         backend: str = "auto",
         comm_dtype: str = "auto",
+        ns_over_replicas: bool = False,
         zero1_mesh: DeviceMesh | None = None,
         module: nn.Module | None = None,
         overrides: Mapping[str, str] | None = None,
@@ -156,7 +160,7 @@ class FusedCelo2(Optimizer):
         check_foreign_options(others)
         if comm_dtype not in COMM_DTYPES:
             raise ValueError(f"comm_dtype={comm_dtype!r}, allowed: {', '.join(COMM_DTYPES)}")
-        self.comm_dtype = comm_dtype
+        self.comm_dtype, self.ns_over_replicas = comm_dtype, ns_over_replicas
         if ns_dtype not in NS_DTYPES:
             raise ValueError(f"ns_dtype={ns_dtype!r}, allowed: {', '.join(NS_DTYPES)}")
         if ns_dtype == "bfloat16" and backend == "torch":
@@ -350,16 +354,8 @@ class FusedCelo2(Optimizer):
     def __getstate__(self) -> dict[str, Any]:
         """Return what pickling and copying keep: groups, state, defaults and the thetas, not the scratch memory."""
         self.planner.count_skipped()
-        return {
-            **super().__getstate__(),
-            "state": dict(self.state),
-            "_thetas": self._thetas,
-            "backend": self.backend,
-            "comm_dtype": self.comm_dtype,
-            "ns_dtype": self.ns_dtype,
-            "_reasons": self._reasons,
-            "zero1_mesh": self.zero1_mesh,
-        }
+        kept = ("_thetas", "_reasons", "backend", "comm_dtype", "ns_dtype", "ns_over_replicas", "zero1_mesh")
+        return {**super().__getstate__(), "state": dict(self.state), **{key: getattr(self, key) for key in kept}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         # pickled under their names before

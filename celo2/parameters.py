@@ -28,6 +28,7 @@ class Host(Protocol):
     backend: str
     ns_dtype: str
     comm_dtype: str
+    ns_over_replicas: bool
     zero1_mesh: DeviceMesh | None
 
     def theta_of(self, weights: Any) -> Theta: ...
@@ -112,7 +113,7 @@ class Parameters:
 
             zero1.check_parameter(parameter, self.host.zero1_mesh)
             if self.is_divided(parameter, rule):
-                zero1.check_divided_state(parameter, view, dtype)
+                zero1.check_order(parameter, view)
         check_state(parameter, rule, view, dtype)
 
     def new_state(self, parameter: Tensor) -> dict[str, Tensor] | None:

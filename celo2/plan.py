@@ -12,8 +12,8 @@ The messages of a step, in order:
 4. the directions themselves, sent to each matrix's owner by an all-to-all, and the result back by another.
 
 Several ranks may have the same part of a parameter: replicas of HSDP, or ranks of another axis of the mesh. The first
-of them counts in every sum, and the masks leave the others out. To an owner a part is sent by the rank whose place
-among its replicas is the owner's; the result goes to all that have the part.
+of them counts in every sum, and the masks leave the others out. Each replica orthogonalises for itself; or, over all
+replicas, a part is sent by the rank whose place among them is the owner's, and the result goes to all that have it.
 """
 
 from __future__ import annotations
@@ -28,11 +28,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from celo2.matrices import MatrixView
+from celo2.shard_layout import Cut, ShardLayout, Slice, assign_owners, home
 from celo2.state import compute_dtype, is_dtensor, local
 from celo2.theta import Theta
 
 if TYPE_CHECKING:
-    from celo2.sharding import Cut, ShardLayout, ShardSpec, Slice, Team
+    from celo2.sharding import ShardSpec, Team
 
 # the first entries of the message of gradients: squared norm, and whether a rank asks to skip the step; a flag for each
 # entry of the plan follows, 1 where it has a gradient
@@ -173,14 +174,13 @@ def _joined(ranges: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
 class Plan:
     """The slots whose step is divided among the ranks of a team, as one of them sees them.
 
-    `comm_dtype` is that of directions. Raises ValueError for a parameter whose matrices cannot be sharded as it is.
+    `comm_dtype` is that of directions. Each replica orthogonalises for itself, or with `over_replicas` all do together.
+    Raises ValueError for a parameter whose matrices cannot be sharded as it is.
     """
 
-    def __init__(self, slots: Sequence[Slot], team: Team, comm_dtype: str) -> None:
-        from celo2.sharding import ShardLayout, home
-
+    def __init__(self, slots: Sequence[Slot], team: Team, comm_dtype: str, over_replicas: bool = False) -> None:
         self.team, self.ranks, self.rank = team, team.ranks, team.rank
-        self.comm_dtype = COMM_DTYPES[comm_dtype]
+        self.comm_dtype, self.over_replicas = COMM_DTYPES[comm_dtype], over_replicas
         self.entries: list[Entry] = []
         self.cuts: list[tuple[Cut, ...]] = []
         gradients, features, directions = HEADER + len(slots), 0, 0
@@ -216,12 +216,11 @@ class Plan:
     def describe(self) -> list[Any]:
         """What all ranks must have alike."""
         described = zip(self.entries, self.cuts, strict=True)
-        return [(*entry.slot.describe(), cuts, str(self.comm_dtype)) for entry, cuts in described]
+        own = str(self.comm_dtype), self.over_replicas
+        return [(*entry.slot.describe(), cuts, *own) for entry, cuts in described]
 
     def masks(self) -> list[NDArray[np.float32]] | None:
         """Return for each all-reduced message what this rank's part of it is multiplied by; None: 1, on every rank."""
-        from celo2.sharding import home
-
         layouts = [entry.layout for entry in self.entries if entry.layout is not None]
         replicated = any(home(cuts, rank) != rank for cuts in set(self.cuts) for rank in range(self.ranks))
         if not replicated and not any(layout.cuts_rows and layout.cuts_columns for layout in layouts):
@@ -252,18 +251,19 @@ class Plan:
             self._slices[layout] = [layout.slices(rank) for rank in range(self.ranks)]
         return self._slices[layout]
 
-    def sends(self, index: int, rank: int, owner: int) -> bool:
-        """Whether a rank is the one of its replicas that sends parts of an entry to an owner."""
-        from celo2.sharding import home
+    def replica(self, index: int, rank: int) -> int:
+        """Return the place of a rank among those that have the same part of an entry."""
+        return rank - home(self.cuts[index], rank)
 
-        cuts = self.cuts[index]
-        return owner - home(cuts, owner) == rank - home(cuts, rank)
+    def owner_of(self, index: int, matrix: int, rank: int) -> int:
+        """Return which rank orthogonalises a matrix of an entry for a rank."""
+        owner = self._owners[index, matrix]
+        return owner if self.over_replicas else owner + self.replica(index, rank)
 
     def _plan_transfers(self) -> None:
         """Fix owners and the layout of both all-to-alls: by owner, then by entries, slices and matrices in order."""
-        from celo2.sharding import assign_owners
-
-        matrices, shapes, holders = [], [], []
+        matrices, shapes, holders, candidates = [], [], [], []
+        homes: dict[tuple[Cut, ...], tuple[int, ...]] = {}
         self._slices: dict[ShardLayout, list[list[Slice]]] = {}
         for index, entry in enumerate(self.entries):
             layout = entry.layout
@@ -279,9 +279,15 @@ class Plan:
             matrices += [(index, b) for b in range(batch)]
             shapes += [(m, n)] * batch
             holders += held
+            cuts = self.cuts[index]
+            if cuts not in homes:
+                everyone = range(self.ranks)
+                homes[cuts] = tuple(r for r in everyone if self.over_replicas or home(cuts, r) == r)
+            candidates += [homes[cuts]] * batch
         steps = max((self.entries[index].slot.ns_steps for index, _ in matrices), default=5)
-        owners = assign_owners(shapes, holders, self.ranks, steps)
-        self.owner = dict(zip(matrices, owners, strict=True))
+        owners = assign_owners(shapes, holders, candidates, self.ranks, steps)
+        self._owners = dict(zip(matrices, owners, strict=True))
+        self.owner = {key: self.owner_of(*key, self.rank) for key in matrices}
 
         # (entry, matrix, slice, its number) for each rank, in order: what comes back from there, and what comes from
         # there; a rank has room for all of its parts, and sends those that its replicas do not
@@ -296,12 +302,14 @@ class Plan:
                 for b in range(piece.matrix, piece.matrix + piece.count):
                     own[self.owner[index, b]].append((index, b, piece, number))
             for rank in range(self.ranks) if index in mine else ():
-                sends = self.sends(index, rank, self.rank)
+                same = self.replica(index, rank) == self.replica(index, self.rank)
+                if not (same or self.over_replicas):
+                    continue
                 for number, piece in enumerate(self.slices(entry.layout)[rank]):
                     for b in range(piece.matrix, piece.matrix + piece.count):
                         if self.owner[index, b] == self.rank:
                             returned[rank].append((index, b, piece))
-                            if sends:
+                            if same:
                                 coming[rank].append((index, b, piece, number))
         self.parts, self.part_counts = _lay_out(own)
         self.receives, self.receive_counts = _lay_out(coming)
@@ -323,7 +331,7 @@ class Plan:
         sent = []
         for transfer in self.parts:
             owner = self.owner[transfer.entry, transfer.matrix]
-            if self.sends(transfer.entry, self.rank, owner):
+            if self.replica(transfer.entry, self.rank) == self.replica(transfer.entry, owner):
                 sent.append((transfer.offset, transfer.stop))
                 self.send_counts[owner] += transfer.stop - transfer.offset
         where = {

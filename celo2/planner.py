@@ -152,7 +152,7 @@ class Planner:
         comm_dtype = self.host.comm_dtype
         if comm_dtype == "auto":
             comm_dtype = "float32" if device.type == "cpu" else "bfloat16"
-        return Ranks(Plan(slots, team, comm_dtype), process_group, device, mesh)
+        return Ranks(Plan(slots, team, comm_dtype, self.host.ns_over_replicas), process_group, device, mesh)
 
     def _unsupported_shards(self, ranks: Ranks) -> str | None:
         """Return why the kernels of some rank do not take its shards, None when all do; collective."""

@@ -2,7 +2,8 @@
 
 Learned rule: `momentum_fast`, `momentum_medium`, `momentum_slow` and `second_moment` like the parameter; `row_factor`
 [..., rows, 3] and `column_factor` [..., columns, 3] (`MatrixView.factor_shapes`), or `factor` [n, 3] for fewer than two
-axes; with momenta of 8 bits `momentum_scale` [matrices, rows, quanta, 3]. AdamW: `exp_avg` and `exp_avg_sq`. Both:
+axes; with momenta of 8 bits `momentum_scale` [..., rows, quanta, 3], as `row_factor` (as `column_factor` with columns
+for rows, where those lie in memory as rows). AdamW: `exp_avg` and `exp_avg_sq`. Both:
 `step`. The state of a sharded parameter is sharded as it is; that of one whose step is split over replicas, by rows.
 """
 
@@ -22,7 +23,8 @@ from celo2.quantisation import dequantise, quanta, quantise_
 from celo2.stochastic_rounding import mix64
 
 if TYPE_CHECKING:
-    from celo2.sharding import ShardLayout, ShardSpec
+    from celo2.shard_layout import ShardLayout
+    from celo2.sharding import ShardSpec
 
 MOMENTUM_KEYS = ("momentum_fast", "momentum_medium", "momentum_slow")
 
@@ -64,8 +66,9 @@ def create_state(parameter: Tensor, rule: str, view: MatrixView, dtype: str = "f
     if parameter.ndim < 2:
         return state | {"factor": zeros(parameter.numel(), 3)}
     if momentum == torch.int8:
-        levels = quantised_matrices(view, state[MOMENTUM_KEYS[0]], state[MOMENTUM_KEYS[0]])
-        state["momentum_scale"] = zeros(levels.shape[0], levels.shape[1], quanta(levels.shape[2]), 3)
+        matrices = view.matrices(state[MOMENTUM_KEYS[0]])
+        which, length = (1, matrices.shape[1]) if is_transposed(matrices) else (0, matrices.shape[2])
+        state["momentum_scale"] = zeros(*view.factor_shapes(parameter.shape)[which][:-1], quanta(length), 3)
     check_state(parameter, rule, view, dtype)
     row, column = view.factor_shapes(parameter.shape)
     order = view.order(parameter)
@@ -78,15 +81,25 @@ def create_state(parameter: Tensor, rule: str, view: MatrixView, dtype: str = "f
 
 
 def check_state(parameter: Tensor, rule: str, view: MatrixView, dtype: str) -> None:
-    """Raise ValueError for a parameter whose state could not be made: for its layout, or 8 bits of a sharded one."""
+    """Raise ValueError for a parameter whose state could not be made: for its layout, or 8 bits of cut columns."""
     if rule == "adamw" or parameter.ndim < 2:
         return
     if not is_dtensor(parameter):
         view.matrices(parameter.detach())
         return
-    if dtype == "int8":
-        raise ValueError("state_dtype='int8' is not there for sharded parameters; use 'bfloat16' or 'float32'")
-    layout_of(parameter, view)
+    layout = layout_of(parameter, view)
+    if dtype == "int8" and parameter.dtype != torch.float64:
+        # 64 neighbours in a row share a scale
+        if layout is not None and layout.cuts_columns:
+            raise ValueError(
+                "state_dtype='int8' is not there for parameters whose columns are sharded: shard rows or a leading "
+                "axis, or use 'bfloat16' or 'float32'"
+            )
+        if not local(parameter).is_contiguous():
+            raise ValueError(
+                f"state_dtype='int8' needs contiguous shards, and this one has strides {local(parameter).stride()}; "
+                "use 'bfloat16' or 'float32'"
+            )
 
 
 def layout_of(parameter: Tensor, view: MatrixView) -> ShardLayout | None:
@@ -95,7 +108,8 @@ def layout_of(parameter: Tensor, view: MatrixView) -> ShardLayout | None:
     Raises ValueError for a layout that is not supported, and for a shard that is another part of the parameter than
     its placements say.
     """
-    from celo2.sharding import ShardLayout, box, shard_spec_of
+    from celo2.shard_layout import ShardLayout, box
+    from celo2.sharding import shard_spec_of
 
     spec = shard_spec_of(parameter)
     if spec is None:
@@ -162,9 +176,14 @@ def _sharded_factors(parameter: Tensor, view: MatrixView, dtype: str) -> dict[st
     layout, shapes = layout_of(parameter, view), view.factor_shapes(parameter.shape)
     axes = range(parameter.ndim)
     factor_axes = [(None, None) if layout is None else layout.factor_axes(axis) for axis in axes]
-    return {
-        key: zeros_placed(shape, parameter, {axis: factor_axes[axis][which] for axis in axes}, wide)
-        for which, (key, shape) in enumerate(zip(("row_factor", "column_factor"), shapes, strict=True))
+    by_row, by_column = ({axis: factor_axes[axis][which] for axis in axes} for which in range(2))
+    state: dict[str, Tensor] = {}
+    if dtype == "int8" and wide == torch.float32:
+        scales = *shapes[0][:-1], quanta(view.shape(parameter.shape)[2]), 3
+        state["momentum_scale"] = zeros_placed(scales, parameter, by_row, wide)
+    return state | {
+        "row_factor": zeros_placed(shapes[0], parameter, by_row, wide),
+        "column_factor": zeros_placed(shapes[1], parameter, by_column, wide),
     }
 
 
@@ -191,6 +210,12 @@ def quantised_matrices(view: MatrixView, tensor: Tensor, momentum: Tensor) -> Te
     return matrices.mT if is_transposed(view.matrices(momentum)) else matrices
 
 
+def scales_of(state: dict[str, Tensor], matrices: int) -> Tensor:
+    """View the scales of 8-bit momenta by matrix, [matrices, rows, quanta, 3]."""
+    scale = state["momentum_scale"]
+    return scale.view(matrices, -1, *scale.shape[-2:])
+
+
 def read_momenta(state: dict[str, Tensor], view: MatrixView) -> list[Tensor]:
     """Return the three momenta as they are, or the values of 8-bit ones in float32 tensors of their own."""
     momenta = [state[key] for key in MOMENTUM_KEYS]
@@ -200,7 +225,8 @@ def read_momenta(state: dict[str, Tensor], view: MatrixView) -> list[Tensor]:
     for k, momentum in enumerate(momenta):
         value = torch.empty_like(momentum, dtype=torch.float32)
         levels = quantised_matrices(view, momentum, momentum)
-        quantised_matrices(view, value, momentum).copy_(dequantise(levels, state["momentum_scale"][..., k]))
+        scale = scales_of(state, levels.shape[0])[..., k]
+        quantised_matrices(view, value, momentum).copy_(dequantise(levels, scale))
         values.append(value)
     return values
 
@@ -208,8 +234,9 @@ def read_momenta(state: dict[str, Tensor], view: MatrixView) -> list[Tensor]:
 def write_momenta(state: dict[str, Tensor], view: MatrixView, values: list[Tensor], seed: int) -> None:
     """Store the values of 8-bit momenta, rounded by random bits of `seed` (below 2**64)."""
     for k, (key, value) in enumerate(zip(MOMENTUM_KEYS, values, strict=True)):
-        momentum, scale = state[key], state["momentum_scale"][..., k]
+        momentum = state[key]
         levels = quantised_matrices(view, momentum, momentum)
+        scale = scales_of(state, levels.shape[0])[..., k]
         quantise_(levels, scale, quantised_matrices(view, value, momentum), mix64(seed + k) >> 32)
 
 
@@ -291,7 +318,12 @@ def copy_saved_state(saved: dict[str, Any], state: dict[str, Tensor], view: Matr
     """
     values = {entry: _tensor(saved[entry]) for entry in state if entry in saved and entry != "momentum_scale"}
     if _same_levels(saved, state):
-        values["momentum_scale"] = saved["momentum_scale"]
+        # of an earlier version it is [matrices, rows, quanta, 3]
+        scale = _tensor(saved["momentum_scale"])
+        whole = scale.shape == state["momentum_scale"].shape
+        values["momentum_scale"] = scale if whole else scale.reshape(state["momentum_scale"].shape)
+    elif ("momentum_scale" in saved) != ("momentum_scale" in state) and any(map(is_dtensor, state.values())):
+        raise ValueError("momenta of sharded parameters are not converted from or to 8 bits: load whole ones")
     elif "momentum_scale" in saved:
         values.update(zip(MOMENTUM_KEYS, read_momenta({**saved, **values}, view), strict=True))
     if "momentum_scale" in state and "momentum_scale" not in values:

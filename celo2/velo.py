@@ -22,7 +22,7 @@ from celo2.groups import (
     use_plain_numbers,
 )
 from celo2.skips import SkipWatch, warn_caller
-from celo2.state import is_dtensor, local, shard_spec_of
+from celo2.state import is_dtensor, local
 from celo2.stochastic_rounding import mix64
 from celo2.velo_ranks import VeLORanks, groups_of_ranks
 from celo2.velo_rule import (
@@ -180,6 +180,7 @@ class VeLO(Optimizer):
             if options[key] != self.defaults[key]:
                 raise ValueError(f"{key}={options[key]!r} in a parameter group: all have {self.defaults[key]!r}")
         check_parameters(group["params"])
+        groups_of_ranks([group])
         if self.param_groups:
             group.setdefault("calls", self.param_groups[0]["calls"])
         before = len(self.param_groups)
@@ -337,16 +338,15 @@ class VeLO(Optimizer):
                     follow_velo_parameter(state, parameter)
                 except ValueError as error:
                     raise ValueError(f"{name}: {error}") from error
-                order, shape, placing = self._order(parameter), parameter.shape, None
+                order, shape, cut, ranks = self._order(parameter), parameter.shape, None, 1
                 if is_dtensor(parameter):
-                    from celo2.sharding import same_placements
+                    from celo2.sharding import same_placements, shard_spec_of
 
                     if not same_placements(parameter, gradient):
                         raise ValueError(f"{name}: its gradient is not placed on the mesh as the parameter is")
-                    placing = shard_spec_of(parameter)
+                    if (placing := shard_spec_of(parameter)) is not None:
+                        cut, ranks = placing.axes[0], placing.ranks
                     state = {key: local(value) for key, value in state.items()}
-                cut, along = (None, 0) if placing is None else placing.only_cut()
-                ranks = 1 if placing is None else placing.mesh.size(along)
                 job = Job(name, shape, order, local(parameter), local(gradient), state, cut, ranks)
                 found.append((job, lr))
         if all("param_names" in group for group in self.param_groups):
@@ -426,8 +426,7 @@ class VeLO(Optimizer):
                 columns = next(of_sharded)
             index = constant(tuple(chosen), torch.int64, device)
             mixed, its_scale = (x[index].to(stack.device, stack.dtype) for x in (mlps, scale))
-            its_mask = None if mask is None else mask.to(stack.device)
-            stack.update(columns, networks.split(mixed), its_scale, its_mask)
+            stack.update(columns, networks.split(mixed), its_scale, None if mask is None else mask.to(stack.device))
         for key, value in (("hidden", hidden), ("cell", cell)):
             value = value if mask is None else torch.where(mask, value, old[key])
             torch._foreach_copy_([state[key] for state in states], list(value.unbind()))

@@ -24,10 +24,7 @@ def groups_of_ranks(groups: Sequence[dict[str, Any]]) -> list[dist.ProcessGroup]
     for group in groups:
         for name, parameter in named_parameters(group):
             if is_dtensor(parameter) and (spec := shard_spec_of(parameter)) is not None:
-                try:
-                    found[name] = spec.mesh.get_group(spec.only_cut()[1]), spec.mesh
-                except ValueError as error:
-                    raise ValueError(f"{name}: {error}") from error
+                found[name] = spec.mesh.get_group(spec.only_cut(name)[1]), spec.mesh
     if not found:
         return []
     first, mesh = next(iter(found.values()))

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from celo2.groups import named_parameters
 from celo2.loading import find_sources
-from celo2.state import MOMENTUM_KEYS, compute_dtype, is_dtensor, placed, shard_spec_of
+from celo2.state import MOMENTUM_KEYS, compute_dtype, is_dtensor, placed
 from celo2.velo_rule import FIRST_MINIMUM, LOSS_DECAYS
 
 # of an optimizer and not of what it saves
@@ -47,8 +47,6 @@ def create_velo_state(parameter: Tensor, order: tuple[int, ...], lstm: Mapping[s
     factors: dict[str, tuple[Any, ...]] = {"row_factor": (*rest, rows), "column_factor": (*rest, columns)}
     if parameter.ndim < 2:
         factors = {"factor": tuple(order)}
-    if is_dtensor(parameter) and (spec := shard_spec_of(parameter)) is not None:
-        spec.only_cut()
     for key, axes in factors.items():
         sizes = (*(shape[axis] for axis in axes), 3) if axes else (1, 3)
         if is_dtensor(parameter):

@@ -17,7 +17,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 
 from celo2.matrices import MatrixView
-from celo2.sharding import ShardSpec, chunk
+from celo2.shard_layout import chunk
+from celo2.sharding import ShardSpec
 from celo2.state import compute_dtype
 from celo2.stochastic_rounding import mix64
 
@@ -63,13 +64,6 @@ def check_order(parameter: Tensor, view: MatrixView) -> None:
             "zero1_mesh out"
         )
     view.matrices(parameter.detach())
-
-
-def check_divided_state(parameter: Tensor, view: MatrixView, dtype: str) -> None:
-    """Raise ValueError for a layout without the matrix view, and for `dtype` `"int8"`."""
-    if dtype == "int8":
-        raise ValueError("state_dtype='int8' is not there with zero1_mesh; use 'bfloat16' or 'float32'")
-    check_order(parameter, view)
 
 
 def sharded_like(tensor: Tensor, mesh: DeviceMesh) -> DTensor:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from celo2.kernels.roofline import ADAMW_BYTES, GPUS, INSTRUCTIONS, Dtypes, Gpu, roofline
 from celo2.pretrain.device import peak_flops
-from celo2.sharding import newton_schulz_flops
+from celo2.shard_layout import newton_schulz_flops
 
 # of the peak, in model FLOPs; published runs of GPT-2 124M and 1.5B on 8 x H100 have 0.37 to 0.50
 UTILISATION = 0.45

@@ -14,7 +14,7 @@ from celo2.pretrain.device import DTYPES
 from celo2.pretrain.machines import ITERATION_LAUNCHES, Links, Machine
 from celo2.pretrain.model import GPT
 from celo2.pretrain.parallel import Parallel
-from celo2.sharding import newton_schulz_flops
+from celo2.shard_layout import newton_schulz_flops
 from celo2.state import local
 from celo2.zero1 import BUCKET_BYTES, plan_buckets
 
@@ -60,18 +60,17 @@ class Loads:
             if layout is None or not entry.slot.orthogonalize:
                 continue
             batch, m, n = layout.matrices
-            owners = [step.owner[index, matrix] for matrix in range(batch)]
-            for owner in owners:
-                loads._own(owner, m, n, entry.slot.ns_steps, 1)
-            # by owner: ranks in its own replica, which send to it
-            senders = {owner: {r for r in range(step.ranks) if step.sends(index, r, owner)} for owner in set(owners)}
             for rank, there in enumerate(step.slices(layout)):
+                for matrix in range(batch):
+                    if step.owner_of(index, matrix, rank) == rank:
+                        loads._own(rank, m, n, entry.slot.ns_steps, 1)
                 for piece in there:
                     size = piece.rows * piece.columns
                     loads.held[rank] += piece.numel
-                    for owner in owners[piece.matrix : piece.matrix + piece.count]:
+                    for matrix in range(piece.matrix, piece.matrix + piece.count):
+                        owner = step.owner_of(index, matrix, rank)
                         if owner != rank:
-                            loads.away[rank] += size * (rank in senders[owner])
+                            loads.away[rank] += size * (step.replica(index, owner) == step.replica(index, rank))
                             loads.back[owner] += size
         return loads
 
@@ -150,13 +149,14 @@ def rule_messages(step: Plan, loads: Loads, links: Links, within: Links) -> tupl
     assert item * (loads.away[0] + loads.back[0]) == step.bytes_sent()["all-to-all"]
     if step.owner:
         sent = item * max(a + b for a, b in zip(loads.away, loads.back, strict=True))
-        # a rank receives what it holds, but for what it owns
-        busiest = item * max(*loads.back, *loads.held)
-        seconds = within.exchange(item * max(*loads.away, *loads.owned)) + links.exchange(busiest)
+        # with one replica what comes back is what was sent
+        busiest = item * max(*loads.back, *(loads.held if step.over_replicas else loads.away))
+        back = links if step.over_replicas else within
+        seconds = within.exchange(item * max(*loads.away, *loads.back)) + back.exchange(busiest)
         messages.append(Messages("all-to-all", 2, sent, seconds))
     buffers = item * max(h + o for h, o in zip(loads.held, loads.owned, strict=True)) + 4 * sum(lengths)
-    gathered = item * sum(loads.owned) * (within.ranks - 1)
-    return messages, buffers, gathered / within.ranks
+    gathered = item * sum(loads.held) / step.ranks * (within.ranks - 1)
+    return messages, buffers, gathered
 
 
 def row_messages(step: Plan, links: Links) -> tuple[Messages, int]:

@@ -33,7 +33,11 @@ GOLDEN = Path(__file__).parent / "golden"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip what needs a package that is not here, and what is interpreted where the interpreter cannot run."""
+    """Skip what cannot run here; of the tests on several processes, those on other than two are slow."""
+    for item in items:
+        parameters = item.callspec.params if hasattr(item, "callspec") else {}
+        if item.get_closest_marker("dist") and parameters.get("ranks", 2) != 2:
+            item.add_marker(pytest.mark.slow)
     for item in items:
         for marker in item.iter_markers("needs"):
             for package in marker.args:
@@ -73,6 +77,25 @@ def run_ranks() -> Callable[..., Any]:
         return json.loads(result.stdout.strip().splitlines()[-1])
 
     return run
+
+
+class Reports(dict[int, Any]):
+    """What a program found on some numbers of ranks, run when first asked for; on two before any other."""
+
+    def __init__(self, run: Callable[[int], Any]) -> None:
+        super().__init__()
+        self._run = run
+
+    def __missing__(self, ranks: int) -> Any:
+        if ranks != 2:
+            self[2]  # the others resume from its checkpoints
+        self[ranks] = self._run(ranks)
+        return self[ranks]
+
+
+@pytest.fixture(scope="session")
+def reports_of() -> type[Reports]:
+    return Reports
 
 
 @pytest.fixture

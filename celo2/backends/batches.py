@@ -139,8 +139,8 @@ class MatrixBatch:
                 ROW_PARTS=tile_columns,
                 COLUMN_PARTS=tile_rows,
             )
-            if "momentum_scale" in slot.state:
-                fill(table, matrix, batch, MOMENTUM_SCALE=addresses(slot.state["momentum_scale"]))
+            if part.scale is not None:
+                fill(table, matrix, batch, MOMENTUM_SCALE=addresses(part.scale))
             for k, momentum in enumerate(part.momenta):
                 table[matrix : matrix + batch, layout.MOMENTUM.value + k] = addresses(momentum)
             for index in range(matrix, matrix + batch):

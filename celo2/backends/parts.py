@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -17,12 +17,10 @@ from celo2.kernels.learned_update import learned_update_kernel
 from celo2.matrices import MatrixView
 from celo2.plan import Entry, Plan, Slot
 from celo2.scratch import Scratch
-from celo2.state import MOMENTUM_KEYS, is_transposed
+from celo2.shard_layout import ShardLayout, Slice
+from celo2.state import MOMENTUM_KEYS, is_transposed, scales_of
 from celo2.step import Messages
 from celo2.stochastic_rounding import mix64
-
-if TYPE_CHECKING:
-    from celo2.sharding import ShardLayout, Slice
 
 PARAMETER_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -153,6 +151,7 @@ class Part(NamedTuple):
     counts: bool = True  # whether the first matrix advances the parameter's counter
     sums: Sums | None = None  # None where the sums of the part are those of the whole
     directions: NDArray[np.int64] | None = None  # where directions go, in elements; None for one after another
+    scale: Tensor | None = None  # of 8-bit momenta, [B, rows, quanta * 3]
 
     @classmethod
     def of(
@@ -211,6 +210,7 @@ class Part(NamedTuple):
             (n, m) if swap else (m, n),
             seeds_of(slot.position, p.shape[0]) if seeds is None else seeds,
             buffer,
+            scale=scales_of(state, p.shape[0]).flatten(-2) if factors is None and "momentum_scale" in state else None,
         )
 
     @property
@@ -284,6 +284,9 @@ def parts_of_entry(plan: Plan, entry: Entry, messages: Messages, scratch: Scratc
     assert cut is not None
     batch, m, n = cut.matrices
     row_factors, column_factors = cut.factor_views(slot.state["row_factor"], slot.state["column_factor"], plan.rank)
+    scales: Sequence[Tensor | None] = [None] * len(entry.slices)
+    if "momentum_scale" in slot.state:
+        scales, _ = cut.factor_views(slot.state["momentum_scale"].flatten(-2), slot.state["column_factor"], plan.rank)
     counts = True
     for number, piece in enumerate(entry.slices):
         matrices = np.arange(piece.matrix, piece.matrix + piece.count)
@@ -296,7 +299,7 @@ def parts_of_entry(plan: Plan, entry: Entry, messages: Messages, scratch: Scratc
             scratch,
         )
         sums = None if cut.whole else _sums(entry, messages, piece, swapped=part.swapped)
-        yield number, part._replace(counts=counts, sums=sums)
+        yield number, part._replace(counts=counts, sums=sums, scale=scales[number])
         counts = False
     for axis, (name, whole) in enumerate(zip(("row_factor", "column_factor"), cut.whole_factors, strict=True)):
         if not whole or not batch * m * n:
@@ -318,8 +321,6 @@ def parts_of_entry(plan: Plan, entry: Entry, messages: Messages, scratch: Scratc
 
 def _absent(slices: Sequence[Slice], axis: int, shape: tuple[int, int, int]) -> Iterator[Slice]:
     """Yield the rows (axis 0) or columns of matrices that are in no slice, as slices without the other axis."""
-    from celo2.sharding import Slice
-
     batch, *lengths = shape
     length = lengths[axis]
 
@@ -390,14 +391,14 @@ def _without_rows(slot: Slot, factor: Tensor, shape: tuple[int, int], *, swapped
     """Return matrices [B, 0, length] of which this rank has nothing but a factor of the columns, [B, length, 3]."""
     count, length = factor.shape[:2]
     p = slot.shard.new_empty(count, 0, length)
-    moment = p.to(slot.state["second_moment"].dtype)
+    moment, momentum = (p.to(slot.state[key].dtype) for key in ("second_moment", MOMENTUM_KEYS[0]))
     gradient = slot.gradient.dtype if slot.gradient.dtype in PARAMETER_DTYPES else torch.float32
     m, n = shape
     return Part(
         slot,
         p,
         p.to(gradient),
-        (moment, moment, moment),
+        (momentum, momentum, momentum),
         moment,
         factor[:, :0],
         factor,

@@ -6,7 +6,7 @@ Each phase goes over all of them, and leaves its sums in the messages (`celo2.pl
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -29,6 +29,7 @@ from celo2.phases import (
     vector_sums,
 )
 from celo2.plan import Entry, Plan, Slot, Transfer
+from celo2.quantisation import dequantise, quantise_
 from celo2.reference import NORM_EPS
 from celo2.state import MOMENTUM_KEYS
 from celo2.step import Messages
@@ -72,6 +73,8 @@ class _Sliced:
     state: dict[str, Tensor]
     moments: list[GradientMoments] = field(default_factory=list)
     steps: list[MatrixStep] = field(default_factory=list)
+    stored: list[tuple[Tensor, Tensor, Tensor]] = field(default_factory=list)  # momenta as they are kept
+    scales: list[Tensor] = field(default_factory=list)  # of 8-bit momenta, [count, rows, quanta, 3]
     vector_sums: list[tuple[Tensor, Tensor]] = field(default_factory=list)  # over rows and columns, [count, 6] each
     directions: list[Tensor] = field(default_factory=list)
     columns: Tensor | None = None  # of a vector
@@ -191,6 +194,9 @@ class Slices:
             factor.copy_(whole_rows)
         p, g = self._views(sliced, sliced.shard), self._views(sliced, sliced.gradient)
         momenta = [self._views(sliced, state[name]) for name in MOMENTUM_KEYS]
+        if "momentum_scale" in state:
+            scales, _ = layout.factor_views(state["momentum_scale"].flatten(-2), column, self.plan.rank)
+            sliced.scales = [scale.view(*scale.shape[:2], -1, 3) for scale in scales]
         second_moments = self._views(sliced, state["second_moment"])
         for number, piece in enumerate(entry.slices):
             here = slice(piece.matrix, piece.matrix + piece.count)
@@ -213,6 +219,9 @@ class Slices:
             short = all_rows if by_rows else all_columns
             factors = Factors(new_row, new_column, (m, n), short.mean(-2, keepdim=True))
             fast, medium, slow = (momentum[number] for momentum in momenta)
+            stored = fast, medium, slow
+            if sliced.scales:
+                fast, medium, slow = _dequantised(stored, sliced.scales[number])
             matrices = Matrices(
                 *(p[number], g[number], (fast, medium, slow), second_moments[number]),
                 *(old_rows[number], old_columns[number]),
@@ -228,6 +237,7 @@ class Slices:
                 seed=mix64(self._seed(entry) + 16 + number),
             )
             sliced.steps.append(step)
+            sliced.stored.append(stored)
             sliced.vector_sums.append((vector_sums(all_rows), vector_sums(all_columns)))
             if not layout.whole:
                 part = self._feature_part(entry)[here]
@@ -236,6 +246,8 @@ class Slices:
                 for which, factor in enumerate(sliced.vector_sums[-1]):
                     if layout.shares_vectors[which]:
                         part[:, 18:24] += factor
+            # wide copies of 8 bits are not kept until the next phase
+            step.matrices = replace(step.matrices, momenta=stored)
 
     def _feature_part(self, entry: Entry) -> Tensor:
         """The sums of every matrix of an entry in the message, [B, feature_width]."""
@@ -270,6 +282,9 @@ class Slices:
         batch, m, n = layout.matrices
         for number, (piece, step) in enumerate(zip(entry.slices, sliced.steps, strict=True)):
             here = slice(piece.matrix, piece.matrix + piece.count)
+            if sliced.scales:
+                wide = _dequantised(sliced.stored[number], sliced.scales[number])
+                step.matrices = replace(step.matrices, momenta=wide)
             if layout.whole:
                 direction = step.learned_update(step.feature_scales())
             else:
@@ -281,6 +296,11 @@ class Slices:
                 )
                 vectors = torch.rsqrt(row_sums / m + NORM_EPS), torch.rsqrt(column_sums / n + NORM_EPS)
                 direction = step.learned_update(scales, vectors)
+            if sliced.scales:
+                for k, levels in enumerate(sliced.stored[number]):
+                    seed = mix64(self._seed(entry) + 32 + 3 * number + k) >> 32
+                    quantise_(levels, sliced.scales[number][..., k], step.matrices.momenta[k], seed)
+                step.matrices = replace(step.matrices, momenta=sliced.stored[number])
             if slot.orthogonalize:
                 for transfer, values in self._sent(index, number):
                     values.copy_(direction[transfer.matrix - piece.matrix])
@@ -352,6 +372,11 @@ class Slices:
             else:
                 square = squares[piece.matrix : piece.matrix + piece.count].to(dtype)
             yield p, u, torch.rsqrt(square / (m * n) + NORM_EPS)[:, None, None] * moves
+
+
+def _dequantised(levels: tuple[Tensor, Tensor, Tensor], scales: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    fast, medium, slow = (dequantise(level, scales[..., k]) for k, level in enumerate(levels))
+    return fast, medium, slow
 
 
 def _values(message: Tensor, transfer: Transfer) -> Tensor:

@@ -151,6 +151,15 @@ class TritonBackend:
 
         batches = batches_of(parts, self.device)
         *totals, self.shard_totals = totals_of(batches, self.device)
+        self.counted = self.shard_totals
+        if not all(entry.counts for entry in active.values()):
+            # 1 for matrices that count on this rank, 0 for those of which another is the first replica
+            counting = {entry.slot.position for entry in active.values() if entry.counts}
+            *weights, self.weights = totals_of(batches, self.device)
+            for (_, _, some), weight in zip(batches, weights, strict=True):
+                ones = [np.full(part.p.shape[0], part.slot.position in counting, np.float32) for part in some]
+                weight.copy_(upload(np.concatenate(ones), self.device))
+            self.counted = torch.empty_like(self.shard_totals)
         # those for Newton-Schulz go into the message
         sizes = [
             (0 if batch[0].slot.orthogonalize else sum(part.p.numel() for part in batch), torch.float32)
@@ -222,6 +231,8 @@ class TritonBackend:
             shards.gradient_moments(self.unscale)
             shards.share_gradient_sums()
         if self.plan is not None:
+            if self.counted is not self.shard_totals:
+                torch.mul(self.shard_totals, self.weights, out=self.counted)
             shares = norms_of([gradient for gradient in self.inputs.shards if gradient.numel()], self.zero)
             self._share_norm(self.norms, shares, self.unscale, self.found)
 
@@ -229,7 +240,7 @@ class TritonBackend:
         """Write the head of the message of gradients."""
         assert self.plan is not None
         launch(sharing.share_norm_kernel, (1,),
-            self.shard_totals, self.shard_totals.numel(), shares, shares.numel(), self.totals, self.totals.numel(),
+            self.counted, self.counted.numel(), shares, shares.numel(), self.totals, self.totals.numel(),
             norms, norms.numel(), unscale, found, self.flags, len(self.plan.entries), self.messages.gradients,
             BLOCK=CONTROL_BLOCK,
         )  # fmt: skip

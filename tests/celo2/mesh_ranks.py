@@ -138,15 +138,15 @@ def replicas_agree(mesh) -> bool:
     return all(torch.equal(a, b) for one, other in pairs for a, b in zip(one, other, strict=True))
 
 
-def owners(mesh) -> dict[str, object]:
-    """Newton-Schulz of an HSDP mesh: who owns, and bytes of both all-to-alls of this rank's directions."""
+def owners(mesh, over: bool) -> dict[str, object]:
+    """Newton-Schulz of an HSDP mesh: who owns, and elements that this rank sends and has of directions."""
     specs = [((16, 16), {})] * 8
-    params, optimizer, placed = build("celo2", mesh, ["replicas"], specs)
+    params, optimizer, placed = build("celo2", mesh, ["replicas"], specs, ns_over_replicas=over)
     set_gradients(params, placed, 0, 0.05)
     optimizer.step()
     plan = optimizer.planner.ranks.plan
     return {
-        "owned": sorted(list(plan.owner.values()).count(rank) for rank in range(4)),
+        "owned": [list(plan.owner.values()).count(rank) for rank in range(4)],
         "sent": sum(plan.send_counts),
         "returned": sum(plan.return_counts),
         "own": sum(plan.part_counts),
@@ -220,7 +220,7 @@ def trained(mesh, folder: Path) -> dict[str, object]:
 
 
 def refusals(mesh) -> list[str]:
-    """What is said to strides that fully_shard does not make, a short shard, what VeLO takes, and a mesh that is no part."""
+    """What is said to strides that fully_shard does not make, a short shard, VeLO, and a mesh apart."""
     said, value = [], torch.zeros(8, 8)
     odd = DTensor.from_local(value[:2], mesh, [_StridedShard(0, split_factor=4), Shard(0)], run_check=False)
     short = DTensor.from_local(value[:1], mesh, [Shard(0), Shard(0)], run_check=False, shape=(8, 8), stride=(8, 1))
@@ -256,8 +256,11 @@ def main() -> None:
     report: dict[str, object] = {}
     cases: dict[str, object] = {}
     everything = list(LAYOUTS)
+    over = {"ns_over_replicas": True}
     if KERNELS:
-        cases["celo2 rowwise"] = differences("celo2", mesh, ["rowwise"], specs, steps, max_grad_norm=1.0)
+        cases["celo2 rowwise"] = differences(
+            "celo2", mesh, ["rowwise", "replicas"], specs, steps, max_grad_norm=1.0, **over
+        )
         cases["celo2-base mixed"] = differences("celo2-base", mesh, everything, specs, steps)
     else:
         for variant in ("celo2", "celo2-base"):
@@ -266,8 +269,9 @@ def main() -> None:
             for first in (0, 3):
                 turned = everything[first:] + everything[:first]
                 cases[f"{variant} mixed {first}"] = differences(variant, mesh, turned, specs, steps)
+        cases["celo2 over replicas"] = differences("celo2", mesh, everything, specs, steps, **over)
         cases["clipped elements"] = differences("celo2", mesh, list(LAYOUTS), specs, 2, scale=2e3)
-        report["owners"] = owners(mesh)
+        report["owners"] = [owners(mesh, over) for over in (False, True)]
         report["trained"] = trained(mesh, Path(sys.argv[1]))
         report["refused"] = refusals(mesh)
     report["cases"] = cases

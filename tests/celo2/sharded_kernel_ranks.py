@@ -320,6 +320,11 @@ def main() -> None:
         report["divided"] = divided_rows("celo2" if world == 2 else "celo2-base", mesh)
     if world == 2:
         ranks.SPECS = FEW
+        ranks.SPECS = [((10, 6), {}), ((12, 4), {"heads": 3}), ((2, 70), {})]
+        report["eight bits"] = [
+            ranks.difference("celo2", [Shard(0)], mesh, steps, backend="triton", state_dtype="int8") for steps in (1, 3)
+        ]
+        ranks.SPECS = FEW
         report["missing"] = ranks.missing_gradients(mesh, (0, 2), "triton")
         report["skipped"] = ranks.skipped_steps(mesh, (0, 2, 3), "triton")
         report["refused"] = refused(mesh)

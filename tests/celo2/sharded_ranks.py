@@ -92,6 +92,40 @@ def difference(variant, placements, mesh, steps=20, scale=0.05, backend="auto", 
     return max(float((whole(a) - whole(b)).abs().max()) for a, b in zip(single, sharded, strict=True))
 
 
+def eight_bits(mesh, backend="auto") -> dict[str, object]:
+    """Momenta of 8 bits: differences as above, and whether whole and sharded states load each other to the bit."""
+    found: dict[str, object] = {}
+    for steps in (1, 10):
+        found[f"{steps} steps"] = difference("celo2", [Shard(0)], mesh, steps, state_dtype="int8", backend=backend)
+    single, one = build("celo2", None, mesh, state_dtype="int8")
+    sharded, several = build("celo2", [Shard(0)], mesh, state_dtype="int8", backend=backend)
+    set_gradients(single, 0)
+    one.step()
+    several.load_state_dict(one.state_dict())
+    set_gradients(sharded, 1)
+    again = build("celo2", None, mesh, state_dtype="int8")[1]
+
+    def equal(some, others) -> bool:
+        pairs = [(one.state[a], several.state[b]) for a, b in zip(some, others, strict=True)]
+        return all(torch.equal(a[key], whole(b[key])) for a, b in pairs for key in a)
+
+    found["whole to shards"] = equal(single, sharded)
+    several.step()
+    saved = several.state_dict()
+    for values in saved["state"].values():
+        values.update({key: whole(value) for key, value in values.items()})
+    again.load_state_dict(saved)
+    one = again
+    found["shards to whole"] = equal([p for group in again.param_groups for p in group["params"]], sharded)
+    momenta = [several.state[p] for p in sharded if p.ndim > 1 and "momentum_fast" in several.state[p]]
+    found["int8"] = all(state["momentum_slow"].dtype == torch.int8 for state in momenta)
+    try:
+        build("celo2", [Shard(1)], mesh, state_dtype="int8")
+    except ValueError as error:
+        found["refused"] = str(error)
+    return found
+
+
 # a transformer's, of width 128
 WIRE_SPECS = [
     ((384, 128), {"split": 3, "heads": 2}),
@@ -301,7 +335,7 @@ def offloaded(mesh):
     from torch.distributed.tensor import DTensor
     from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 
-    from celo2.sharding import chunk
+    from celo2.shard_layout import chunk
 
     devices = DeviceMesh("cuda", mesh.mesh, _init_backend=False)
     meta = TensorMeta(torch.Size((4, 4)), (4, 1), torch.float32)
@@ -342,7 +376,7 @@ def train(folder: Path, world: int, mesh):
         optimizer = FusedCelo2(model, lr=1e-2, weights=theta("celo2"), max_grad_norm=1.0, comm_dtype="float32")
         first = 0
         if name == "resumed":
-            # written by the run of four ranks
+            # written by the run of two ranks
             model_state, optimizer_state = get_state_dict(model, optimizer)
             dcp.load({"model": model_state, "optimizer": optimizer_state}, checkpoint_id=folder / "checkpoint")
             set_state_dict(model, optimizer, model_state_dict=model_state, optim_state_dict=optimizer_state)
@@ -361,7 +395,7 @@ def train(folder: Path, world: int, mesh):
                 dist.all_reduce(total)
                 total /= world
             run.append(float(total))
-            if name == "sharded" and world == 4 and step == 2:
+            if name == "sharded" and world == 2 and step == 2:
                 model_state, optimizer_state = get_state_dict(model, optimizer)
                 dcp.save({"model": model_state, "optimizer": optimizer_state}, checkpoint_id=folder / "checkpoint")
         losses[name] = run
@@ -389,6 +423,7 @@ def main() -> None:
         "collectives": {variant: count_collectives(variant, mesh) for variant in ("celo2", "celo2-base")},
         "skipped": skipped_steps(mesh),
         "missing": missing_gradients(mesh),
+        "eight bits": eight_bits(mesh),
         "idle": [idle_shards(variant, axis, mesh) for variant in ("celo2", "celo2-base") for axis in (0, 1)],
         "other": other_parameters(mesh),
         "options": other_options(mesh),

@@ -624,14 +624,14 @@ def test_shards_that_cannot_be_stepped_are_refused(tmp_path):
         FusedCelo2([flat], weights="momentum")
     from torch.distributed import destroy_process_group, init_process_group
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+    from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
     init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     try:
         mesh = init_device_mesh("cpu", (1, 1))
-        twice = nn.Parameter(distribute_tensor(torch.zeros(4, 4), mesh, [Shard(0), Shard(1)]))
-        with pytest.raises(ValueError, match=r"parameter 0 of shape \(4, 4\).* sharded on 2 mesh axes"):
-            FusedCelo2([twice], weights="momentum")
+        partial = nn.Parameter(DTensor.from_local(torch.zeros(4, 4), mesh, [Partial(), Replicate()]))
+        with pytest.raises(ValueError, match=r"parameter 0 of shape \(4, 4\).* only Shard and Replicate are supported"):
+            FusedCelo2([partial], weights="momentum")
         line = init_device_mesh("cpu", (1,))
         kernel = nn.Parameter(distribute_tensor(torch.zeros(4, 2, 3, 3), line, [Shard(1)]))
         with pytest.raises(ValueError, match="flattened to one matrix, is sharded along axis 1: shard axis 0"):
@@ -648,9 +648,15 @@ def test_shards_that_cannot_be_stepped_are_refused(tmp_path):
             optimizer.step()
         for p, q in zip(both, alone, strict=True):
             assert torch.equal(p.detach().full_tensor(), q.detach())
-        plain = nn.Parameter(distribute_tensor(torch.zeros(4, 4), line, [Shard(0)]))
-        with pytest.raises(ValueError, match="state_dtype='int8' is not there for sharded parameters"):
-            FusedCelo2([plain], weights="momentum", state_dtype="int8")
+        columns = nn.Parameter(distribute_tensor(torch.zeros(4, 4), line, [Shard(1)]))
+        with pytest.raises(
+            ValueError, match="state_dtype='int8' is not there for parameters whose columns are sharded"
+        ):
+            FusedCelo2([columns], weights="momentum", state_dtype="int8")
+        lying = nn.Parameter(distribute_tensor(torch.zeros(4, 6).t().contiguous().t(), line, [Shard(0)]))
+        assert not lying.to_local().is_contiguous()
+        with pytest.raises(ValueError, match="state_dtype='int8' needs contiguous shards"):
+            FusedCelo2([lying], weights="momentum", state_dtype="int8")
     finally:
         destroy_process_group()
     with pytest.raises(ValueError, match="comm_dtype='float16', allowed: auto, bfloat16, float32"):

@@ -219,7 +219,7 @@ def test_views_split_every_matrix_of_a_batch():
 @pytest.mark.parametrize("axes", [(3, 10, 8), (2, 3, 10, 8)])
 @pytest.mark.parametrize("ranks", [1, 2, 3])
 def test_shards_of_a_batch_in_blocks_are_its_matrices(axes, ranks):
-    from celo2.sharding import Cut, ShardLayout, chunk
+    from celo2.shard_layout import Cut, ShardLayout, chunk
 
     view = MatrixView(split=2, flatten=False)
     whole = torch.randn(axes)

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from celo2.sharding import chunk
+from celo2.shard_layout import chunk
 from celo2.zero1 import fingerprint, plan_buckets
 
 PROGRAM = Path(__file__).with_name("zero1_ranks.py")
@@ -19,13 +19,9 @@ RANKS = (1, 2, 3, 4)
 
 
 @pytest.fixture(scope="module")
-def reports(tmp_path_factory: pytest.TempPathFactory, run_ranks: Callable[..., Any]) -> dict[int, Any]:
-    """What the program found on 4, 1, 2 and 3 ranks; all resume from the checkpoints of the four."""
-    folder = tmp_path_factory.mktemp("split")
-    found = {}
-    for ranks in (4, 1, 2, 3):
-        found[ranks] = run_ranks(PROGRAM, ranks, folder)
-    return found
+def reports(tmp_path_factory: pytest.TempPathFactory, reports_of: Any, run_ranks: Callable[..., Any]) -> dict[int, Any]:
+    folder = tmp_path_factory.mktemp("zero1")
+    return reports_of(lambda ranks: run_ranks(PROGRAM, ranks, folder))
 
 
 @pytest.mark.dist
@@ -107,45 +103,45 @@ def test_ddp_trains_and_checkpoints_move_between_modes_and_world_sizes(ranks, re
 
 @pytest.mark.dist
 def test_layouts_of_parameters_and_gradients(reports):
-    assert reports[3]["layouts"] <= 2e-6
-    assert reports[3]["placed as fsdp2"]
-    assert reports[3]["nothing to split"] <= 2e-6
-    assert reports[3]["float64"] <= 1e-6
+    assert reports[2]["layouts"] <= 2e-6
+    assert reports[2]["placed as fsdp2"]
+    assert reports[2]["nothing to split"] <= 2e-6
+    assert reports[2]["float64"] <= 1e-6
 
 
 @pytest.mark.dist
 def test_low_precision(reports):
     # of the distance that parameters moved: a bfloat16's last bit at 0.1 is 5e-4, steps are of 1e-2
-    parameters, state = reports[3]["bfloat16 parameters"], reports[3]["bfloat16 state"]
-    print(json.dumps([parameters, state]))
+    parameters, state, levels = (reports[2][what] for what in ("bfloat16 parameters", "bfloat16 state", "8-bit state"))
+    print(json.dumps([parameters, state, levels]))
     assert 1e-5 < parameters["distance"] <= 3e-2 and parameters["mean"] <= 1e-3
     assert 1e-5 < state["distance"] <= 2e-2 and state["mean"] <= 1e-3
+    assert 1e-5 < levels["distance"] <= 4e-2 and levels["mean"] <= 1e-3
 
 
 @pytest.mark.dist
 def test_copies_state_dicts_and_late_groups(reports):
-    copies = reports[3]["copies"]
+    copies = reports[2]["copies"]
     assert copies["pickled"] == copies["deep"] == 0
     assert max(copies.values()) <= 2e-6
 
 
 @pytest.mark.dist
 def test_full_state_dicts(reports):
-    is_plain, distances = reports[3]["full"]
+    is_plain, distances = reports[2]["full"]
     assert is_plain
     assert max(distances) <= 2e-6
 
 
 @pytest.mark.dist
 def test_refusals_say_what_to_do(reports):
-    answers = reports[3]["refusals"]
+    answers = reports[2]["refusals"]
     for name, words in {
         "dtensor": "ValueError.* DTensor .*leave zero1_mesh out",
         "late dtensor": "ValueError.* DTensor .*leave zero1_mesh out",
         "mesh": "ValueError: zero1_mesh=.* has 2 axes: take one of them",
         "type": "TypeError: zero1_mesh is a ProcessGroup, expected a DeviceMesh",
         "device": "ValueError.* on meta.* mesh of cpu devices; move the module first",
-        "int8": "ValueError.*state_dtype='int8' is not there with zero1_mesh",
         "moved": "ValueError.*torch.float64 on cpu now.*convert the module before",
     }.items():
         assert re.search(words, answers[name]), answers[name]

@@ -160,7 +160,7 @@ def train(folder: Path, world: int, mesh):
         optimizer = VeLO(model, 6, weights=weights(), lr=3.0)
         first = 0
         if name == "resumed":
-            # written by the run of four ranks
+            # written by the run of two ranks
             model_state, optimizer_state = get_state_dict(model, optimizer)
             dcp.load({"model": model_state, "optimizer": optimizer_state}, checkpoint_id=folder / "checkpoint")
             set_state_dict(model, optimizer, model_state_dict=model_state, optim_state_dict=optimizer_state)
@@ -178,7 +178,7 @@ def train(folder: Path, world: int, mesh):
                 dist.all_reduce(total)
                 total /= world
             run.append(float(total))
-            if name == "sharded" and world == 4 and step == 2:
+            if name == "sharded" and world == 2 and step == 2:
                 model_state, optimizer_state = get_state_dict(model, optimizer)
                 dcp.save({"model": model_state, "optimizer": optimizer_state}, checkpoint_id=folder / "checkpoint")
         losses[name] = run

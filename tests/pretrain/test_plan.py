@@ -23,7 +23,7 @@ from celo2.pretrain.optimizers import Optimizers
 from celo2.pretrain.parallel import Parallel, micro_step, shard
 from celo2.pretrain.plan import Plan, describe, fake_processes, make_plan, table
 from celo2.pretrain.recipes import recipe_for
-from celo2.sharding import chunk
+from celo2.shard_layout import chunk
 
 WIDTH, LAYERS, VOCAB, CONTEXT = 2048, 24, 50257, 2048  # of xl
 ROWS = 50304  # of its embedding in memory
@@ -373,9 +373,11 @@ def test_memory_that_flags_save() -> None:
 
 def test_layouts() -> None:
     hsdp, fsdp = plan("small", world_size=16, parallel="hsdp"), plan("small", world_size=8)
-    # replicas of the 8 ranks of a node: the same shards, and Newton-Schulz as on 16
+    # replicas of the 8 ranks of a node: the same shards, and the same directions travel within each
     assert hsdp.memory["optimizer state"] == fsdp.memory["optimizer state"]
-    assert hsdp.newton_schulz == plan("small", world_size=16).newton_schulz
+    assert hsdp.rule_messages[1] == fsdp.rule_messages[1]
+    assert [2 * count for count in fsdp.newton_schulz[:1]] == [hsdp.newton_schulz[0]]
+    assert hsdp.newton_schulz[1:] == fsdp.newton_schulz[1:]
     assert hsdp.gathered_instead == fsdp.gathered_instead
     assert "all-reduce of replicas" in [message.name for message in hsdp.model_messages]
     ddp, one = plan("small", world_size=16, parallel="ddp"), plan("small", world_size=1)
