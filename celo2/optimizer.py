@@ -82,7 +82,7 @@ class FusedCelo2(Optimizer):
             `TRITON_INTERPRET=1` in the environment, for tests.
         comm_dtype: what directions of sharded parameters travel in to the rank that orthogonalises them and back:
             `"bfloat16"`, `"float32"`, or `"auto"`: bfloat16 on a GPU, where the kernels keep directions in it anyway,
-            and float32 on a CPU. Where a wire rounds what one process would not, Newton-Schulz amplifies it.
+            and float32 on a CPU. What rounding it does that one process would not, Newton-Schulz amplifies.
         ns_over_replicas: with HSDP, divide Newton-Schulz among the ranks of all replicas too, where each replica does
             all of it otherwise: less work for each rank, and directions that cross replicas.
         zero1_mesh: a mesh of one axis, of ranks that have the parameters whole and equal gradients

@@ -156,7 +156,7 @@ def compile_for(specialisation: Specialisation, target: GPUTarget) -> Any:
         "d_like": dtypes.d,
     }
     short |= {"x_ptr": dtypes.d, "add_ptr": dtypes.d, "out_ptr": dtypes.d, "target_ptr": dtypes.p}
-    short |= {"wire_ptr": dtypes.d, "matrices_ptr": dtypes.d}
+    short |= {"directions_ptr": dtypes.d, "matrices_ptr": dtypes.d}
     tables = {"table_ptr": "i64", "gradients_ptr": "i64", "skipped_ptr": "i64", "tiles_ptr": "i32", "chunks_ptr": "i32"}
     if kernel is move_parts_kernel:
         tables["parts_ptr"] = "i64"

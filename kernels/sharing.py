@@ -100,7 +100,7 @@ def part_entry(parts_ptr, part, COLUMN: tl.constexpr):
 def move_parts_kernel(
     parts_ptr,  # int64 [parts, PART_COLUMNS]
     tiles_ptr,  # int32 [tiles, 3]: part, first row, first column
-    message_ptr,
+    directions_ptr,
     matrices_ptr,
     squares_ptr,  # float32 [matrices]: sums of squares of what is taken back; the message gets it with an RMS of 1
     BACK: tl.constexpr,  # from the matrices to the message
@@ -119,21 +119,21 @@ def move_parts_kernel(
     if ALIGNED:
         columns = tl.multiple_of(tl.load(p_part + PART_COLS), 16)
         stride = tl.multiple_of(tl.load(p_part + PART_STRIDE), 16)
-        message_ptr += tl.multiple_of(tl.load(p_part + PART_OFFSET), 16)
+        directions_ptr += tl.multiple_of(tl.load(p_part + PART_OFFSET), 16)
         matrices_ptr += tl.multiple_of(tl.load(p_part + PART_TARGET), 16)
     else:
         columns = tl.load(p_part + PART_COLS)
         stride = tl.load(p_part + PART_STRIDE)
-        message_ptr += tl.load(p_part + PART_OFFSET)
+        directions_ptr += tl.load(p_part + PART_OFFSET)
         matrices_ptr += tl.load(p_part + PART_TARGET)
     mask = (o_row < rows)[:, None] & (o_column < columns)[None, :]
-    message_ptr += o_row[:, None].to(tl.int64) * columns + o_column[None, :]
+    directions_ptr += o_row[:, None].to(tl.int64) * columns + o_column[None, :]
     matrices_ptr += o_row[:, None].to(tl.int64) * stride + o_column[None, :]
     if BACK:
         square = tl.load(squares_ptr + part_entry(parts_ptr, part, PART_MATRIX))
         scale = tl.rsqrt(square / part_entry(parts_ptr, part, PART_SIZE).to(tl.float32) + layout.NORM_EPS)
         value = tl.load(matrices_ptr, mask=mask, other=0.0).to(tl.float32) * scale
-        tl.store(message_ptr, value.to(message_ptr.dtype.element_ty), mask=mask)
+        tl.store(directions_ptr, value.to(directions_ptr.dtype.element_ty), mask=mask)
     else:
-        value = tl.load(message_ptr, mask=mask, other=0.0)
+        value = tl.load(directions_ptr, mask=mask, other=0.0)
         tl.store(matrices_ptr, value.to(matrices_ptr.dtype.element_ty), mask=mask)

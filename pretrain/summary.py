@@ -72,16 +72,16 @@ def describe(
 def setting_of(arguments: argparse.Namespace, parallel: Parallel, device: torch.device, where: str) -> dict[str, Any]:
     """What changes a run's numbers by rounding alone, besides the batch's split: None where it does not matter."""
     several = parallel.mode != "none"
-    wire = arguments.comm_dtype
-    if wire == "auto":
-        wire = "float32" if device.type == "cpu" else "bfloat16"
+    comm_dtype = arguments.comm_dtype
+    if comm_dtype == "auto":
+        comm_dtype = "float32" if device.type == "cpu" else "bfloat16"
     return {
         "device": where,
         "torch": str(torch.__version__),
         "compile": arguments.compile,
         "loss_chunks": arguments.loss_chunks,
         "activation_checkpointing": arguments.activation_checkpointing,
-        "comm_dtype": wire if several and arguments.opt in VARIANTS else None,
+        "comm_dtype": comm_dtype if several and arguments.opt in VARIANTS else None,
         "zero1": arguments.zero1 if several else None,
         "reduce": arguments.reduce if several else None,
         "layout": str(parallel) if parallel.mode == "hsdp" else None,
