@@ -95,13 +95,8 @@ def _pieces(job: AdamWJob) -> list[AdamWJob]:
         state = {key: job.state[key].narrow(axis, first, count) for key in ("exp_avg", "exp_avg_sq")}
         # all parts take the same step, and the last one counts it
         state["step"] = job.state["step"].clone()
-        parts.append(
-            job._replace(
-                parameter=parameter.narrow(axis, first, count),
-                gradient=job.gradient.narrow(axis, first, count),
-                state=state,
-            )
-        )
+        pair = parameter.narrow(axis, first, count), job.gradient.narrow(axis, first, count)
+        parts.append(AdamWJob(*pair, state, job.position))
     parts[-1].state["step"] = job.state["step"]
     # a slice may be too large still
     return [piece for part in parts for piece in _pieces(part)]

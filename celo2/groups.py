@@ -70,8 +70,10 @@ def split_group(
             )
         part, reason = _part_of(name, parameter, options, variant, None if routes is None else routes.get(parameter))
         if not rules_decide and ("weight_decay" in group or "kind" in group):
-            part = part._replace(kind=group.get("kind", ""))
-        added = parts.setdefault(part, {**given, **part._asdict(), "params": [], "reasons": {}})
+            part = _Part(part.rule, group.get("kind", ""), part.view)
+        added = parts.setdefault(
+            part, {**given, "rule": part.rule, "kind": part.kind, "view": part.view, "params": [], "reasons": {}}
+        )
         if routes is not None and name == "":
             name = routes[parameter].name
             entry = (name, parameter)

@@ -52,7 +52,7 @@ class Loads:
                 for _, parameter in named_parameters(group):
                     if group["orthogonalize"] and parameter.ndim > 1 and optimizer.rule_of(parameter) == "celo2":
                         batch, m, n = group_view(group).shape(parameter.shape)
-                        loads._own(0, m, n, group["ns_steps"], batch)
+                        loads.own(0, m, n, group["ns_steps"], batch)
             loads.held = loads.owned
             return loads
         for index, entry in enumerate(step.entries):
@@ -63,7 +63,7 @@ class Loads:
             for rank, there in enumerate(step.slices(layout)):
                 for matrix in range(batch):
                     if step.owner_of(index, matrix, rank) == rank:
-                        loads._own(rank, m, n, entry.slot.ns_steps, 1)
+                        loads.own(rank, m, n, entry.slot.ns_steps, 1)
                 for piece in there:
                     size = piece.rows * piece.columns
                     loads.held[rank] += piece.numel
@@ -74,7 +74,7 @@ class Loads:
                             loads.back[owner] += size
         return loads
 
-    def _own(self, rank: int, m: int, n: int, steps: int, count: int) -> None:
+    def own(self, rank: int, m: int, n: int, steps: int, count: int) -> None:
         self.flops[rank] += count * newton_schulz_flops(m, n, steps)
         self.seconds[rank] += count * self.machine.newton_schulz_seconds(m, n, steps)
         self.owned[rank] += count * m * n

@@ -161,7 +161,7 @@ def _pad_rows(model: "GPT", state_dict: dict[str, Tensor], prefix: str, *_: obje
 
 def _tie_again(model: "GPT", _: object) -> None:
     """Tie the head after a load that made new parameters."""
-    model._tie()
+    model.tie()
 
 
 def make_norm(config: GPTConfig) -> nn.Module:
@@ -279,19 +279,19 @@ class GPT(nn.Module):
         head_device = torch.device("meta") if config.tied else None
         bias = config.arch == "speedrun"
         self.lm_head = Linear(config.width, config.padded_vocab_size, bias=bias, device=head_device)
-        self._tie()
+        self.tie()
         self.register_load_state_dict_pre_hook(_pad_rows)  # type: ignore[no-untyped-call]
         # load_state_dict(assign=True) makes new parameters too
         self.register_load_state_dict_post_hook(_tie_again)  # type: ignore[no-untyped-call]
 
-    def _tie(self) -> None:
+    def tie(self) -> None:
         if self.config.tied:
             self.lm_head.weight = self.token_embedding.weight
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         # leaving the meta device (to_empty) makes new parameters and would untie the head
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        self._tie()
+        self.tie()
         return self
 
     def forward(

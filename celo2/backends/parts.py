@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -97,7 +98,8 @@ def unsupported_layout(p: Tensor, v: Tensor) -> str | None:
     return None
 
 
-class Sums(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class Sums:
     """Where the ranks add up the sums of the parts of matrices: addresses of float32, int64 [B] each.
 
     Rows are those that the kernels see.
@@ -130,7 +132,8 @@ class Sums(NamedTuple):
         fill(table, first, count, CUT=cut, **shared)
 
 
-class Part(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class Part:
     """The matrices of a slot, [B, rows, columns] with contiguous columns, or what a rank has of them.
 
     The rule's axes may be swapped.
@@ -299,7 +302,7 @@ def parts_of_entry(plan: Plan, entry: Entry, messages: Messages, scratch: Scratc
             scratch,
         )
         sums = None if cut.whole else _sums(entry, messages, piece, swapped=part.swapped)
-        yield number, part._replace(counts=counts, sums=sums, scale=scales[number])
+        yield number, replace(part, counts=counts, sums=sums, scale=scales[number])
         counts = False
     for axis, (name, whole) in enumerate(zip(("row_factor", "column_factor"), cut.whole_factors, strict=True)):
         if not whole or not batch * m * n:
@@ -312,8 +315,9 @@ def parts_of_entry(plan: Plan, entry: Entry, messages: Messages, scratch: Scratc
             part = _without_rows(slot, there, (m, n), swapped=axis == 0)
             sums = _sums(entry, messages, absent, swapped=axis == 0)
             # they have nothing to tell the other ranks
-            sums = sums._replace(row_totals=None, moments=None, row_moments=None, column_moments=None, directions=None)
-            yield None, part._replace(counts=counts, sums=sums)
+            nothing: dict[str, Any] = dict.fromkeys(("row_moments", "column_moments", "moments", "directions"))
+            sums = replace(sums, row_totals=None, **nothing)
+            yield None, replace(part, counts=counts, sums=sums)
             counts = False
     if counts:
         yield None, _without_rows(slot, slot.shard.new_empty(1, 0, 3), (m, n), swapped=False)

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -107,7 +108,7 @@ class TritonBackend:
         self.shards: list[MatrixBatch] = []
         self.shard_vectors: list[VectorBatch] = []
         self.transposed: list[tuple[Tensor, Tensor]] = []
-        self.messages = Messages(*(self.zero[:0] for _ in Messages._fields))
+        self.messages = Messages(*[self.zero[:0]] * 5)
         if plan is not None:
             self._plan_shards(plan, ns_dtype)
 
@@ -137,13 +138,13 @@ class TritonBackend:
                     for b, transfer in enumerate(transfers) if part.swapped and min(part.p.shape[1:]) > 1 else ():
                         behind_it.append((transfer, size))
                         offsets[b], size = size, size + padded(transfer.piece.rows * transfer.piece.columns)
-                    part = part._replace(directions=np.array(offsets, dtype=np.int64))
+                    part = replace(part, directions=np.array(offsets, dtype=np.int64))
                 parts.append(part)
         # every rank sends all parts; those without gradients come back to nobody
         sent = self.scratch.take("sent", size, dtype=plan.comm_dtype).zero_()
         received = self.scratch.take("received", sum(plan.receive_counts), dtype=plan.comm_dtype).zero_()
         shared = third if plan.shares_directions else third[:0]
-        self.messages = messages._replace(directions=shared, sent=sent[:sent_size], received=received)
+        self.messages = Messages(first, second, shared, sent[:sent_size], received)
         for transfer, offset in behind_it:
             rows, columns = transfer.piece.rows, transfer.piece.columns
             there, behind = (sent[start : start + rows * columns] for start in (transfer.offset, offset))
