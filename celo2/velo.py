@@ -180,7 +180,6 @@ class VeLO(Optimizer):
             if options[key] != self.defaults[key]:
                 raise ValueError(f"{key}={options[key]!r} in a parameter group: all have {self.defaults[key]!r}")
         check_parameters(group["params"])
-        groups_of_ranks([group])
         if self.param_groups:
             group.setdefault("calls", self.param_groups[0]["calls"])
         before = len(self.param_groups)
@@ -188,6 +187,7 @@ class VeLO(Optimizer):
             for part in split_square_weights(group, self._named):
                 super().add_param_group(part)
             self._check_decay()
+            groups_of_ranks(self.param_groups)
         except BaseException:
             del self.param_groups[before:]
             raise
