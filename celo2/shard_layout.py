@@ -73,8 +73,7 @@ class ShardLayout:
     """The matrices [B, m, n] of a parameter of `shape` under a view, sharded by `cuts`.
 
     A rank may have some of the rows of a matrix, some of the columns, both, or whole ones (leading axes are sharded).
-    A factor over rows or columns that may be on other ranks is whole on every rank where the other axis is cut too, or
-    is the one that is cut.
+    The factor over an axis is whole on every rank where the other axis is cut; else it is sharded as the parameter is.
     """
 
     shape: torch.Size
@@ -178,24 +177,24 @@ class ShardLayout:
 
         The last axis is 3 for the factors themselves; the scales of 8-bit momenta have rows as well.
         """
-        slices, batch = self.slices(rank), self.matrices[0]
-        whole_rows, whole_columns = self.whole_factors
-        found_rows, found_columns = [], []
-        if whole_rows:
-            factor = MatrixView.factors(rows, batch)
-            for piece in slices:
-                there = slice(piece.row, piece.row + piece.rows)
-                found_rows.append(factor[piece.matrix : piece.matrix + piece.count, there])
-        else:
-            found_rows = _split(rows, slices, [piece.rows for piece in slices])
-        if whole_columns:
-            factor = MatrixView.factors(columns, batch)
-            for piece in slices:
-                there = slice(piece.column, piece.column + piece.columns)
-                found_columns.append(factor[piece.matrix : piece.matrix + piece.count, there])
-        else:
-            found_columns = _split(columns, slices, [piece.columns for piece in slices])
-        return found_rows, found_columns
+        slices = self.slices(rank)
+        parts = (
+            [(piece.row, piece.rows) for piece in slices],
+            [(piece.column, piece.columns) for piece in slices],
+        )
+        found = []
+        for factor, ends, whole in zip((rows, columns), parts, self.whole_factors, strict=True):
+            if whole:
+                by_matrix = MatrixView.factors(factor, self.matrices[0])
+                found.append(
+                    [
+                        by_matrix[piece.matrix : piece.matrix + piece.count, start : start + length]
+                        for piece, (start, length) in zip(slices, ends, strict=True)
+                    ]
+                )
+            else:
+                found.append(_split(factor, slices, [length for _, length in ends]))
+        return found[0], found[1]
 
     def factor_axes(self, axis: int) -> tuple[int | None, int | None]:
         """Return the axes of the row and column factor (`MatrixView.factor_shapes`) that are cut as `axis` is."""

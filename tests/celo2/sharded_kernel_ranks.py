@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
 import time
 from contextlib import contextmanager
 
@@ -336,10 +334,7 @@ def main() -> None:
         report["disagreement"] = disagreement(mesh)
         report |= launches_without_host_reads(mesh)
     report["seconds"] = time.monotonic() - start
-    if dist.get_rank() == 0:
-        print(json.dumps(report), flush=True)
-    dist.barrier()
-    os._exit(0)
+    ranks.leave(report)
 
 
 if __name__ == "__main__":

@@ -37,6 +37,15 @@ SPECS = [
 HIDDEN = 8
 
 
+def leave(report) -> None:
+    """Print what was found, on rank 0, and end."""
+    if dist.get_rank() == 0:
+        print(json.dumps(report), flush=True)
+    dist.barrier()
+    # gloo's threads may abort a process that tears its groups down while another still talks to it
+    os._exit(0)
+
+
 def theta(variant: str) -> Theta:
     rng = np.random.default_rng(0)
     shapes = {f"w0__{i}": (columns, HIDDEN) for i, columns in enumerate(GROUP_COLUMNS)}
@@ -434,11 +443,7 @@ def main() -> None:
     report["low-rank wire"] = relative_differences([alone, several])
     if dist.get_rank() == 0:
         torch.save(several, Path(sys.argv[1]) / f"low-rank-{world}.pt")
-    if dist.get_rank() == 0:
-        print(json.dumps(report), flush=True)
-    dist.barrier()
-    # gloo's threads may abort a process that tears its groups down while another still talks to it
-    os._exit(0)
+    leave(report)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,12 +25,14 @@ def kernels(tmp_path_factory: pytest.TempPathFactory, run_ranks: Callable[..., A
 
 
 def test_equals_one_process(report) -> None:
+    print(json.dumps(report["cases"]))
     assert len(report["cases"]) == 18
     for case, (parameters, factors, norm) in report["cases"].items():
         assert parameters <= 2e-6 and factors <= 1e-5 and norm <= 1e-6, case
 
 
 def test_kernels_equal_one_process(kernels) -> None:
+    print(json.dumps(kernels["cases"]))
     assert len(kernels["cases"]) == 2
     for case, (parameters, factors, norm) in kernels["cases"].items():
         assert parameters <= 2e-6 and factors <= 1e-4 and norm <= 1e-6, case

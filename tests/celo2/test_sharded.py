@@ -71,6 +71,7 @@ def test_a_bfloat16_wire_does_not_depend_on_the_ranks_where_newton_schulz_amplif
 @pytest.mark.parametrize("ranks", [1, 2, 3, 4])
 def test_momenta_of_8_bits(ranks, reports):
     found = reports[ranks]["eight bits"]
+    print(json.dumps(found))
     # the first direction is of momenta before they are rounded; then each rank rounds by its own random bits
     assert found["1 steps"] <= 2e-6 < found["10 steps"] <= 0.02
     assert found["int8"] and found["whole to shards"] and found["shards to whole"]

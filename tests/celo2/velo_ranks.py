@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import math
-import os
 import sys
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from sharded_ranks import leave
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
@@ -210,11 +209,7 @@ def main() -> None:
         "other": other_parameters(mesh),
         "losses": train(Path(sys.argv[1]), world, mesh),
     }
-    if dist.get_rank() == 0:
-        print(json.dumps(report), flush=True)
-    dist.barrier()
-    # gloo's threads may abort a process that tears its groups down while another still talks to it
-    os._exit(0)
+    leave(report)
 
 
 if __name__ == "__main__":

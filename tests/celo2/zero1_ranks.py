@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import copy
-import json
 import math
-import os
 import pickle
 import sys
 from pathlib import Path
@@ -18,6 +16,7 @@ from sharded_ranks import (
     Tied,
     collectives_of,
     idle_matrices,
+    leave,
     relative_differences,
     set_gradients,
     theta,
@@ -472,11 +471,7 @@ def main() -> None:
             "full": full_state_dicts(mesh),
             "refusals": refusals(mesh),
         }
-    if dist.get_rank() == 0:
-        print(json.dumps(report), flush=True)
-    dist.barrier()
-    # gloo's threads may abort a process that tears its groups down while another still talks to it
-    os._exit(0)
+    leave(report)
 
 
 if __name__ == "__main__":
