@@ -78,10 +78,10 @@ class Interruption:
             self._hangup = True
         elif not self._noted:
             self._noted, self._since = number, time.monotonic()
+            # the next one ends even what does not come back to the interpreter; said when it is so
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
             if number == signal.SIGINT and self._world.main:
                 _tell("SIGINT: saves and stops after this step; a second one leaves at once\n")
-            # the next one ends even what does not come back to the interpreter
-            signal.signal(signal.SIGINT, signal.SIG_DFL)
         elif number == signal.SIGTERM and self._noted != signal.SIGUSR1 and time.monotonic() - self._since > TWICE:
             _tell("SIGTERM again: leaves at once; checkpoints are as they were\n")
             os._exit(128 + number)
