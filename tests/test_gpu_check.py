@@ -107,7 +107,7 @@ def test_tools_that_fail_hang_or_find_something(tmp_path) -> None:
     tool(tools, "ncu", "echo 'waiting'; sleep 600 & sleep 600")
     path = f"{tools}{os.pathsep}{os.environ['PATH']}"
     out = tmp_path / "out"
-    status, text, _ = run("--dry", "--minutes", "0.3", "--sections", "sanitizer,ncu,graphs", "--out", out, PATH=path)
+    status, text, _ = run("--dry", "--minutes", "1", "--sections", "sanitizer,ncu,graphs", "--out", out, PATH=path)
     assert status == 2 and "failures" in text
     page = (out / "page.md").read_text()
     assert "sanitizer: errors 2 (limit 0)" in page and "ncu: end: stopped after its" in page
