@@ -34,7 +34,8 @@ from celo2.pretrain.model import GPT, model_config
 from celo2.pretrain.recipes import recipe_for
 from celo2.pretrain.runlog import METRICS, duration, iterate_metrics, versions
 from celo2.pretrain.sweep import Sweep, parse_arguments
-from celo2.pretrain.sweep_report import RECORDS, Findings, comparison_rows, table
+from celo2.pretrain.sweep_report import RECORDS, Findings, comparison_rows
+from celo2.tables import markdown_table
 
 ROOT = Path(__file__).resolve().parent.parent
 RUNS = Path("runs/evaluations")
@@ -259,7 +260,7 @@ def random_policy(findings: Findings) -> list[str]:
                  f"{numbers['random_return']:.2f} +- {numbers['random_se']:.2f}", f"{above:.0f}"]
             )  # fmt: skip
     header = ("optimizer", "seed", "last 100 games, and standard error", "random policy", "standard errors apart")
-    return table(header, lines) if lines else []
+    return markdown_table(header, lines) if lines else []
 
 
 def write_page(velo: dict[str, float]) -> None:
@@ -296,13 +297,15 @@ def write_page(velo: dict[str, float]) -> None:
         'lr=1e-4..1e-2:7 beta2=0.95,0.99 weight-decay=0.1" --grid "opt=muon lr=2e-3..2e-1:7 momentum=0.9,0.95 '
         'adam-lr=1e-3" --best "seed=1,2,3"`; hours are of the grid that is shown, on one GPU.',
         "",
-        *table(("of the paper", "at full size", "GPU hours", "here", "result"), paper_rows(found, velo, atari)),
+        *markdown_table(
+            ("of the paper", "at full size", "GPU hours", "here", "result"), paper_rows(found, velo, atari)
+        ),
     ]
     for evaluation in EVALUATIONS:
         findings = found[evaluation.name]
         lines += [f"## {evaluation.title}", "", evaluation.about, "", "```", _shown(evaluation), "```", ""]
         if findings.reference is not None:
-            lines += table(*comparison_rows(findings))
+            lines += markdown_table(*comparison_rows(findings))
         lines += random_policy(findings)
         for name in FIGURES:
             if (folder / evaluation.name / name).is_file():
@@ -311,7 +314,7 @@ def write_page(velo: dict[str, float]) -> None:
         lines += [f"- failed: {run.point}: {run.record['reason']}" for run in failed] + [""] * bool(failed)
         lines += [f"{len(findings.all)} runs, {duration(seconds[evaluation.name])} on one core each.", ""]
     lines += ["## VeLO", "", "Largest difference of a parameter at any step from the authors' code, float32:", ""]
-    lines += table(
+    lines += markdown_table(
         ("file", "difference", "allowed"), [(k, f"{v:.1e}", f"{VELO_TOLERANCE:.0e}") for k, v in velo.items()]
     )
     write_atomic(PAGE, ["\n".join(lines).encode()])

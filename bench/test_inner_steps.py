@@ -22,7 +22,7 @@ from celo2.meta.recipes import get_recipe
 from celo2.meta.tasks import MATRICES, SHAPES, VECTORS
 from celo2.newton_schulz import newton_schulz
 from celo2.reference import NORM_EPS, RMS_EPS, MatrixState, matrix_columns
-from celo2.routing import format_table
+from celo2.tables import format_table
 from celo2.theta import GROUP_COLUMNS
 
 PAIRS = 32

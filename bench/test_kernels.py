@@ -16,7 +16,7 @@ import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
 from celo2 import FusedCelo2, Theta
-from celo2.routing import format_table
+from celo2.tables import format_table
 
 HAS_GPU = torch.cuda.is_available()
 # hidden matrices of one block, and how many blocks

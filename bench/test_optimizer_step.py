@@ -16,7 +16,7 @@ from torch.optim import AdamW, Optimizer
 
 from celo2 import FusedCelo2, Theta
 from celo2.reference import MatrixState, matrix_update
-from celo2.routing import format_table
+from celo2.tables import format_table
 
 # one GPT-2 124M block: query, key, value and output projections, then the two of the MLP
 SHAPES = [(768, 768)] * 4 + [(768, 3072), (3072, 768)]

@@ -13,7 +13,7 @@ from pytest_benchmark.fixture import BenchmarkFixture
 
 from celo2 import FusedCelo2
 from celo2.kernel_plans import Signature, Watch
-from celo2.routing import format_table
+from celo2.tables import format_table
 
 PARAMETERS = 288
 ROUNDS = 200

@@ -81,7 +81,7 @@ def evaluate(
     model.train()
     if stopped:
         return None
-    nats, all_right, all_seen = world.sums(nats, right, seen)
+    nats, all_right, all_seen = world.all_reduce_sum(nats, right, seen)
     return nats / all_seen, all_right / all_seen
 
 
@@ -258,10 +258,10 @@ def train(arguments: argparse.Namespace, held: ExitStack) -> int:
         state, notes = checkpoints.load(model, optimizers, identity, may_differ=("micro_batch", "ranks"))
         for note in notes:
             say(f"resume:     {note}")
-    elif world.shared(world.main and (has_records(out_dir / METRICS) or checkpoints.latest() is not None)):
+    elif world.broadcast_object(world.main and (has_records(out_dir / METRICS) or checkpoints.latest() is not None)):
         raise ValueError(f"{out_dir} holds a run: go on with --resume auto, or give another --out-dir")
     step, skipped = (state.step, state.skipped) if state else (0, 0)
-    run_id = state.run_id if state else world.shared(secrets.token_hex(4))
+    run_id = state.run_id if state else world.broadcast_object(secrets.token_hex(4))
     say(
         f"output:     {out_dir}, run {run_id}, " + (f"resumed at step {step} of {total}" if state else "from the start")
     )
@@ -291,7 +291,7 @@ def train(arguments: argparse.Namespace, held: ExitStack) -> int:
         checkpoints.save(model, optimizers, RunState(step, skipped, run_id, identity), before=log.sync)
 
     def validated() -> bool:
-        return world.shared(log.last("val", "step")[-1:] == [step])
+        return world.broadcast_object(log.last("val", "step")[-1:] == [step])
 
     def validate() -> None:
         # without activations to keep there is room for more than a micro-batch

@@ -31,8 +31,9 @@ from celo2.matrices import MatrixView
 from celo2.planner import Planner
 from celo2.rates import Rates
 from celo2.routes import Route, route_module, route_name
-from celo2.routing import format_table, param_groups, view_options
+from celo2.routing import param_groups, view_options
 from celo2.state import check_saved_state, copy_saved_state
+from celo2.tables import format_table
 from celo2.theta import Theta, load_weights
 
 if TYPE_CHECKING:

@@ -6,7 +6,6 @@ both). `celo2.routes` decides for each parameter, `FusedCelo2.table()` prints th
 
 from __future__ import annotations
 
-import re
 import warnings
 from collections.abc import Mapping
 from typing import Any
@@ -103,20 +102,3 @@ def describe(route: Route, variant: str, *, viewed: bool = False) -> str:
 def view_options(view: MatrixView) -> dict[str, Any]:
     """Return a view as the plain values of a parameter group."""
     return {"split": view.split, "heads": view.heads, "axis": view.axis, "flatten": view.flatten}
-
-
-def format_table(header: tuple[str, ...], rows: list[tuple[str, ...]], *, collapse: bool = False) -> str:
-    """Align rows of text in columns.
-
-    With `collapse`, rows that differ only in a number within the name, the first cell, become one: `blocks.*.qkv x12`.
-    """
-    if collapse:
-        counts: dict[tuple[str, ...], int] = {}
-        for name, *cells in rows:
-            key = (re.sub(r"(?<=\.)\d+(?=\.)", "*", name), *cells)
-            counts[key] = counts.get(key, 0) + 1
-        rows = [(f"{name} x{count}" if "*" in name else name, *cells) for (name, *cells), count in counts.items()]
-    rows = [header, *rows]
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-    return "\n".join([lines[0], "  ".join("-" * width for width in widths), *lines[1:]])

@@ -29,12 +29,7 @@ def apply_update_kernel(
     if not layout.accepted(control_ptr):
         return
     tile = tl.program_id(0)
-    matrix = tl.load(tiles_ptr + 3 * tile)
-    row0 = tl.load(tiles_ptr + 3 * tile + 1)
-    column0 = tl.load(tiles_ptr + 3 * tile + 2)
-    rows = layout.entry(table_ptr, matrix, layout.ROWS).to(tl.int32)
-    columns = layout.length_of(table_ptr, matrix, layout.COLS, ALIGNED)
-    column, own = layout.columns_of(column0, columns, BLOCK_COLUMNS, ALIGNED)
+    matrix, row0, _, rows, columns, column, own = layout.tile_of(table_ptr, tiles_ptr, tile, BLOCK_COLUMNS, ALIGNED)
     group = layout.entry(table_ptr, matrix, layout.GROUP)
     lr = tl.load(rates_ptr + group * layout.RATES)
     decay = tl.load(rates_ptr + group * layout.RATES + 1)

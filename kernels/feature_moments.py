@@ -44,13 +44,10 @@ def feature_moments_kernel(
     if not layout.accepted(control_ptr):
         return
     tile = tl.program_id(0)
-    matrix = tl.load(tiles_ptr + 3 * tile)
-    row0 = tl.load(tiles_ptr + 3 * tile + 1)
-    column0 = tl.load(tiles_ptr + 3 * tile + 2)
-    rows = layout.entry(table_ptr, matrix, layout.ROWS).to(tl.int32)
-    columns = layout.length_of(table_ptr, matrix, layout.COLS, ALIGNED)
+    matrix, row0, column0, rows, columns, column, own = layout.tile_of(
+        table_ptr, tiles_ptr, tile, BLOCK_COLUMNS, ALIGNED
+    )
     gradient_scale = layout.gradient_scale_of(control_ptr, table_ptr, matrix)
-    column, own = layout.columns_of(column0, columns, BLOCK_COLUMNS, ALIGNED)
 
     p_stride = layout.length_of(table_ptr, matrix, layout.P_STRIDE, ALIGNED)
     g_stride = layout.length_of(table_ptr, matrix, layout.G_STRIDE, ALIGNED)
@@ -62,17 +59,13 @@ def feature_moments_kernel(
     m2_ptr = layout.tensor_at(table_ptr, matrix, layout.MOMENTUM + 2, m_like, ALIGNED) + column
     v_ptr = layout.tensor_at(table_ptr, matrix, layout.V, v_like, ALIGNED) + column
 
-    CHUNK: tl.constexpr = (layout.UNIT + UNITS) * BLOCK_COLUMNS
-    row_chunk = layout.entry(table_ptr, matrix, layout.ROW_CHUNK) + row0 // BLOCK_COLUMNS
-    column_chunk = layout.entry(table_ptr, matrix, layout.COLUMN_CHUNK) + column0 // BLOCK_COLUMNS
-    row_ptr = vectors_ptr + row_chunk * CHUNK + row0 % BLOCK_COLUMNS
+    row_ptr, column_ptr = layout.vectors_of(
+        table_ptr, vectors_ptr, matrix, row0, column0, layout.UNIT + UNITS, STEP_ROWS, BLOCK_COLUMNS
+    )
     o_column = tl.arange(0, BLOCK_COLUMNS)[None, :]
-    column_ptr = vectors_ptr + column_chunk * CHUNK + tl.broadcast_to(o_column, [STEP_ROWS, BLOCK_COLUMNS])
 
     QUANTISED: tl.constexpr = m_like.dtype.element_ty == tl.int8
-    quanta = tl.cdiv(columns, layout.QUANTUM)
-    o_quantum = (column // layout.QUANTUM + tl.arange(0, BLOCK_COLUMNS // layout.QUANTUM))[None, :]
-    scale_ptr = layout.entry(table_ptr, matrix, layout.MOMENTUM_SCALE).to(tl.pointer_type(tl.float32))
+    scale_ptr, quanta, o_quantum = layout.quanta_of(table_ptr, matrix, columns, column, BLOCK_COLUMNS)
     sums = ()
     for _ in tl.static_range(layout.ELEMENT_COLUMNS):
         sums = sums + (tl.zeros([STEP_ROWS, BLOCK_COLUMNS // 4], tl.float32),)
@@ -93,11 +86,7 @@ def feature_moments_kernel(
         )
         if QUANTISED:
             scales_ptr = scale_ptr + ((first + o_row) * quanta + tl.minimum(o_quantum, quanta - 1)) * 3
-            momenta = (
-                rounding.scaled(momenta[0], tl.load(scales_ptr)),
-                rounding.scaled(momenta[1], tl.load(scales_ptr + 1)),
-                rounding.scaled(momenta[2], tl.load(scales_ptr + 2)),
-            )
+            momenta = rounding.scaled_momenta(momenta, scales_ptr)
         g = g.to(tl.float32) * gradient_scale
         if CLIP:
             g = tl.clamp(g, -layout.GRADIENT_CLIP, layout.GRADIENT_CLIP)

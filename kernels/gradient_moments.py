@@ -36,12 +36,9 @@ def gradient_moments_kernel(
     BLOCK_COLUMNS: tl.constexpr,
 ):
     tile = tl.program_id(0)
-    matrix = tl.load(tiles_ptr + 3 * tile)
-    row0 = tl.load(tiles_ptr + 3 * tile + 1)
-    column0 = tl.load(tiles_ptr + 3 * tile + 2)
-    rows = layout.entry(table_ptr, matrix, layout.ROWS).to(tl.int32)
-    columns = layout.length_of(table_ptr, matrix, layout.COLS, ALIGNED)
-    column, own = layout.columns_of(column0, columns, BLOCK_COLUMNS, ALIGNED)
+    matrix, row0, column0, rows, columns, column, own = layout.tile_of(
+        table_ptr, tiles_ptr, tile, BLOCK_COLUMNS, ALIGNED
+    )
     stride = layout.length_of(table_ptr, matrix, layout.G_STRIDE, ALIGNED)
     g_ptr = layout.gradient_at(gradients_ptr, matrix, g_like, ALIGNED)
 

@@ -159,3 +159,46 @@ def columns_of(column0, columns, BLOCK: tl.constexpr, ALIGNED: tl.constexpr):
         first = column0
         own = (first + tl.arange(0, BLOCK) < columns)[None, :]
     return first, own
+
+
+@triton.jit
+def tile_of(table_ptr, tiles_ptr, tile, BLOCK_COLUMNS: tl.constexpr, ALIGNED: tl.constexpr):
+    """Return a tile's matrix, its first row and column, the matrix's lengths, and what `columns_of` says of it."""
+    matrix = tl.load(tiles_ptr + 3 * tile)
+    row0 = tl.load(tiles_ptr + 3 * tile + 1)
+    column0 = tl.load(tiles_ptr + 3 * tile + 2)
+    rows = entry(table_ptr, matrix, ROWS).to(tl.int32)
+    columns = length_of(table_ptr, matrix, COLS, ALIGNED)
+    column, own = columns_of(column0, columns, BLOCK_COLUMNS, ALIGNED)
+    return matrix, row0, column0, rows, columns, column, own
+
+
+@triton.jit
+def vectors_of(
+    table_ptr,
+    vectors_ptr,
+    matrix,
+    row0,
+    column0,
+    PLANES: tl.constexpr,
+    STEP_ROWS: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr,
+):
+    """Return where in `vectors` the first plane of a tile's rows is (an address), and of its columns (a tile of them).
+
+    The columns have as many addresses as a tile has elements, so that their loads have the tile's layout and need no
+    exchange between threads.
+    """
+    CHUNK: tl.constexpr = PLANES * BLOCK_COLUMNS
+    row_chunk = entry(table_ptr, matrix, ROW_CHUNK) + row0 // BLOCK_COLUMNS
+    column_chunk = entry(table_ptr, matrix, COLUMN_CHUNK) + column0 // BLOCK_COLUMNS
+    row_ptr = vectors_ptr + row_chunk * CHUNK + row0 % BLOCK_COLUMNS
+    o_column = tl.broadcast_to(tl.arange(0, BLOCK_COLUMNS)[None, :], [STEP_ROWS, BLOCK_COLUMNS])
+    return row_ptr, vectors_ptr + column_chunk * CHUNK + o_column
+
+
+@triton.jit
+def quanta_of(table_ptr, matrix, columns, column, BLOCK_COLUMNS: tl.constexpr):
+    """Return the address of a matrix's scales [rows, quanta, 3], quanta of a row, and a tile's [1, quanta]."""
+    o_quantum = (column // QUANTUM + tl.arange(0, BLOCK_COLUMNS // QUANTUM))[None, :]
+    return sums_at(table_ptr, matrix, MOMENTUM_SCALE), tl.cdiv(columns, QUANTUM), o_quantum

@@ -71,6 +71,16 @@ def scaled(x, scale):
 
 
 @triton.jit
+def scaled_momenta(momenta, scales_ptr):
+    """Return three momenta times their scales, which lie side by side."""
+    return (
+        scaled(momenta[0], tl.load(scales_ptr)),
+        scaled(momenta[1], tl.load(scales_ptr + 1)),
+        scaled(momenta[2], tl.load(scales_ptr + 2)),
+    )
+
+
+@triton.jit
 def store_8_bits(pointer, value, mask, noise, HALF: tl.constexpr, scale_ptr, scale_mask):
     """Store float32 `value` as 8 bits, stochastically rounded multiples of a scale: the largest of a quantum / 127."""
     inside = tl.abs(tl.where(mask, value, 0.0))

@@ -15,6 +15,7 @@ from celo2.files import write_atomic
 from celo2.meta.language_model import Method, Settings
 from celo2.pretrain.runlog import write_png
 from celo2.pretrain.terminal import attempt
+from celo2.tables import markdown_table
 from celo2.theta import Theta
 
 Record = dict[str, Any]
@@ -67,11 +68,6 @@ class Comparison:
         return None
 
 
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    lines = ["| " + " | ".join(header) + " |", "|" + " --- |" * len(header)]
-    return [*lines, *("| " + " | ".join(row) + " |" for row in rows), ""]
-
-
 def _model_section(comparisons: Sequence[Comparison], settings: Settings) -> list[str]:
     complete = [c for c in comparisons if c.complete]
     unfinished = [c.method.name for c in comparisons if not c.complete]
@@ -103,7 +99,7 @@ def _model_section(comparisons: Sequence[Comparison], settings: Settings) -> lis
         "(Student's t) over the seeds.",
         "",
     ]
-    lines += _table(
+    lines += markdown_table(
         ["method", "best lr", "final validation loss", f"steps to {REFERENCE}'s final loss", "speed-up", "time a run"],
         rows,
     )
@@ -133,7 +129,7 @@ def _sweeps(comparisons: Sequence[Comparison]) -> list[str]:
         "",
         "Final validation loss of one seed, and the learning rate.",
         "",
-        *_table(header, rows),
+        *markdown_table(header, rows),
     ]
 
 
@@ -192,14 +188,14 @@ def _horizon_section(records: Sequence[Record]) -> list[str]:
         "",
     ]
     header = ["theta", "task", "scale", "final loss", "largest draw-up", "not finite", "weight RMS"]
-    return lines + _table(header, rows)
+    return lines + markdown_table(header, rows)
 
 
 def _thetas_section(thetas: Sequence[Theta]) -> list[str]:
     shown = ("recipe", "data", "seed", "outer_steps", "inner_steps", "seconds", "machine", "torch", "git", "selection")
-    rows = [[key, *(theta.card.get(key, "-").replace("|", "\\|") for theta in thetas)] for key in shown]
+    rows = [[key, *(theta.card.get(key, "-") for theta in thetas)] for key in shown]
     rows.append(["sha256", *(theta.sha256[:16] for theta in thetas)])
-    return _table(["", *(theta.name for theta in thetas)], rows)
+    return markdown_table(["", *(theta.name for theta in thetas)], rows)
 
 
 def _legend(axis: Any) -> None:

@@ -184,7 +184,7 @@ def train(arguments: argparse.Namespace, held: ExitStack) -> int:
             seconds_before = read_clock(clock).get(str(trainer.outer_step), 0.0)
         for note in trainer.notes if main else ():
             print(f"resume: {note}: the run goes on, no longer to the bit")
-    elif world.shared(main and any(out_dir.glob("checkpoint-*"))):
+    elif world.broadcast_object(main and any(out_dir.glob("checkpoint-*"))):
         raise ValueError(f"{out_dir} holds a run: continue it with --resume auto, or choose another --out-dir")
     total = recipe.outer_steps
     if main:

@@ -89,7 +89,7 @@ class Checkpoints:
         """
         self.wait()
         path = self.folder / f"step-{state.step:08d}"
-        temporary = self.world.shared(self._temporary(path))
+        temporary = self.world.broadcast_object(self._temporary(path))
         problem, tensors = None, {}
         try:
             before()
@@ -211,7 +211,7 @@ class Checkpoints:
         are checkpoints and none is usable; OSError when one cannot be read.
         """
         notes: list[str] = []
-        folders = self.world.shared(self._folders())
+        folders = self.world.broadcast_object(self._folders())
         for path in folders:
             state, problem = self._checked(path)
             if state is None:
@@ -267,7 +267,7 @@ class Checkpoints:
         when there is none, when it is damaged or of another model, naming what differs; OSError when it cannot be read.
         """
         candidates = [source] if _NAME.fullmatch(source.name) else Checkpoints(source)._folders()
-        candidates = self.world.shared([path for path in candidates if (path / DONE).is_file()])
+        candidates = self.world.broadcast_object([path for path in candidates if (path / DONE).is_file()])
         if not candidates:
             raise ValueError(
                 f"--init-from {source}: holds no complete checkpoint; give the --out-dir of a run, or one of its "

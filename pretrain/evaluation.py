@@ -49,5 +49,5 @@ def evaluate(
         model.reshard()
     if stopped:
         return None
-    nats, all_tokens, all_bytes = world.sums(nats, tokens, text_bytes)
+    nats, all_tokens, all_bytes = world.all_reduce_sum(nats, tokens, text_bytes)
     return nats / all_tokens, bits_per_byte(nats, all_bytes)

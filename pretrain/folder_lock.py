@@ -40,7 +40,7 @@ def locked(folder: Path, world: World) -> Iterator[None]:
             handle = _take(folder)
         except (OSError, ValueError) as error:
             problem = str(error)
-    problem = world.shared(problem)
+    problem = world.broadcast_object(problem)
     if problem is not None:
         raise ValueError(problem)
     try:

@@ -162,5 +162,5 @@ def score(model: GPT, items: Sequence[Item], tokenizer: Tokenizer, world: World,
         model.reshard()
     labels = torch.tensor([item.label for item in mine])[:count]
     right, right_norm = (int((torch.cat(chosen)[:count] == labels).sum()) for chosen in (sums, means))
-    total, total_norm, number = world.sums(right, right_norm, count)
+    total, total_norm, number = world.all_reduce_sum(right, right_norm, count)
     return Score(total_norm / number, total / number, int(number))

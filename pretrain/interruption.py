@@ -48,12 +48,12 @@ class Interruption:
 
     def poll(self) -> bool:
         """Ask all ranks; return whether one has received a signal to stop for."""
-        self.signal = self._world.largest(self._noted)
+        self.signal = self._world.all_reduce_max(self._noted)
         return self.signal != 0
 
     def settle(self) -> bool:
         """Between steps: agree on everything; return whether to stop."""
-        self.agree(self._world.sums(*self.flags()))
+        self.agree(self._world.all_reduce_sum(*self.flags()))
         return self.signal != 0
 
     def flags(self) -> list[float]:

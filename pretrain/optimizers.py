@@ -25,8 +25,8 @@ from celo2 import (
 )
 from celo2.pretrain.model import GPT
 from celo2.pretrain.recipes import OPTS, Tuning
-from celo2.routing import format_table
 from celo2.state import local
+from celo2.tables import format_table
 from celo2.theta import VARIANTS
 
 

@@ -86,7 +86,7 @@ class World:
         """Whether this process prints and logs."""
         return self.rank == 0
 
-    def largest(self, value: int) -> int:
+    def all_reduce_max(self, value: int) -> int:
         """The largest of all ranks' values."""
         if self.control is None:
             return value
@@ -94,7 +94,7 @@ class World:
         dist.all_reduce(tensor, dist.ReduceOp.MAX, group=self.control)
         return int(tensor)
 
-    def sums(self, *values: float) -> list[float]:
+    def all_reduce_sum(self, *values: float) -> list[float]:
         """The sums of all ranks' values, in float64."""
         if self.control is None:
             return list(values)
@@ -110,7 +110,7 @@ class World:
         dist.all_reduce(total)
         return total / self.ranks
 
-    def shared(self, value: Any) -> Any:
+    def broadcast_object(self, value: Any) -> Any:
         """What rank 0 gives; the others' values do not count."""
         if self.control is None:
             return value

@@ -29,8 +29,8 @@ from celo2.pretrain.optimizers import Optimizers, local_bytes
 from celo2.pretrain.parallel import PARALLEL, REDUCE, Parallel, shard
 from celo2.pretrain.recipes import Recipe, recipe_for, split_batch
 from celo2.pretrain.runlog import quantity
-from celo2.routing import format_table
 from celo2.state import local
+from celo2.tables import format_table
 
 GIB = 2**30
 TABLE_SIZES = ("small", "medium", "large", "gpt2-xl", "xl")

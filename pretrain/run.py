@@ -55,7 +55,7 @@ class Data:
         train_paths, val_paths = find_shards(folder)
         loader = Loader(train_paths, context, arguments.seed, tokenizer.vocab_id)
         paths = (*train_paths, *val_paths) if world.main else ()
-        fingerprints = world.shared({path.name: shard_fingerprint(path) for path in paths})
+        fingerprints = world.broadcast_object({path.name: shard_fingerprint(path) for path in paths})
         items = find_items(arguments.hellaswag, folder, tokenizer)
         if recipe.val_tokens < context:
             raise ValueError(f"val_tokens={recipe.val_tokens} is less than one window of {context}: raise --val-tokens")
@@ -181,7 +181,7 @@ class Run:
 
     def is_validated(self) -> bool:
         """Whether the log has a validation loss of this step."""
-        return self.world.shared(self.log.last("val", "step")[-1:] == [self.step])
+        return self.world.broadcast_object(self.log.last("val", "step")[-1:] == [self.step])
 
     def validate(self) -> None:
         """Write down the validation loss, unless a signal ends it."""

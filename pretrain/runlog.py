@@ -17,6 +17,7 @@ from typing import Any, Literal, TextIO
 
 from celo2.files import write_atomic
 from celo2.pretrain.terminal import printable
+from celo2.tables import markdown_table
 
 METRICS = "metrics.jsonl"
 CURVE = "loss.png"
@@ -269,8 +270,8 @@ def write_png(figure: Any, path: Path, **options: Any) -> None:
 
 def write_report(folder: Path, facts: dict[str, Any], sample: str) -> None:
     """Write `report.md`: a table of facts, the picture, the sample."""
-    shown = {key: " ".join(printable(str(value)).split()).replace("|", "\\|") for key, value in facts.items()}
-    lines = [f"# {shown['run']}", "", "| | |", "|---|---|"]
-    lines += [f"| {key} | {value} |" for key, value in shown.items() if key != "run"]
-    lines += ["", f"![loss]({CURVE})", "", "Sample:", "", *(f"    {line}" for line in sample.splitlines()), ""]
+    shown = {key: " ".join(printable(str(value)).split()) for key, value in facts.items()}
+    run = shown.pop("run")
+    lines = [f"# {run}", "", *markdown_table(("", ""), shown.items())]
+    lines += [f"![loss]({CURVE})", "", "Sample:", "", *(f"    {line}" for line in sample.splitlines()), ""]
     write_atomic(folder / REPORT, ["\n".join(lines).encode()])

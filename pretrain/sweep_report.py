@@ -24,6 +24,7 @@ from celo2.pretrain.runlog import duration, write_png
 from celo2.pretrain.sweep_points import Point
 from celo2.pretrain.sweep_runner import Record
 from celo2.pretrain.terminal import attempt, printable
+from celo2.tables import markdown_table
 
 SEED = "seed"
 REPORT, RECORDS = "report.md", "records.jsonl"
@@ -190,12 +191,6 @@ class Findings:
             for key, value in run.without_seed():
                 values.setdefault(key, set()).add(value)
         return [key for key in values if len(values[key]) > 1 or any(run.point.get(key) == "" for run in self.grid)]
-
-
-def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """A Markdown table as lines, and an empty one."""
-    lines = ["| " + " | ".join(header) + " |", "|" + " --- |" * len(header)]
-    return [*lines, *("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows), ""]
 
 
 def comparison_rows(findings: Findings) -> tuple[list[str], list[list[str]]]:
@@ -393,7 +388,7 @@ def write_report(out: Path, findings: Findings, title: str, facts: dict[str, str
         lines += ["No run has ended yet.", ""]
     else:
         header, rows = comparison_rows(findings)
-        lines += table(header, rows)
+        lines += markdown_table(header, rows)
         if target is not None:
             sign = -1.0 if metric.maximize else 1.0
             margins = [(m.name, sign * margin(list(m.values.values()), target)) for m in findings.methods if m.values]
@@ -424,7 +419,9 @@ def write_report(out: Path, findings: Findings, title: str, facts: dict[str, str
     failed = [run for run in findings.all if run.record["status"] == "failed"]
     if failed:
         lines += ["## Failed runs", ""]
-        lines += table(("run", "reason"), [(str(run.point), printable(run.record["reason"])) for run in failed])
+        lines += markdown_table(
+            ("run", "reason"), [(str(run.point), printable(run.record["reason"])) for run in failed]
+        )
     versions = Counter(json.dumps(run.record.get("versions")) for run in findings.all)
     if len(versions) > 1:
         lines += [f"The runs were made with {len(versions)} different sets of versions.", ""]
@@ -444,4 +441,4 @@ def _rates(findings: Findings) -> list[str]:
         cells = [f"{value:.4f} ({key:g})" if math.isfinite(value) else f"failed ({key:g})" for key, value in line]
         rows.append([name, *cells, *[""] * (width - len(cells))])
     header = ["method", *(f"rate {index + 1}" for index in range(width))]
-    return ["The best over the other options at each learning rate, in the grid:", "", *table(header, rows)]
+    return ["The best over the other options at each learning rate, in the grid:", "", *markdown_table(header, rows)]

@@ -132,7 +132,7 @@ def train(arguments: argparse.Namespace, held: ExitStack) -> int:
         state, notes = checkpoints.load(model, optimizers, identity, may_differ=may_differ, aside=aside)
         for note in notes:
             log0(f"resume:     {note}")
-    elif world.shared(world.main and (has_records(out_dir / METRICS) or checkpoints.latest() is not None)):
+    elif world.broadcast_object(world.main and (has_records(out_dir / METRICS) or checkpoints.latest() is not None)):
         raise ValueError(f"{out_dir} holds a run: go on with --resume auto, or give another --out-dir")
     if state is not None:
         schedule.check(state.step, state.identity.get("extensions", ()))
@@ -143,7 +143,7 @@ def train(arguments: argparse.Namespace, held: ExitStack) -> int:
         log0(f"weights:    began as those of {identity['weights_of']}")
     step, skipped = (state.step, state.skipped) if state else (0, 0)
     started_at = step
-    run_id = state.run_id if state else world.shared(secrets.token_hex(4))
+    run_id = state.run_id if state else world.broadcast_object(secrets.token_hex(4))
     log0(
         f"output:     {out_dir}, run {run_id}, " + (f"resumed at step {step} of {total}" if state else "from the start")
     )

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import os
 import signal
-import subprocess
-import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +22,7 @@ if not torch.cuda.is_available():
 
 from celo2 import Theta
 from celo2.theta import GROUP_COLUMNS
+from scenarios.pool import RankFailure, RankPool
 
 # the tests' processes get hangups also where nohup started the tests
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
@@ -43,15 +41,27 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             for package in marker.args:
                 if importlib.util.find_spec(package) is None:
                     item.add_marker(pytest.mark.skip(reason=f"needs {package}"))
-    kernels = [item for item in items if item.get_closest_marker("kernels") or "sharded_kernels" in item.nodeid]
-    # a checkout that is not laid out as it installs has no kernels
-    is_there = all(importlib.util.find_spec(name) for name in ("triton", "celo2.kernels"))
-    if kernels and not torch.cuda.is_available() and is_there:
-        from celo2.backends.parts import interpreter_fault
+    kernels = [item for item in items if item.get_closest_marker("kernels")]
+    if kernels and not torch.cuda.is_available() and (reason := no_interpreter()) is not None:
+        for item in kernels:
+            item.add_marker(pytest.mark.skip(reason=reason))
 
-        fault = interpreter_fault()
-        for item in kernels if fault is not None else ():
-            item.add_marker(pytest.mark.skip(reason=fault))
+
+def no_interpreter() -> str | None:
+    """Why kernels cannot be interpreted here."""
+    # a checkout that is not laid out as it installs has no kernels
+    if not all(importlib.util.find_spec(name) for name in ("triton", "celo2.kernels")):
+        return "needs triton, and celo2 installed"
+    from celo2.backends.parts import interpreter_fault
+
+    return interpreter_fault()
+
+
+@pytest.fixture(scope="session")
+def interpreter() -> None:
+    """For tests whose processes interpret kernels."""
+    if (reason := no_interpreter()) is not None:
+        pytest.skip(reason)
 
 
 @pytest.fixture
@@ -64,38 +74,21 @@ def golden() -> Callable[[str], dict[str, np.ndarray]]:
 
 
 @pytest.fixture(scope="session")
-def run_ranks() -> Callable[..., Any]:
-    """Run a program on some processes that meet through torchrun; what rank 0 prints last, as JSON."""
+def on_ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Any]]:
+    """Run a scenario on some processes, which stay for the next one: what it returns on rank 0."""
+    pools: dict[int, RankPool] = {}
 
-    def run(program: Path, ranks: int, *arguments: object, **environment: str) -> Any:
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-        command += [str(program), *map(str, arguments)]
-        variables = {**os.environ, **environment}
-        result = subprocess.run(command, capture_output=True, text=True, timeout=600, env=variables, check=False)
-        if result.returncode:
-            pytest.fail(f"{ranks} ranks: {result.stderr[-4000:]}", pytrace=False)
-        return json.loads(result.stdout.strip().splitlines()[-1])
+    def run(ranks: int, scenario: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+        if ranks not in pools or not pools[ranks].alive:
+            pools[ranks] = RankPool(ranks, tmp_path_factory.mktemp("store") / "store")
+        try:
+            return pools[ranks].run(scenario, *arguments, **options)
+        except RankFailure as failure:
+            pytest.fail(str(failure), pytrace=False)
 
-    return run
-
-
-class Reports(dict[int, Any]):
-    """What a program found on some numbers of ranks, run when first asked for; on two before any other."""
-
-    def __init__(self, run: Callable[[int], Any]) -> None:
-        super().__init__()
-        self._run = run
-
-    def __missing__(self, ranks: int) -> Any:
-        if ranks != 2:
-            self[2]  # the others resume from its checkpoints
-        self[ranks] = self._run(ranks)
-        return self[ranks]
-
-
-@pytest.fixture(scope="session")
-def reports_of() -> type[Reports]:
-    return Reports
+    yield run
+    for pool in pools.values():
+        pool.close()
 
 
 @pytest.fixture

@@ -2,60 +2,64 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
-
 import pytest
+
+from scenarios import meshes
 
 pytestmark = pytest.mark.dist
 
-PROGRAM = Path(__file__).with_name("mesh_ranks.py")
+EVERYTHING = list(meshes.LAYOUTS)
+CASES = [
+    *((variant, [name], {"max_grad_norm": 1.0}) for variant in ("celo2", "celo2-base") for name in EVERYTHING),
+    *((variant, EVERYTHING[n:] + EVERYTHING[:n], {}) for variant in ("celo2", "celo2-base") for n in (0, 3)),
+    ("celo2", EVERYTHING, {"ns_over_replicas": True}),
+    # elements beyond the rule's clip
+    ("celo2", EVERYTHING, {"steps": 2, "scale": 2e3}),
+]
 
 
-@pytest.fixture(scope="module")
-def report(tmp_path_factory: pytest.TempPathFactory, run_ranks: Callable[..., Any]) -> Any:
-    return run_ranks(PROGRAM, 4, tmp_path_factory.mktemp("meshes"), TRITON_INTERPRET="0")
+@pytest.mark.parametrize(("variant", "layouts", "options"), CASES, ids=lambda value: str(value)[:60])
+def test_equals_one_process(on_ranks, variant, layouts, options) -> None:
+    parameters, factors, norm = on_ranks(4, meshes.differences, variant, layouts, **options)
+    print(parameters, factors, norm)
+    assert parameters <= 2e-6 and factors <= 1e-5 and norm <= 1e-6
 
 
-@pytest.fixture(scope="module")
-def kernels(tmp_path_factory: pytest.TempPathFactory, run_ranks: Callable[..., Any]) -> Any:
-    return run_ranks(PROGRAM, 4, tmp_path_factory.mktemp("kernels"), TRITON_INTERPRET="1")
+@pytest.mark.parametrize(
+    ("variant", "layouts", "options"),
+    [
+        ("celo2", ["rowwise", "replicas"], {"max_grad_norm": 1.0, "ns_over_replicas": True}),
+        ("celo2-base", EVERYTHING, {}),
+    ],
+)
+def test_kernels_equal_one_process(on_ranks, interpreter, variant, layouts, options) -> None:
+    options = {"specs": meshes.SMALL, "steps": 2, "backend": "triton", **options}
+    parameters, factors, norm = on_ranks(4, meshes.differences, variant, layouts, **options)
+    print(parameters, factors, norm)
+    assert parameters <= 2e-6 and factors <= 1e-4 and norm <= 1e-6
 
 
-def test_equals_one_process(report) -> None:
-    print(json.dumps(report["cases"]))
-    assert len(report["cases"]) == 18
-    for case, (parameters, factors, norm) in report["cases"].items():
-        assert parameters <= 2e-6 and factors <= 1e-5 and norm <= 1e-6, case
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_replicas_round_alike(on_ranks, backend, request) -> None:
+    if backend == "triton":
+        request.getfixturevalue("interpreter")
+    assert on_ranks(4, meshes.replicas_agree, backend)
 
 
-def test_kernels_equal_one_process(kernels) -> None:
-    print(json.dumps(kernels["cases"]))
-    assert len(kernels["cases"]) == 2
-    for case, (parameters, factors, norm) in kernels["cases"].items():
-        assert parameters <= 2e-6 and factors <= 1e-4 and norm <= 1e-6, case
-
-
-def test_replicas_round_alike(report, kernels) -> None:
-    assert report["replicas agree"] and kernels["replicas agree"]
-
-
-def test_newton_schulz_of_replicas(report) -> None:
+def test_newton_schulz_of_replicas(on_ranks) -> None:
     # eight matrices of 16 x 16, half of each here. Each replica by itself, or all four ranks for both
-    alone, together = report["owners"]
+    alone, together = (on_ranks(4, meshes.owners, over) for over in (False, True))
     assert alone == {"owned": [4, 4, 0, 0], "own": 8 * 128, "sent": 8 * 128, "returned": 2 * 4 * 128}
     assert together == {"owned": [2, 2, 2, 2], "own": 8 * 128, "sent": 4 * 128, "returned": 2 * 4 * 128}
 
 
-def test_fsdp2_after_tensor_parallelism_trains_and_resumes(report) -> None:
-    trained = report["trained"]
+def test_fsdp2_after_tensor_parallelism_trains_and_resumes(on_ranks, tmp_path) -> None:
+    trained = on_ranks(4, meshes.trained, tmp_path / "checkpoint")
     assert trained["difference"] <= 2e-6 and trained["resumed"] and trained["alone"] <= 2e-6
 
 
-def test_what_is_not_supported_is_refused_by_name(report) -> None:
-    strided, short, velo, apart = report["refused"]
+def test_what_is_not_supported_is_refused_by_name(on_ranks) -> None:
+    strided, short, velo, apart = on_ranks(4, meshes.refusals)
     assert "strided otherwise than by fully_shard after tensor parallelism" in strided
     assert "a rank has (1, 8) of shape (8, 8)" in short
     assert "sharded on 2 axes of DeviceMesh" in velo

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,35 +18,33 @@ from celo2.matrices import MatrixView
 from celo2.plan import Plan, Slot, padded
 from celo2.shard_layout import Cut, ShardLayout, assign_owners, chunk, newton_schulz_flops
 from celo2.sharding import Team, shard_spec_of
+from scenarios import sharded
 
-PROGRAM = Path(__file__).with_name("sharded_ranks.py")
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("sharded")
-
-
-@pytest.fixture(scope="module")
-def reports(folder: Path, reports_of: Any, run_ranks: Callable[..., Any]) -> dict[int, Any]:
-    return reports_of(lambda ranks: run_ranks(PROGRAM, ranks, folder))
+VARIANTS = ("celo2", "celo2-base")
+on_one_to_four = pytest.mark.parametrize("ranks", [1, 2, 3, 4])
 
 
 @pytest.mark.dist
-@pytest.mark.parametrize("ranks", [1, 2, 3, 4])
-def test_equals_one_process(ranks, reports):
-    report = reports[ranks]
-    print(json.dumps(report["differences"]), "bfloat16 wire", report["bfloat16 wire"])
-    assert len(report["differences"]) >= 6
-    assert max(report["differences"].values()) <= 2e-6
-    # parameters of 0.1 and steps of 1e-2, twenty of them: 2e-3 is 1e-2 of the distance, a bfloat16's last bit a step
-    assert 1e-6 < report["bfloat16 wire"] <= 2e-3
+@on_one_to_four
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_equals_one_process(on_ranks, ranks, variant) -> None:
+    cases = {
+        "rows": on_ranks(ranks, sharded.difference, variant, [Shard(0)], max_grad_norm=1.0),
+        "columns": on_ranks(ranks, sharded.difference, variant, [Shard(1)], max_grad_norm=1.0),
+        "clipped elements": on_ranks(ranks, sharded.difference, variant, [Shard(0)], steps=2, scale=2e3),
+    }
+    if ranks == 4:
+        cases["hsdp"] = on_ranks(ranks, sharded.hsdp_difference, variant)
+    print(json.dumps(cases))
+    assert max(cases.values()) <= 2e-6
 
 
 @pytest.mark.dist
-@pytest.mark.parametrize("ranks", [1, 2, 3, 4])
-def test_a_bfloat16_wire_stays_within_a_thousandth(ranks, reports):
-    wire = reports[ranks]["wire"]
+@on_one_to_four
+def test_a_bfloat16_wire_stays_within_a_thousandth(on_ranks, ranks) -> None:
+    # parameters of 0.1 and ten steps of 1e-2: 1e-3 is 1e-2 of the distance, a bfloat16's last bit a step
+    assert 1e-6 < on_ranks(ranks, sharded.difference, "celo2", [Shard(0)], comm_dtype="bfloat16") <= 1e-3
+    wire = sharded.relative_differences(on_ranks(ranks, sharded.wire_runs, split=False))
     print(json.dumps(wire))
     assert len(wire) == 6
     assert max(wire.values()) <= 1e-3
@@ -55,85 +52,100 @@ def test_a_bfloat16_wire_stays_within_a_thousandth(ranks, reports):
     assert min(wire.values()) > 0
 
 
+@pytest.fixture(scope="module")
+def low_rank_of_two(on_ranks) -> Any:
+    return on_ranks(2, sharded.wire_runs, split=False, low_rank=True)[1]
+
+
 @pytest.mark.dist
 @pytest.mark.parametrize("ranks", [1, 3, 4])
-def test_a_bfloat16_wire_does_not_depend_on_the_ranks_where_newton_schulz_amplifies(ranks, reports, folder):
-    assert reports[ranks]
-    one, several = (torch.load(folder / f"low-rank-{count}.pt") for count in (2, ranks))
-    differences = [float((a - b).norm() / a.norm()) for a, b in zip(one, several, strict=True)]
-    print(differences, "from no wire", json.dumps(reports[ranks]["low-rank wire"]))
+def test_a_bfloat16_wire_does_not_depend_on_the_ranks_where_newton_schulz_amplifies(on_ranks, ranks, low_rank_of_two):
+    runs = on_ranks(ranks, sharded.wire_runs, split=False, low_rank=True)
+    differences = [float((a - b).norm() / a.norm()) for a, b in zip(low_rank_of_two, runs[1], strict=True)]
+    rounded = sharded.relative_differences(runs)
+    print(differences, "from no wire", json.dumps(rounded))
     assert 0 < max(differences) <= 1e-3
     # against directions that no wire has rounded it is more: small singular values are raised with their rounding
-    assert 1e-3 < max(reports[ranks]["low-rank wire"].values()) <= 2e-2
+    assert 1e-3 < max(rounded.values()) <= 2e-2
 
 
 @pytest.mark.dist
-@pytest.mark.parametrize("ranks", [1, 2, 3, 4])
-def test_momenta_of_8_bits(ranks, reports):
-    found = reports[ranks]["eight bits"]
-    print(json.dumps(found))
+@on_one_to_four
+def test_momenta_of_8_bits(on_ranks, ranks) -> None:
+    first, later = (
+        on_ranks(ranks, sharded.difference, "celo2", [Shard(0)], steps, state_dtype="int8") for steps in (1, 10)
+    )
+    print(first, later)
     # the first direction is of momenta before they are rounded; then each rank rounds by its own random bits
-    assert found["1 steps"] <= 2e-6 < found["10 steps"] <= 0.02
-    assert found["int8"] and found["whole to shards"] and found["shards to whole"]
-    assert "whose columns are sharded" in found["refused"]
+    assert first <= 2e-6 < later <= 0.02
+    assert on_ranks(ranks, sharded.loads_of_8_bits) == (True, True, True)
+    assert "whose columns are sharded" in on_ranks(ranks, sharded.cut_columns_of_8_bits)
 
 
 @pytest.mark.dist
-@pytest.mark.parametrize("ranks", [1, 2, 3, 4])
-def test_few_flat_collectives(ranks, reports):
-    counts = reports[ranks]["collectives"]
-    assert {key: counts["celo2"][key] for key in ("all_reduce", "all_to_all_single")} == {
-        "all_reduce": 3,  # the vector of this model has a sum of squares of its own
-        "all_to_all_single": 2,
-    }
-    assert counts["celo2-base"]["all_reduce"] == 3 and "all_to_all_single" not in counts["celo2-base"]
-    for variant in counts.values():
-        assert not {"gather", "all_gather", "all_gather_object", "broadcast"} & set(variant)
+@on_one_to_four
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_few_flat_collectives(on_ranks, ranks, variant) -> None:
+    counts = on_ranks(ranks, sharded.count_collectives, variant)
+    # the vector of this model has a sum of squares of its own
+    assert counts["all_reduce"] == 3 and counts.get("all_to_all_single") == (2 if variant == "celo2" else None)
+    assert not {"gather", "all_gather", "all_gather_object", "broadcast"} & set(counts)
 
 
 @pytest.mark.dist
-@pytest.mark.parametrize("ranks", [1, 2, 3, 4])
-def test_a_step_that_one_rank_cannot_take_is_taken_by_none(ranks, reports):
-    assert reports[ranks]["skipped"] == [True, 3]
+@on_one_to_four
+def test_a_step_that_one_rank_cannot_take_is_taken_by_none(on_ranks, ranks) -> None:
+    assert on_ranks(ranks, sharded.skipped_steps) == (True, 3)
 
 
 @pytest.mark.dist
-@pytest.mark.parametrize("ranks", [1, 2, 3, 4])
-def test_parameters_without_gradients(ranks, reports):
-    worst, message = reports[ranks]["missing"]
+@on_one_to_four
+def test_parameters_without_gradients(on_ranks, ranks) -> None:
+    worst, message = on_ranks(ranks, sharded.missing_gradients)
     assert worst <= 2e-6
     if ranks > 1:
         assert f"has a gradient on {ranks - 1} of {ranks} ranks" in message
 
 
 @pytest.mark.dist
-@pytest.mark.parametrize("ranks", [1, 2, 3, 4])
-def test_matrices_without_gradients_do_not_move(ranks, reports):
-    for worst, still, moved in reports[ranks]["idle"]:
+@on_one_to_four
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_matrices_without_gradients_do_not_move(on_ranks, ranks, variant) -> None:
+    for axis in (0, 1):
+        worst, still, moved = on_ranks(ranks, sharded.idle_shards, variant, axis)
         assert still and moved and worst <= 2e-6
 
 
 @pytest.mark.dist
 @pytest.mark.parametrize("ranks", [2, 3, 4])
-def test_ranks_with_other_parameters_get_an_error(ranks, reports):
-    assert "the set of sharded parameters differs between ranks" in reports[ranks]["other"]
-    messages = reports[ranks]["options"]
+def test_ranks_with_other_parameters_get_an_error(on_ranks, ranks) -> None:
+    assert "the set of sharded parameters differs between ranks" in on_ranks(ranks, sharded.other_parameters)
+    messages = on_ranks(ranks, sharded.other_options)
     assert len(messages) == 4 and all("an option of the parameter groups differs" in text for text in messages)
 
 
 @pytest.mark.dist
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_offloaded_shards_are_refused_by_name(ranks, reports):
-    assert "is on the cpu and its mesh of cuda devices" in reports[ranks]["offloaded"]
+def test_offloaded_shards_are_refused_by_name(on_ranks, ranks) -> None:
+    assert "is on the cpu and its mesh of cuda devices" in on_ranks(ranks, sharded.offloaded)
+
+
+@pytest.fixture(scope="module")
+def checkpoint_of_two(on_ranks, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("sharded")
+    on_ranks(2, sharded.train, "saved", folder)
+    return folder
 
 
 @pytest.mark.dist
-@pytest.mark.parametrize("ranks", [1, 2, 3, 4])
-def test_fsdp2_trains_and_resumes_on_another_world_size(ranks, reports):
-    losses = reports[ranks]["losses"]
-    assert losses["sharded"] == pytest.approx(losses["whole"], abs=1e-4)
-    assert losses["resumed"] == pytest.approx(losses["whole"][3:], abs=1e-4)
-    assert losses["whole"][-1] != losses["whole"][0]
+@on_one_to_four
+def test_fsdp2_trains_and_resumes_on_another_world_size(on_ranks, ranks, checkpoint_of_two) -> None:
+    whole, several, resumed = (
+        on_ranks(ranks, sharded.train, how, checkpoint_of_two) for how in ("whole", "sharded", "resumed")
+    )
+    assert several == pytest.approx(whole, abs=1e-4)
+    assert resumed == pytest.approx(whole[3:], abs=1e-4)
+    assert whole[-1] != whole[0]
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 4, 7])

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import copy
 import io
-import json
 import math
 import pickle
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,30 +24,9 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from celo2 import VeLO, VeLOWeights, load_velo_weights, velo, velo_step
-from celo2.theta import GROUP_COLUMNS
-from celo2.velo_weights import PATHS
+from scenarios.velo import random_weights
 
 FILES = ("velo_small", "velo_losses_rise_and_huge_gradients")
-PROGRAM = Path(__file__).with_name("velo_ranks.py")
-
-
-def random_weights(seed: int = 0, lstm: int = 12, mlps: int = 6, hidden: int = 4) -> VeLOWeights:
-    """Dense weights whose steps are of the order of 1e-3 of a parameter."""
-    rng = np.random.default_rng(seed)
-    mlp, rnn = "ff_mod_stack/~", "rnn_params"
-    shapes = {f"{mlp}/w0__{i}": (mlps, rows, hidden) for i, rows in enumerate(GROUP_COLUMNS)}
-    shapes |= {f"{mlp}/b0": (mlps, hidden), f"{mlp}/w1": (mlps, hidden, hidden), f"{mlp}/b1": (mlps, hidden)}
-    shapes |= {f"{mlp}/w2": (mlps, hidden, 3), f"{mlp}/b2": (mlps, 3)}
-    shapes |= {"lstm_init_state/hidden": (1, lstm), "lstm_init_state/cell": (1, lstm)}
-    for name, inputs, outputs in (
-        *((name, 30, lstm) for name in ("linear", "linear_1", "linear_2")),
-        ("rnn/linear", 2 * lstm, 4 * lstm),
-        ("rnn_to_controls", lstm, mlps),
-        ("step_size", lstm, 1),
-    ):
-        shapes |= {f"{rnn}/{name}/w": (inputs, outputs), f"{rnn}/{name}/b": (outputs,)}
-    arrays = {path: 0.3 * rng.standard_normal(shape) for path, shape in shapes.items()}
-    return VeLOWeights.from_arrays({path: arrays[path] / (3 if mlp in path else 1) for path in PATHS})
 
 
 class Oracle:
@@ -912,49 +889,3 @@ def test_import_stays_light():
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"
-
-
-# several processes
-
-
-@pytest.fixture(scope="module")
-def reports(tmp_path_factory: pytest.TempPathFactory, reports_of: Any, run_ranks: Callable[..., Any]) -> dict[int, Any]:
-    folder = tmp_path_factory.mktemp("velo")
-    random_weights().save(folder / "velo.state")
-    return reports_of(lambda ranks: run_ranks(PROGRAM, ranks, folder))
-
-
-@pytest.mark.dist
-@pytest.mark.parametrize("ranks", [1, 2, 3, 4])
-def test_sharded_equals_one_process(ranks, reports):
-    differences = reports[ranks]["differences"]
-    print(json.dumps(differences))
-    assert len(differences) >= 4 and max(differences.values()) <= 2e-6
-
-
-@pytest.mark.dist
-@pytest.mark.parametrize("ranks", [1, 2, 3, 4])
-def test_ranks_agree(ranks, reports):
-    report = reports[ranks]
-    # three messages a step: what everybody must agree on, sums, and the columns' sums
-    assert report["all_reduces"] == 3
-    assert report["skipped"] == [True, 1]
-    assert report["mean loss"] <= 1e-7
-    if ranks > 1:
-        assert f"has a gradient on {ranks - 1} of {ranks} ranks" in report["missing"]
-        assert "the set of sharded parameters differs between ranks" in report["other"]
-
-
-@pytest.mark.dist
-@pytest.mark.parametrize("ranks", [1, 2, 3, 4])
-def test_fsdp2_trains_and_resumes_on_another_world_size(ranks, reports):
-    losses = reports[ranks]["losses"]
-    assert losses["sharded"] == pytest.approx(losses["whole"], abs=1e-5)
-    assert losses["resumed"] == pytest.approx(losses["whole"][3:], abs=1e-5)
-    assert losses["whole"][-1] != losses["whole"][0]
-
-
-@pytest.mark.dist
-@pytest.mark.slow
-def test_tensor_parallelism_is_refused_by_name(reports):
-    assert "w is sharded on 2 axes of DeviceMesh" in reports[4]["2-D"]

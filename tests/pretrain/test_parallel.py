@@ -24,8 +24,12 @@ def eight_ranks(request):
 def test_one_process_agrees_with_itself() -> None:
     world = World.start("cpu")
     assert (world.rank, world.ranks, world.main, world.control) == (0, 1, True, None)
-    assert world.largest(3) == 3 and world.sums(1.5, 2) == [1.5, 2]
-    assert world.shared("x") == "x" and world.gather("x") == ["x"] and float(world.mean(torch.tensor(2.0))) == 2.0
+    assert world.all_reduce_max(3) == 3 and world.all_reduce_sum(1.5, 2) == [1.5, 2]
+    assert (
+        world.broadcast_object("x") == "x"
+        and world.gather("x") == ["x"]
+        and float(world.mean(torch.tensor(2.0))) == 2.0
+    )
     parallel = Parallel.choose("auto", 1, 1, "cpu")
     assert not parallel.sharded and str(parallel) == "one process"
 

@@ -1,29 +1,43 @@
-"""The program of one rank for `test_velo.py`: `torchrun ... velo_ranks.py FOLDER`; rank 0 prints JSON."""
+"""VeLO of sharded parameters beside one process's: for `test_velo_ranks.py`."""
 
 from __future__ import annotations
 
 import math
-import sys
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
-from sharded_ranks import leave
 from torch import nn
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
-from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 from celo2 import VeLO, VeLOWeights, velo_step
+from celo2.theta import GROUP_COLUMNS
+from celo2.velo_weights import PATHS
+from scenarios.sharded import load, mean_over, refusal, save, square_of, whole
 
 # rows that are cut are the largest axis, the second, or another; ties, fewer rows than ranks, vectors, two of a shape
 SHAPES = [(24, 18), (18, 24), (18, 24), (3, 5), (6, 6), (7, 7), (5, 6, 7), (9, 4, 4), (8, 3, 2, 2), (9,), (2,)]
 
 
-def weights() -> VeLOWeights:
-    return VeLOWeights.load(Path(sys.argv[1]) / "velo.state")
+def random_weights(seed: int = 0, lstm: int = 12, mlps: int = 6, hidden: int = 4) -> VeLOWeights:
+    """Dense weights whose steps are of the order of 1e-3 of a parameter."""
+    rng = np.random.default_rng(seed)
+    mlp, rnn = "ff_mod_stack/~", "rnn_params"
+    shapes = {f"{mlp}/w0__{i}": (mlps, rows, hidden) for i, rows in enumerate(GROUP_COLUMNS)}
+    shapes |= {f"{mlp}/b0": (mlps, hidden), f"{mlp}/w1": (mlps, hidden, hidden), f"{mlp}/b1": (mlps, hidden)}
+    shapes |= {f"{mlp}/w2": (mlps, hidden, 3), f"{mlp}/b2": (mlps, 3)}
+    shapes |= {"lstm_init_state/hidden": (1, lstm), "lstm_init_state/cell": (1, lstm)}
+    for name, inputs, outputs in (
+        *((name, 30, lstm) for name in ("linear", "linear_1", "linear_2")),
+        ("rnn/linear", 2 * lstm, 4 * lstm),
+        ("rnn_to_controls", lstm, mlps),
+        ("step_size", lstm, 1),
+    ):
+        shapes |= {f"{rnn}/{name}/w": (inputs, outputs), f"{rnn}/{name}/b": (outputs,)}
+    arrays = {path: 0.3 * rng.standard_normal(shape) for path, shape in shapes.items()}
+    return VeLOWeights.from_arrays({path: arrays[path] / (3 if mlp in path else 1) for path in PATHS})
 
 
 def build(placements, mesh, num_steps=20, shapes=SHAPES, **options):
@@ -35,7 +49,7 @@ def build(placements, mesh, num_steps=20, shapes=SHAPES, **options):
             cut = [Shard(0) if isinstance(x, Shard) and len(shape) <= x.dim else x for x in placements]
             value = distribute_tensor(value, mesh, cut)
         params.append(nn.Parameter(value))
-    return params, VeLO(params, num_steps, weights=weights(), **options)
+    return params, VeLO(params, num_steps, weights=random_weights(), **options)
 
 
 def set_gradients(params, step, scale=0.1):
@@ -45,11 +59,7 @@ def set_gradients(params, step, scale=0.1):
         p.grad = distribute_tensor(gradient, p.device_mesh, p.placements) if hasattr(p, "placements") else gradient
 
 
-def whole(p):
-    return p.detach().full_tensor() if hasattr(p, "placements") else p.detach()
-
-
-def difference(placements, mesh, steps=15, scale=0.1, **options) -> float:
+def difference(mesh, placements, steps=15, scale=0.1, **options) -> float:
     """Largest difference of a parameter from one process's after some steps."""
     single, one = build(None, None, **options)
     sharded, several = build(placements, mesh, **options)
@@ -69,6 +79,18 @@ def difference(placements, mesh, steps=15, scale=0.1, **options) -> float:
     return max(float((whole(a) - whole(b)).abs().max()) for a, b in zip(single, sharded, strict=True))
 
 
+def difference_in_small_blocks(mesh) -> float:
+    block, velo_step.BLOCK = velo_step.BLOCK, 13
+    try:
+        return difference(mesh, [Shard(0)], steps=3)
+    finally:
+        velo_step.BLOCK = block
+
+
+def hsdp_difference(mesh) -> float:
+    return difference(square_of(mesh), [Replicate(), Shard(0)])
+
+
 def count_all_reduces(mesh) -> int:
     params, optimizer = build([Shard(0)], mesh)
     set_gradients(params, 0)
@@ -80,7 +102,7 @@ def count_all_reduces(mesh) -> int:
     return len(calls)
 
 
-def skipped(mesh):
+def skipped_step(mesh):
     """Whether a NaN in a gradient on rank 0 changes no byte anywhere, and how many steps were skipped."""
     params, optimizer = build([Shard(0)], mesh)
     set_gradients(params, 0)
@@ -100,7 +122,7 @@ def skipped(mesh):
     return same, optimizer.skipped_steps
 
 
-def mean_loss(mesh, world) -> float:
+def mean_loss(mesh) -> float:
     """Largest difference between ranks that give their own losses, and one process that gives the mean."""
     single, one = build(None, None)
     sharded, several = build([Shard(0)], mesh)
@@ -109,7 +131,7 @@ def mean_loss(mesh, world) -> float:
         set_gradients(single, step)
         set_gradients(sharded, step)
         one.step(loss=mean)
-        several.step(loss=torch.tensor(mean + dist.get_rank() - (world - 1) / 2))
+        several.step(loss=torch.tensor(mean + dist.get_rank() - (mesh.size() - 1) / 2))
     return max(float((one_ - whole(b)).abs().max()) for one_, b in zip(map(whole, single), sharded, strict=True))
 
 
@@ -118,99 +140,45 @@ def missing_gradient(mesh) -> str:
     set_gradients(params, 0)
     if dist.get_rank() == 0:
         params[2].grad = None
-    try:
-        optimizer.step(loss=1.0)
-    except RuntimeError as error:
-        return str(error)
-    return ""
+    return refusal(RuntimeError, lambda: optimizer.step(loss=1.0))
 
 
 def other_parameters(mesh) -> str:
     params, _ = build([Shard(0)], mesh)
     chosen = params[:2] if dist.get_rank() else params[1::-1]
     set_gradients(params, 0)
-    try:
-        VeLO(chosen, 10, weights=weights()).step(loss=1.0)
-    except RuntimeError as error:
-        return str(error)
-    return ""
+    return refusal(RuntimeError, lambda: VeLO(chosen, 10, weights=random_weights()).step(loss=1.0))
 
 
-def two_meshes() -> str:
-    square = init_device_mesh("cpu", (2, 2), mesh_dim_names=("a", "b"))
-    w = nn.Parameter(distribute_tensor(torch.ones(4, 6), square, [Shard(0), Shard(1)]))
-    try:
-        VeLO([("w", w)], 10, weights=weights())
-    except ValueError as error:
-        return str(error)
-    return ""
+def two_axes(mesh) -> str:
+    w = nn.Parameter(distribute_tensor(torch.ones(4, 6), square_of(mesh), [Shard(0), Shard(1)]))
+    return refusal(ValueError, lambda: VeLO([("w", w)], 10, weights=random_weights()))
 
 
-def train(folder: Path, world: int, mesh):
-    """FSDP2: losses of 6 steps, a checkpoint after 3, and the losses after loading it."""
-    losses = {}
-    for name in ("whole", "sharded", "resumed"):
-        torch.manual_seed(0)
-        model = nn.Sequential(nn.Linear(12, 12), nn.Tanh(), nn.Linear(12, 12), nn.Tanh(), nn.Linear(12, 5))
-        if name != "whole":
-            for block in (model[0], model[2]):
-                fully_shard(block, mesh=mesh)
-            fully_shard(model, mesh=mesh)
-        optimizer = VeLO(model, 6, weights=weights(), lr=3.0)
-        first = 0
-        if name == "resumed":
-            # written by the run of two ranks
-            model_state, optimizer_state = get_state_dict(model, optimizer)
-            dcp.load({"model": model_state, "optimizer": optimizer_state}, checkpoint_id=folder / "checkpoint")
-            set_state_dict(model, optimizer, model_state_dict=model_state, optim_state_dict=optimizer_state)
-            first = 3
-        run = []
-        for step in range(first, 6):
-            x = torch.randn(12, 12, generator=torch.Generator().manual_seed(step))
-            share = x if name == "whole" else x.chunk(world)[dist.get_rank()]
-            loss = (model(share) - share[:, :5].sin()).square().mean()
-            loss.backward()
-            optimizer.step(loss=loss)
-            optimizer.zero_grad()
-            total = loss.detach().clone()
-            if name != "whole":
-                dist.all_reduce(total)
-                total /= world
-            run.append(float(total))
-            if name == "sharded" and world == 2 and step == 2:
-                model_state, optimizer_state = get_state_dict(model, optimizer)
-                dcp.save({"model": model_state, "optimizer": optimizer_state}, checkpoint_id=folder / "checkpoint")
-        losses[name] = run
+def train(mesh, how: str, folder: Path) -> list[float]:
+    """Losses of 6 steps: "whole" on every rank, or "sharded" by FSDP2.
+
+    "saved" leaves a checkpoint after 3 steps; "resumed" loads that one, and takes the last 3.
+    """
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(12, 12), nn.Tanh(), nn.Linear(12, 12), nn.Tanh(), nn.Linear(12, 5))
+    if how != "whole":
+        for block in (model[0], model[2]):
+            fully_shard(block, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+    optimizer = VeLO(model, 6, weights=random_weights(), lr=3.0)
+    first = 3 if how == "resumed" else 0
+    if first:
+        load(model, optimizer, folder)
+    losses = []
+    for step in range(first, 6):
+        x = torch.randn(12, 12, generator=torch.Generator().manual_seed(step))
+        share = x if how == "whole" else x.chunk(mesh.size())[dist.get_rank()]
+        loss = (model(share) - share[:, :5].sin()).square().mean()
+        loss.backward()
+        optimizer.step(loss=loss)
+        optimizer.zero_grad()
+        losses.append(mean_over(mesh if how != "whole" else None, loss))
+        if how == "saved" and step == 2:
+            save(model, optimizer, folder)
     return losses
-
-
-def main() -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo")
-    world = dist.get_world_size()
-    mesh = init_device_mesh("cpu", (world,))
-    results = {f"axis {axis}": difference([Shard(axis)], mesh) for axis in (0, 1)}
-    results["axis 2"] = difference([Shard(2)], mesh, shapes=[(5, 6, 7), (9, 4, 4), (3, 4, 6, 2)])
-    results["decay"] = difference([Shard(0)], mesh, steps=11, scale=2e3, weight_decay=0.1)
-    block, velo_step.BLOCK = velo_step.BLOCK, 13
-    results["small blocks"] = difference([Shard(0)], mesh, steps=3)
-    velo_step.BLOCK = block
-    report = {}
-    if world == 4:
-        square = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicas", "shards"))
-        results["hsdp"] = difference([Replicate(), Shard(0)], square)
-        report["2-D"] = two_meshes()
-    report |= {
-        "differences": results,
-        "all_reduces": count_all_reduces(mesh),
-        "skipped": skipped(mesh),
-        "mean loss": mean_loss(mesh, world),
-        "missing": missing_gradient(mesh),
-        "other": other_parameters(mesh),
-        "losses": train(Path(sys.argv[1]), world, mesh),
-    }
-    leave(report)
-
-
-if __name__ == "__main__":
-    main()

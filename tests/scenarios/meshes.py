@@ -1,21 +1,13 @@
-"""The program of one of four ranks for `test_meshes.py`: parameters sharded on two axes of a mesh; rank 0 prints JSON.
-
-`torchrun ... mesh_ranks.py FOLDER`; with TRITON_INTERPRET=1 small cases go through the interpreted kernels.
-"""
+"""Parameters on two axes of a mesh of four ranks, beside one process's: for `test_meshes.py`."""
 
 from __future__ import annotations
 
-import os
-import sys
 from pathlib import Path
 
-import sharded_ranks as ranks
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch import nn
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
@@ -23,9 +15,8 @@ from torch.distributed.tensor.placement_types import _StridedShard
 
 from celo2 import FusedCelo2
 from celo2.sharding import shard_spec_of
+from scenarios.sharded import SPECS, load, refusal, save, square_of, theta
 
-KERNELS = os.environ.get("TRITON_INTERPRET") == "1"
-BACKEND = "triton" if KERNELS else "torch"
 DATA, TENSOR = 0, 1  # axes of the mesh
 
 # cuts in order, (axis of the tensor, axis of the mesh), of shapes: matrix, three axes, flattened, vector
@@ -81,7 +72,7 @@ def build(variant, mesh, layouts, specs, **options):
             value = place(value, there, cuts)
         placed.append((there, cuts))
         groups.append({"params": [nn.Parameter(value)], "rule": "celo2", **group})
-    options = {"lr": 1e-2, "weight_decay": 0.1, "weights": ranks.theta(variant), "comm_dtype": "float32", **options}
+    options = {"lr": 1e-2, "weight_decay": 0.1, "weights": theta(variant), "comm_dtype": "float32", **options}
     return [group["params"][0] for group in groups], FusedCelo2(groups, **options), placed
 
 
@@ -92,10 +83,15 @@ def set_gradients(params, placed, step, scale) -> None:
         p.grad = gradient if mesh is None else place(gradient, mesh, cuts)
 
 
-def differences(variant, mesh, layouts, specs, steps=3, scale=0.05, **options) -> list[float]:
+def data_and_tensor(ranks):
+    return square_of(ranks, ("data", "tensor"))
+
+
+def differences(ranks, variant, layouts, specs=SPECS, steps=10, scale=0.05, backend="torch", **options) -> list[float]:
     """Largest difference from one process's: of a parameter, of a factor relative to its own, and of the norm."""
+    mesh = data_and_tensor(ranks)
     alone, one, wholes = build(variant, None, layouts, specs, **options)
-    cut, several, placed = build(variant, mesh, layouts, specs, backend=BACKEND, **options)
+    cut, several, placed = build(variant, mesh, layouts, specs, backend=backend, **options)
     found = [0.0, 0.0, 0.0]
     for step in range(steps):
         set_gradients(alone, wholes, step, scale)
@@ -103,7 +99,7 @@ def differences(variant, mesh, layouts, specs, steps=3, scale=0.05, **options) -
         one.step()
         several.step()
         found[2] = max(found[2], abs(float(several.grad_norm) / float(one.grad_norm) - 1))
-    if KERNELS:
+    if backend == "triton":
         assert several.planner.kernels.refused == {} and several.planner.kernels.backend is not None
     for a, b, (there, cuts) in zip(alone, cut, placed, strict=True):
         expected = shards_of(a.detach(), there, cuts, there.get_coordinate())
@@ -121,10 +117,11 @@ def differences(variant, mesh, layouts, specs, steps=3, scale=0.05, **options) -
     return [max(numbers) for numbers in zip(*gathered, strict=True)]
 
 
-def replicas_agree(mesh) -> bool:
+def replicas_agree(ranks, backend) -> bool:
     """Whether ranks with the same shard have the same bits after steps in bfloat16, which are rounded at random."""
     specs = [((7, 6), {}), ((5,), {})]
-    params, optimizer, placed = build("celo2", mesh, ["replicas"], specs, state_dtype="bfloat16", backend=BACKEND)
+    mesh = data_and_tensor(ranks)
+    params, optimizer, placed = build("celo2", mesh, ["replicas"], specs, state_dtype="bfloat16", backend=backend)
     for step in range(3):
         set_gradients(params, placed, step, 0.05)
         optimizer.step()
@@ -137,9 +134,10 @@ def replicas_agree(mesh) -> bool:
     return all(torch.equal(a, b) for one, other in pairs for a, b in zip(one, other, strict=True))
 
 
-def owners(mesh, over: bool) -> dict[str, object]:
+def owners(ranks, over: bool) -> dict[str, object]:
     """Newton-Schulz of an HSDP mesh: who owns, and elements that this rank sends and has of directions."""
     specs = [((16, 16), {})] * 8
+    mesh = data_and_tensor(ranks)
     params, optimizer, placed = build("celo2", mesh, ["replicas"], specs, ns_over_replicas=over)
     set_gradients(params, placed, 0, 0.05)
     optimizer.step()
@@ -173,7 +171,7 @@ def model_of(mesh):
     if mesh is not None:
         parallelize_module(model, mesh["tensor"], {"up": ColwiseParallel(), "down": RowwiseParallel()})
         fully_shard(model, mesh=mesh["data"])
-    return model, FusedCelo2(model, lr=1e-2, max_grad_norm=1.0, weights=ranks.theta("celo2"), comm_dtype="float32")
+    return model, FusedCelo2(model, lr=1e-2, max_grad_norm=1.0, weights=theta("celo2"), comm_dtype="float32")
 
 
 def train(model, optimizer, steps, first=0):
@@ -189,27 +187,22 @@ def train(model, optimizer, steps, first=0):
     return losses
 
 
-def trained(mesh, folder: Path) -> dict[str, object]:
+def trained(ranks, folder: Path) -> dict[str, object]:
     """FSDP2 after tensor parallelism beside one process; its checkpoint resumes there, and in one process."""
+    mesh = data_and_tensor(ranks)
     expected = train(*model_of(None), 8)
     model, optimizer = model_of(mesh)
     losses = train(model, optimizer, 4)
-    state = dict(zip(("model", "optimizer"), get_state_dict(model, optimizer), strict=True))
-    dcp.save(state, checkpoint_id=folder / "mesh")
+    save(model, optimizer, folder)
     losses += train(model, optimizer, 8, first=4)
     again, resumed = model_of(mesh)
-    target = dict(zip(("model", "optimizer"), get_state_dict(again, resumed), strict=True))
-    dcp.load(target, checkpoint_id=folder / "mesh")
-    set_state_dict(again, resumed, model_state_dict=target["model"], optim_state_dict=target["optimizer"])
+    load(again, resumed, folder)
     replayed = train(again, resumed, 8, first=4)
+    after = losses[4:]
     if dist.get_rank() == 0:
         whole, alone = model_of(None)
-        target = dict(zip(("model", "optimizer"), get_state_dict(whole, alone), strict=True))
-        dcp.load(target, checkpoint_id=folder / "mesh", no_dist=True)
-        set_state_dict(whole, alone, model_state_dict=target["model"], optim_state_dict=target["optimizer"])
+        load(whole, alone, folder, no_dist=True)
         after = train(whole, alone, 8, first=4)
-    else:
-        after = losses[4:]
     dist.barrier()
     return {
         "difference": max(abs(a - b) for a, b in zip(losses, expected, strict=True)),
@@ -218,9 +211,9 @@ def trained(mesh, folder: Path) -> dict[str, object]:
     }
 
 
-def refusals(mesh) -> list[str]:
+def refusals(ranks) -> list[str]:
     """What is said to strides that fully_shard does not make, a short shard, VeLO, and a mesh apart."""
-    said, value = [], torch.zeros(8, 8)
+    mesh, value = data_and_tensor(ranks), torch.zeros(8, 8)
     odd = DTensor.from_local(value[:2], mesh, [_StridedShard(0, split_factor=4), Shard(0)], run_check=False)
     short = DTensor.from_local(value[:1], mesh, [Shard(0), Shard(0)], run_check=False, shape=(8, 8), stride=(8, 1))
     across = DeviceMesh("cpu", [[0, 3], [1, 2]])
@@ -231,13 +224,7 @@ def refusals(mesh) -> list[str]:
         lambda: shard_spec_of(place(value, mesh, ROWWISE)).only_cut(),
         lambda: step_of(FusedCelo2([nn.Parameter(place(value, mesh, ROWWISE)), nn.Parameter(apart)], weights="adam")),
     )
-    for case in cases:
-        try:
-            case()
-            said.append("nothing")
-        except ValueError as error:
-            said.append(str(error))
-    return said
+    return [refusal(ValueError, case) for case in cases]
 
 
 def step_of(optimizer) -> None:
@@ -245,38 +232,3 @@ def step_of(optimizer) -> None:
         for p in group["params"]:
             p.grad = torch.zeros_like(p)
     optimizer.step()
-
-
-def main() -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo")
-    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "tensor"))
-    specs, steps = (SMALL, 2) if KERNELS else (ranks.SPECS, 10)
-    report: dict[str, object] = {}
-    cases: dict[str, object] = {}
-    everything = list(LAYOUTS)
-    over = {"ns_over_replicas": True}
-    if KERNELS:
-        cases["celo2 rowwise"] = differences(
-            "celo2", mesh, ["rowwise", "replicas"], specs, steps, max_grad_norm=1.0, **over
-        )
-        cases["celo2-base mixed"] = differences("celo2-base", mesh, everything, specs, steps)
-    else:
-        for variant in ("celo2", "celo2-base"):
-            for name in everything:
-                cases[f"{variant} {name}"] = differences(variant, mesh, [name], specs, steps, max_grad_norm=1.0)
-            for first in (0, 3):
-                turned = everything[first:] + everything[:first]
-                cases[f"{variant} mixed {first}"] = differences(variant, mesh, turned, specs, steps)
-        cases["celo2 over replicas"] = differences("celo2", mesh, everything, specs, steps, **over)
-        cases["clipped elements"] = differences("celo2", mesh, list(LAYOUTS), specs, 2, scale=2e3)
-        report["owners"] = [owners(mesh, over) for over in (False, True)]
-        report["trained"] = trained(mesh, Path(sys.argv[1]))
-        report["refused"] = refusals(mesh)
-    report["cases"] = cases
-    report["replicas agree"] = replicas_agree(mesh)
-    ranks.leave(report)
-
-
-if __name__ == "__main__":
-    main()

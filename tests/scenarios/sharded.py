@@ -1,11 +1,8 @@
-"""The program of one rank for `test_sharded.py`: `torchrun ... sharded_ranks.py FOLDER`; rank 0 prints JSON."""
+"""Parameters that are sharded on a mesh, stepped beside one process's: for `test_sharded.py` and others."""
 
 from __future__ import annotations
 
-import json
 import math
-import os
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -34,30 +31,21 @@ SPECS = [
     ((9,), {}),
     ((14, 6), {"rule": "adamw"}),
 ]
-HIDDEN = 8
 
 
-def leave(report) -> None:
-    """Print what was found, on rank 0, and end."""
-    if dist.get_rank() == 0:
-        print(json.dumps(report), flush=True)
-    dist.barrier()
-    # gloo's threads may abort a process that tears its groups down while another still talks to it
-    os._exit(0)
-
-
-def theta(variant: str) -> Theta:
+def theta(variant: str, hidden: int = 8) -> Theta:
     rng = np.random.default_rng(0)
-    shapes = {f"w0__{i}": (columns, HIDDEN) for i, columns in enumerate(GROUP_COLUMNS)}
-    shapes |= {"b0": (HIDDEN,), "w1": (HIDDEN, HIDDEN), "b1": (HIDDEN,), "w2": (HIDDEN, 3), "b2": (3,)}
+    shapes = {f"w0__{i}": (columns, hidden) for i, columns in enumerate(GROUP_COLUMNS)}
+    shapes |= {"b0": (hidden,), "w1": (hidden, hidden), "b1": (hidden,), "w2": (hidden, 3), "b2": (3,)}
     card = {"variant": variant, "orthogonalize": "true" if variant == "celo2" else "false"}
     return Theta.from_arrays({name: 0.4 * rng.standard_normal(shape) for name, shape in shapes.items()}, card)
 
 
-def build(variant, placements, mesh, dtype=torch.float32, **options):
+def build(variant, placements, mesh, dtype=torch.float32, specs=SPECS, hidden=8, **options):
+    """Parameters of `specs`, placed on a mesh unless `placements` is None, and their optimizer."""
     groups = []
     generator = torch.Generator().manual_seed(0)
-    for shape, group in SPECS:
+    for shape, group in specs:
         value = (0.1 * torch.randn(shape, generator=generator)).to(dtype)
         if placements is not None:
             cut = [
@@ -65,7 +53,7 @@ def build(variant, placements, mesh, dtype=torch.float32, **options):
             ]
             value = distribute_tensor(value, mesh, cut)
         groups.append({"params": [nn.Parameter(value)], "rule": "celo2", **group})
-    options = {"lr": 1e-2, "weight_decay": 0.1, "weights": theta(variant), "comm_dtype": "float32", **options}
+    options = {"lr": 1e-2, "weight_decay": 0.1, "weights": theta(variant, hidden), "comm_dtype": "float32", **options}
     return [group["params"][0] for group in groups], FusedCelo2(groups, **options)
 
 
@@ -80,7 +68,7 @@ def whole(p):
     return p.detach().full_tensor() if hasattr(p, "placements") else p.detach()
 
 
-def difference(variant, placements, mesh, steps=20, scale=0.05, backend="auto", **options) -> float:
+def difference(mesh, variant, placements, steps=10, scale=0.05, backend="auto", **options) -> float:
     """Largest difference of a parameter from one process's in PyTorch after some steps."""
     single, one = build(variant, None, mesh, **options)
     sharded, several = build(variant, placements, mesh, backend=backend, **options)
@@ -101,13 +89,10 @@ def difference(variant, placements, mesh, steps=20, scale=0.05, backend="auto", 
     return max(float((whole(a) - whole(b)).abs().max()) for a, b in zip(single, sharded, strict=True))
 
 
-def eight_bits(mesh, backend="auto") -> dict[str, object]:
-    """Momenta of 8 bits: differences as above, and whether whole and sharded states load each other to the bit."""
-    found: dict[str, object] = {}
-    for steps in (1, 10):
-        found[f"{steps} steps"] = difference("celo2", [Shard(0)], mesh, steps, state_dtype="int8", backend=backend)
+def loads_of_8_bits(mesh) -> tuple[bool, bool, bool]:
+    """Whether whole and sharded states of 8 bits load each other to the bit, and whether momenta have 8 bits."""
     single, one = build("celo2", None, mesh, state_dtype="int8")
-    sharded, several = build("celo2", [Shard(0)], mesh, state_dtype="int8", backend=backend)
+    sharded, several = build("celo2", [Shard(0)], mesh, state_dtype="int8")
     set_gradients(single, 0)
     one.step()
     several.load_state_dict(one.state_dict())
@@ -118,21 +103,29 @@ def eight_bits(mesh, backend="auto") -> dict[str, object]:
         pairs = [(one.state[a], several.state[b]) for a, b in zip(some, others, strict=True)]
         return all(torch.equal(a[key], whole(b[key])) for a, b in pairs for key in a)
 
-    found["whole to shards"] = equal(single, sharded)
+    whole_to_shards = equal(single, sharded)
     several.step()
     saved = several.state_dict()
     for values in saved["state"].values():
         values.update({key: whole(value) for key, value in values.items()})
     again.load_state_dict(saved)
     one = again
-    found["shards to whole"] = equal([p for group in again.param_groups for p in group["params"]], sharded)
+    shards_to_whole = equal([p for group in again.param_groups for p in group["params"]], sharded)
     momenta = [several.state[p] for p in sharded if p.ndim > 1 and "momentum_fast" in several.state[p]]
-    found["int8"] = all(state["momentum_slow"].dtype == torch.int8 for state in momenta)
+    return whole_to_shards, shards_to_whole, all(state["momentum_slow"].dtype == torch.int8 for state in momenta)
+
+
+def cut_columns_of_8_bits(mesh) -> str:
+    return refusal(ValueError, lambda: build("celo2", [Shard(1)], mesh, state_dtype="int8"))
+
+
+def refusal(kind, attempt) -> str:
+    """What an attempt is answered with, nothing when it is not refused."""
     try:
-        build("celo2", [Shard(1)], mesh, state_dtype="int8")
-    except ValueError as error:
-        found["refused"] = str(error)
-    return found
+        attempt()
+    except kind as error:
+        return str(error)
+    return ""
 
 
 # a transformer's, of width 128
@@ -155,7 +148,7 @@ def set_low_rank_gradients(params, step):
         p.grad = distribute_tensor(gradient, p.device_mesh, p.placements) if hasattr(p, "placements") else gradient
 
 
-def wire_runs(mesh, split: bool, low_rank: bool = False, steps: int = 20) -> list[list[torch.Tensor]]:
+def wire_runs(mesh, split: bool, low_rank: bool = False, steps: int = 10) -> list[list[torch.Tensor]]:
     """Parameters of one process, on rank 0, and of all ranks after steps with a bfloat16 wire, of usual scale and rate.
 
     `split` says that every rank has whole parameters; else they are sharded. Gradients are noise, or of low rank.
@@ -224,17 +217,17 @@ def collectives_of(step) -> dict[str, int]:
     return {name: count for name, count in counts.items() if count}
 
 
-def count_collectives(variant, mesh, backend="auto"):
-    params, optimizer = build(variant, [Shard(0)], mesh, backend=backend)
+def count_collectives(mesh, variant, backend="auto", **options):
+    params, optimizer = build(variant, [Shard(0)], mesh, backend=backend, **options)
     set_gradients(params, 0)
     optimizer.step()
     set_gradients(params, 1)
     return collectives_of(optimizer.step) | optimizer.planner.ranks.plan.bytes_sent()
 
 
-def skipped_steps(mesh, places=(0, 8, 9), backend="auto"):
+def skipped_steps(mesh, places=(0, 8, 9), **options):
     """Whether steps with a NaN in a parameter's gradient on rank 0 change no byte, and how many were counted."""
-    params, optimizer = build("celo2", [Shard(0)], mesh, backend=backend)
+    params, optimizer = build("celo2", [Shard(0)], mesh, **options)
     set_gradients(params, 0)
     optimizer.step()
     before = (
@@ -256,9 +249,9 @@ def skipped_steps(mesh, places=(0, 8, 9), backend="auto"):
     return same, optimizer.skipped_steps
 
 
-def missing_gradients(mesh, places=(0, 4, 8), backend="auto"):
-    params, optimizer = build("celo2", [Shard(0)], mesh, backend=backend)
-    single, one = build("celo2", None, mesh)
+def missing_gradients(mesh, places=(0, 4, 8), backend="auto", **options):
+    params, optimizer = build("celo2", [Shard(0)], mesh, backend=backend, **options)
+    single, one = build("celo2", None, mesh, **options)
     for step in range(3):
         for chosen, stepper in ((params, optimizer), (single, one)):
             set_gradients(chosen, step)
@@ -268,17 +261,12 @@ def missing_gradients(mesh, places=(0, 4, 8), backend="auto"):
             stepper.step()
     worst = max(float((whole(a) - whole(b)).abs().max()) for a, b in zip(params, single, strict=True))
     set_gradients(params, 3)
-    message = ""
     if dist.get_rank() == 0:
         params[1].grad = None
-    try:
-        optimizer.step()
-    except RuntimeError as error:
-        message = str(error)
-    return worst, message
+    return worst, refusal(RuntimeError, optimizer.step)
 
 
-def idle_matrices(single, one, several, optimizer):
+def idle_matrices(single, one, several, optimizer, specs=SPECS):
     """Largest difference from one process when a gradient comes late, and to one element, which is on one rank alone.
 
     And whether what never had a gradient is what it was: everything after the first step, later all but each
@@ -295,7 +283,7 @@ def idle_matrices(single, one, several, optimizer):
                     distribute_tensor(gradient, p.device_mesh, p.placements) if hasattr(p, "placements") else gradient
                 )
             stepper.step()
-        for p, old, (shape, group) in zip(several, before, SPECS, strict=True):
+        for p, old, (shape, group) in zip(several, before, specs, strict=True):
             if step == 0:
                 still = still and torch.equal(whole(p), old)
             elif len(shape) > 1 and "rule" not in group:
@@ -305,10 +293,11 @@ def idle_matrices(single, one, several, optimizer):
     return max(float((whole(a) - whole(b)).abs().max()) for a, b in zip(several, single, strict=True)), still, moved
 
 
-def idle_shards(variant, axis, mesh, backend="auto"):
+def idle_shards(mesh, variant, axis, backend="auto", specs=SPECS, hidden=8):
     """`idle_matrices` of sharded parameters."""
-    one = build(variant, None, mesh, weight_decay=0.0)
-    return idle_matrices(*one, *build(variant, [Shard(axis)], mesh, weight_decay=0.0, backend=backend))
+    options = {"weight_decay": 0.0, "specs": specs, "hidden": hidden}
+    one = build(variant, None, mesh, **options)
+    return idle_matrices(*one, *build(variant, [Shard(axis)], mesh, backend=backend, **options), specs)
 
 
 def other_parameters(mesh):
@@ -316,11 +305,7 @@ def other_parameters(mesh):
     chosen = params[:2] if dist.get_rank() else [params[1], params[0]]
     optimizer = FusedCelo2([{"params": chosen, "rule": "celo2"}], weights=theta("celo2"))
     set_gradients(params, 0)
-    try:
-        optimizer.step()
-    except RuntimeError as error:
-        return str(error)
-    return ""
+    return refusal(RuntimeError, optimizer.step)
 
 
 def other_options(mesh):
@@ -331,10 +316,7 @@ def other_options(mesh):
         optimizer = FusedCelo2([{"params": params[:2], "rule": "celo2"}], weights=theta("celo2"))
         optimizer.param_groups[0].update(options if dist.get_rank() == 0 else {})
         set_gradients(params, 0)
-        try:
-            optimizer.step()
-        except RuntimeError as error:
-            messages.append(str(error))
+        messages.append(refusal(RuntimeError, optimizer.step))
     return messages
 
 
@@ -351,11 +333,7 @@ def offloaded(mesh):
     start, stop = chunk(4, dist.get_world_size(), dist.get_rank())
     shard = torch.zeros(stop - start, 4)
     parameter = DTensor(shard, DTensorSpec(devices, (Shard(0),), tensor_meta=meta), requires_grad=True)
-    try:
-        FusedCelo2([parameter])
-    except ValueError as error:
-        return str(error)
-    return ""
+    return refusal(ValueError, lambda: FusedCelo2([parameter]))
 
 
 class Tied(nn.Module):
@@ -372,79 +350,62 @@ class Tied(nn.Module):
         return self.norm(x) @ self.embedding.weight.T
 
 
-def train(folder: Path, world: int, mesh):
-    """FSDP2 with tied embeddings: losses of 6 steps, a checkpoint after 3, and the losses after loading it."""
-    losses = {}
-    for name in ("whole", "sharded", "resumed"):
-        torch.manual_seed(0)
-        model = Tied()
-        if name != "whole":
-            for block in model.blocks:
-                fully_shard(block, mesh=mesh)
-            fully_shard(model, mesh=mesh)
-        optimizer = FusedCelo2(model, lr=1e-2, weights=theta("celo2"), max_grad_norm=1.0, comm_dtype="float32")
-        first = 0
-        if name == "resumed":
-            # written by the run of two ranks
-            model_state, optimizer_state = get_state_dict(model, optimizer)
-            dcp.load({"model": model_state, "optimizer": optimizer_state}, checkpoint_id=folder / "checkpoint")
-            set_state_dict(model, optimizer, model_state_dict=model_state, optim_state_dict=optimizer_state)
-            first = 3
-        run = []
-        for step in range(first, 6):
-            tokens = torch.randint(13, (12, 8), generator=torch.Generator().manual_seed(step))
-            share = tokens if name == "whole" else tokens.chunk(world)[dist.get_rank()]
-            logits = model(share[:, :-1])
-            loss = nn.functional.cross_entropy(logits.flatten(0, 1), share[:, 1:].flatten())
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            total = loss.detach().clone()
-            if name != "whole":
-                dist.all_reduce(total)
-                total /= world
-            run.append(float(total))
-            if name == "sharded" and world == 2 and step == 2:
-                model_state, optimizer_state = get_state_dict(model, optimizer)
-                dcp.save({"model": model_state, "optimizer": optimizer_state}, checkpoint_id=folder / "checkpoint")
-        losses[name] = run
+def train(mesh, how: str, folder: Path) -> list[float]:
+    """Losses of 6 steps of a model with tied embeddings: "whole" on every rank, or "sharded" by FSDP2.
+
+    "saved" leaves a checkpoint after 3 steps; "resumed" loads that one, and takes the last 3.
+    """
+    torch.manual_seed(0)
+    model = Tied()
+    if how != "whole":
+        for block in model.blocks:
+            fully_shard(block, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+    optimizer = FusedCelo2(model, lr=1e-2, weights=theta("celo2"), max_grad_norm=1.0, comm_dtype="float32")
+    first = 3 if how == "resumed" else 0
+    if first:
+        load(model, optimizer, folder)
+    losses = []
+    for step in range(first, 6):
+        tokens = torch.randint(13, (12, 8), generator=torch.Generator().manual_seed(step))
+        share = tokens if how == "whole" else tokens.chunk(mesh.size())[dist.get_rank()]
+        logits = model(share[:, :-1])
+        loss = nn.functional.cross_entropy(logits.flatten(0, 1), share[:, 1:].flatten())
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(mean_over(mesh if how != "whole" else None, loss))
+        if how == "saved" and step == 2:
+            save(model, optimizer, folder)
     return losses
 
 
-def main() -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo")
-    world = dist.get_world_size()
-    mesh = init_device_mesh("cpu", (world,))
-    results = {}
-    for variant in ("celo2", "celo2-base"):
-        for axis in (0, 1):
-            results[f"{variant} axis {axis}"] = difference(variant, [Shard(axis)], mesh, max_grad_norm=1.0)
-        results[f"{variant} clipped elements"] = difference(variant, [Shard(0)], mesh, steps=2, scale=2e3)
-        if world == 4:
-            square = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicas", "shards"))
-            results[f"{variant} hsdp"] = difference(variant, [Replicate(), Shard(0)], square)
-    bfloat16 = difference("celo2", [Shard(0)], mesh, comm_dtype="bfloat16")
-    report = {
-        "differences": results,
-        "bfloat16 wire": bfloat16,
-        "wire": relative_differences(wire_runs(mesh, split=False)),
-        "collectives": {variant: count_collectives(variant, mesh) for variant in ("celo2", "celo2-base")},
-        "skipped": skipped_steps(mesh),
-        "missing": missing_gradients(mesh),
-        "eight bits": eight_bits(mesh),
-        "idle": [idle_shards(variant, axis, mesh) for variant in ("celo2", "celo2-base") for axis in (0, 1)],
-        "other": other_parameters(mesh),
-        "options": other_options(mesh),
-        "offloaded": offloaded(mesh),
-        "losses": train(Path(sys.argv[1]), world, mesh),
-    }
-    alone, several = wire_runs(mesh, split=False, low_rank=True)
-    report["low-rank wire"] = relative_differences([alone, several])
-    if dist.get_rank() == 0:
-        torch.save(several, Path(sys.argv[1]) / f"low-rank-{world}.pt")
-    leave(report)
+def mean_over(mesh, loss) -> float:
+    """The mean of a loss over the ranks of a mesh; without one, the loss."""
+    total = loss.detach().clone()
+    if mesh is not None:
+        dist.all_reduce(total)
+        total /= mesh.size()
+    return float(total)
 
 
-if __name__ == "__main__":
-    main()
+def save(model, optimizer, folder: Path) -> None:
+    """Write a checkpoint as trainers do, with `torch.distributed.checkpoint`; collective."""
+    model_state, optimizer_state = get_state_dict(model, optimizer)
+    dcp.save({"model": model_state, "optimizer": optimizer_state}, checkpoint_id=folder)
+
+
+def load(model, optimizer, folder: Path, **options) -> None:
+    """Load what `save` has written, by processes of any number."""
+    model_state, optimizer_state = get_state_dict(model, optimizer)
+    dcp.load({"model": model_state, "optimizer": optimizer_state}, checkpoint_id=folder, **options)
+    set_state_dict(model, optimizer, model_state_dict=model_state, optim_state_dict=optimizer_state)
+
+
+def square_of(mesh, names=("replicas", "shards")):
+    """The same four ranks, two by two."""
+    return init_device_mesh("cpu", (2, 2), mesh_dim_names=names)
+
+
+def hsdp_difference(mesh, variant, **options) -> float:
+    return difference(square_of(mesh), variant, [Replicate(), Shard(0)], **options)

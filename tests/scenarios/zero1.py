@@ -1,34 +1,20 @@
-"""The program of one rank for `test_zero1.py`: `torchrun ... zero1_ranks.py FOLDER`; rank 0 prints JSON."""
+"""Whole parameters whose steps are split over replicas, beside one process's: for `test_zero1.py`."""
 
 from __future__ import annotations
 
 import copy
 import math
 import pickle
-import sys
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
-from sharded_ranks import (
-    SPECS,
-    Tied,
-    collectives_of,
-    idle_matrices,
-    leave,
-    relative_differences,
-    set_gradients,
-    theta,
-    wire_runs,
-)
 from torch import nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_state_dict,
     set_model_state_dict,
     set_optimizer_state_dict,
-    set_state_dict,
 )
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -37,6 +23,18 @@ from torch.nn.parallel import DistributedDataParallel
 
 from celo2 import FusedCelo2
 from celo2.zero1 import gather_rows
+from scenarios.sharded import (
+    SPECS,
+    Tied,
+    collectives_of,
+    idle_matrices,
+    load,
+    mean_over,
+    refusal,
+    save,
+    set_gradients,
+    theta,
+)
 
 MATRICES = [index for index, (shape, group) in enumerate(SPECS) if len(shape) > 1 and "rule" not in group]
 
@@ -75,7 +73,7 @@ def distance(some, others) -> float:
     return max(float((a.detach() - b.detach()).abs().max()) for a, b in zip(some, others, strict=True))
 
 
-def difference(variant, mesh, steps=20, scale=0.05, **options) -> float:
+def difference(mesh, variant, steps=10, scale=0.05, **options) -> float:
     """Largest difference of a parameter from one process's, on rank 0, after some steps that leave all ranks alike."""
     single, one = build(variant, None, **options)
     split, several = build(variant, mesh, **options)
@@ -125,7 +123,7 @@ def low_precision(mesh, **options):
     with torch.no_grad():
         for a, b in zip(single, split, strict=True):
             a.copy_(b)
-    for step in range(20):
+    for step in range(10):
         set_gradients(split, step)
         for a, b in zip(single, split, strict=True):
             a.grad = b.grad.float()
@@ -203,7 +201,7 @@ def gathered(mesh) -> bool:
     return True
 
 
-def count_collectives(variant, mesh):
+def count_collectives(mesh, variant):
     params, optimizer = build(variant, mesh)
     set_gradients(params, 0)
     optimizer.step()
@@ -258,15 +256,16 @@ def missing_gradients(mesh):
             stepper.step()
             assert equal(before, everything(without, stepper))
     assert same_on_all_ranks(params)
-    worst, message = distance(params, single), ""
+    worst = distance(params, single)
     set_gradients(params, 3)
     if dist.get_rank() == 0:
         params[1].grad = None
-    try:
-        optimizer.step()
-    except RuntimeError as error:
-        message = str(error)
-    return worst, message
+    return worst, refusal(RuntimeError, optimizer.step)
+
+
+def idle(mesh, variant):
+    """`idle_matrices` of parameters that are split."""
+    return idle_matrices(*build(variant, None, weight_decay=0.0), *build(variant, mesh, weight_decay=0.0))
 
 
 def copies(mesh):
@@ -351,13 +350,7 @@ def refusals(mesh):
         "device": lambda: FusedCelo2([nn.Parameter(torch.ones(4, 4, device="meta"))], zero1_mesh=mesh),
         "moved": optimizer.step,
     }
-    answers = {}
-    for name, attempt in attempts.items():
-        try:
-            attempt()
-        except (ValueError, TypeError) as error:
-            answers[name] = f"{type(error).__name__}: {error}"
-    return answers
+    return {name: refusal((ValueError, TypeError), attempt) for name, attempt in attempts.items()}
 
 
 def state_bytes(mesh) -> float:
@@ -374,8 +367,8 @@ def state_bytes(mesh) -> float:
     return int(fullest) / count(None)
 
 
-def train(folder: Path, mesh, mode: str, source: str | None = None, save: bool = False):
-    """Losses of 6 steps with tied embeddings; of the last 3 from what `source` saved after 3.
+def train(mesh, mode: str, folder: Path, source: str | None = None, saves: bool = False):
+    """Losses of 6 steps with tied embeddings, and the parameters; of the last 3 from what `source` saved after 3.
 
     `mode` is `"whole"` (one process), `"ddp"` (split), or `"fsdp2"`.
     """
@@ -393,9 +386,7 @@ def train(folder: Path, mesh, mode: str, source: str | None = None, save: bool =
     optimizer = FusedCelo2(model, zero1_mesh=split, **options)
     first = 0
     if source is not None:
-        model_state, optimizer_state = get_state_dict(model, optimizer)
-        dcp.load({"model": model_state, "optimizer": optimizer_state}, checkpoint_id=folder / source)
-        set_state_dict(model, optimizer, model_state_dict=model_state, optim_state_dict=optimizer_state)
+        load(model, optimizer, folder / source)
         first = 3
     losses = []
     for step in range(first, 6):
@@ -405,74 +396,10 @@ def train(folder: Path, mesh, mode: str, source: str | None = None, save: bool =
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        total = loss.detach().clone()
-        if mode != "whole":
-            dist.all_reduce(total)
-            total /= mesh.size()
-        losses.append(float(total))
+        losses.append(mean_over(mesh if mode != "whole" else None, loss))
         if mode == "ddp":
             assert same_on_all_ranks(list(model.parameters())), step
-        if save and step == 2:
-            model_state, optimizer_state = get_state_dict(model, optimizer)
-            saved = {"model": model_state, "optimizer": optimizer_state}
-            dcp.save(saved, checkpoint_id=folder / mode)
+        if saves and step == 2:
+            save(model, optimizer, folder / mode)
     parameters = [p.full_tensor() if isinstance(p, DTensor) else p for p in model.parameters()]
     return losses, [p.detach() for p in parameters]
-
-
-def train_all(folder: Path, world: int, mesh):
-    """Losses of every way of training, and the largest difference of the parameters from one process's."""
-    losses, parameters = {}, {}
-    for mode in ("whole", "ddp", "fsdp2"):
-        losses[mode], parameters[mode] = train(folder, mesh, mode, save=world == 2)
-    # what four ranks wrote; one process loads alike on every rank
-    for source, mode in (("ddp", "whole"), ("ddp", "ddp"), ("ddp", "fsdp2"), ("fsdp2", "ddp"), ("whole", "ddp")):
-        name = f"{source} to {mode}"
-        losses[name], parameters[name] = train(folder, mesh, mode, source)
-    return losses, {name: distance(parameters["whole"], some) for name, some in parameters.items()}
-
-
-def main() -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo")
-    world = dist.get_world_size()
-    mesh = init_device_mesh("cpu", (world,))
-    results = {}
-    for variant in ("celo2", "celo2-base"):
-        results[variant] = difference(variant, mesh, max_grad_norm=1.0)
-        results[f"{variant} clipped elements"] = difference(variant, mesh, steps=2, scale=2e3)
-    losses, parameters = train_all(Path(sys.argv[1]), world, mesh)
-    report = {
-        "differences": results,
-        "wire": relative_differences(wire_runs(mesh, split=True)),
-        "gathered": gathered(mesh),
-        "collectives": {variant: count_collectives(variant, mesh) for variant in ("celo2", "celo2-base")},
-        "skipped": skipped_steps(mesh),
-        "missing": missing_gradients(mesh),
-        "idle": [
-            idle_matrices(*build(variant, None, weight_decay=0.0), *build(variant, mesh, weight_decay=0.0))
-            for variant in ("celo2", "celo2-base")
-        ],
-        "state": state_bytes(mesh),
-        "losses": losses,
-        "trained": parameters,
-    }
-    # what no number of ranks makes harder, once
-    if world == 2:
-        report |= {
-            "layouts": layouts(mesh),
-            "nothing to split": nothing_to_split(mesh),
-            "float64": difference("celo2", mesh, steps=3, dtype=torch.float64),
-            "placed as fsdp2": placed_as_fsdp2(mesh),
-            "bfloat16 parameters": low_precision(mesh, dtype=torch.bfloat16),
-            "bfloat16 state": low_precision(mesh, state_dtype="bfloat16"),
-            "8-bit state": low_precision(mesh, state_dtype="int8"),
-            "copies": copies(mesh),
-            "full": full_state_dicts(mesh),
-            "refusals": refusals(mesh),
-        }
-    leave(report)
-
-
-if __name__ == "__main__":
-    main()

@@ -1,15 +1,12 @@
-"""The program of one rank for `test_sharded_kernels.py`: cases of `sharded_ranks.py` through interpreted kernels."""
+"""Scenarios of `sharded` and others through interpreted kernels: for `test_sharded_kernels.py`."""
 
 from __future__ import annotations
 
-import time
 from contextlib import contextmanager
 
-import sharded_ranks as ranks
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
@@ -19,6 +16,7 @@ from celo2.blocks import Blocks
 from celo2.comm import Ranks
 from celo2.planner import Planner
 from celo2.skips import SkipWatch
+from scenarios import sharded
 
 # uneven, empty, heads that do not align with shards, batched, a convolution, a vector: small, for the interpreter
 SPECS = [
@@ -32,49 +30,25 @@ SPECS = [
     ((6, 4), {"rule": "adamw"}),
 ]
 FEW = [((10, 6), {}), ((2, 5), {}), ((7,), {}), ((6, 4), {"rule": "adamw"})]
-# on how many ranks: variant, sharded axis, steps, options
-CASES = {
-    1: [("celo2", 0, 2, {"max_grad_norm": 0.3})],
-    2: [("celo2", 1, 2, {}), ("celo2-base", 0, 3, {"max_grad_norm": 0.3})],
-    3: [("celo2", 0, 3, {}), ("celo2-base", 1, 2, {"max_grad_norm": 0.3})],
-    4: [("celo2", 0, 2, {"max_grad_norm": 0.3})],
-}
-
-
-def differences(world, mesh):
-    results = {}
-    for variant, axis, steps, options in CASES[world]:
-        case = ranks.difference(variant, [Shard(axis)], mesh, steps=steps, backend="triton", **options)
-        results[f"{variant} axis {axis}"] = case
-    if world == 4:
-        square = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicas", "shards"))
-        placements = [Replicate(), Shard(0)]
-        results["celo2-base hsdp"] = ranks.difference("celo2-base", placements, square, steps=2, backend="triton")
-    if world == 3:
-        ranks.SPECS = [((7, 3), {"rule": "adamw"}), ((2,), {"rule": "adamw"})]
-        results["AdamW alone"] = ranks.difference("celo2", [Shard(0)], mesh, backend="triton", max_grad_norm=0.1)
-        ranks.SPECS = SPECS
-    if world == 2:
-        results["clipped elements"] = ranks.difference("celo2", [Shard(0)], mesh, steps=1, scale=2e3, backend="triton")
-        results["tiles of a GPU"] = tiled_difference(mesh)
-    return results
+# two hidden units
+TRITON = {"backend": "triton", "hidden": 2}
 
 
 def tiled_difference(mesh):
     """Several aligned tiles a shard, cut as on a GPU; NaN in all memory that nobody has written."""
-    choose, empty, specs = Blocks.choose, torch.empty, ranks.SPECS
+    choose, empty = Blocks.choose, torch.empty
 
     def poisoned(*args, **kwargs):
         tensor = empty(*args, **kwargs)
         return tensor.fill_(torch.nan) if tensor.is_floating_point() else tensor
 
     Blocks.choose = classmethod(lambda cls, columns, device: cls(columns=64, step_rows=8))
-    ranks.SPECS = [((130, 64), {}), ((64, 128), {})]
     torch.empty = poisoned
+    specs = [((130, 64), {}), ((64, 128), {})]
     try:
-        return ranks.difference("celo2", [Shard(0)], mesh, steps=1, backend="triton")
+        return sharded.difference(mesh, "celo2", [Shard(0)], steps=1, specs=specs, **TRITON)
     finally:
-        Blocks.choose, torch.empty, ranks.SPECS = choose, empty, specs
+        Blocks.choose, torch.empty = choose, empty
 
 
 def shards(params, optimizer):
@@ -91,8 +65,8 @@ def same_on_all(before, after):
 
 def disagreement(mesh):
     """What a found infinity on the last rank, and a gradient that rank 0 lacks, do to a step."""
-    params, optimizer = ranks.build("celo2", [Shard(0)], mesh, backend="triton")
-    ranks.set_gradients(params, 0)
+    params, optimizer = sharded.build("celo2", [Shard(0)], mesh, specs=FEW, **TRITON)
+    sharded.set_gradients(params, 0)
     optimizer.step()
     before = shards(params, optimizer)
     optimizer.found_inf = torch.tensor(float(dist.get_rank() == dist.get_world_size() - 1))
@@ -139,19 +113,19 @@ def beside_whole_ones(mesh):
         optimizer = FusedCelo2(
             [{"params": params[:4], "rule": "celo2"}, {"params": params[4:], "rule": "adamw"}],
             lr=1e-2,
-            weights=ranks.theta("celo2-base"),
+            weights=sharded.theta("celo2-base", 2),
             max_grad_norm=0.1,
             backend=backend,
         )
         for step in range(2):
-            ranks.set_gradients(params, step)
+            sharded.set_gradients(params, step)
             optimizer.step()
-        models.append([ranks.whole(p) for p in params])
+        models.append([sharded.whole(p) for p in params])
     assert optimizer.planner.kernels.backend.shards and not optimizer.planner.kernels.refused
     return max(float((a - b).abs().max()) for a, b in zip(*models, strict=True))
 
 
-def divided_rows(variant, mesh):
+def divided_rows(mesh, variant):
     """Largest difference from one process when whole parameters are stepped by rows (ZeRO-1); ranks end alike."""
     generator = torch.Generator().manual_seed(0)
     values = [0.1 * torch.randn(shape, generator=generator) for shape in ((10, 6), (2, 5), (5,), (6, 3, 4), (4, 3))]
@@ -159,10 +133,10 @@ def divided_rows(variant, mesh):
     for backend, over in (("torch", None), ("triton", mesh)):
         params = [nn.Parameter(value.clone()) for value in values]
         groups = [{"params": params[:4], "rule": "celo2"}, {"params": params[4:], "rule": "adamw"}]
-        options = {"weights": ranks.theta(variant), "max_grad_norm": 0.1, "backend": backend, "zero1_mesh": over}
+        options = {"weights": sharded.theta(variant, 2), "max_grad_norm": 0.1, "backend": backend, "zero1_mesh": over}
         optimizer = FusedCelo2(groups, lr=1e-2, comm_dtype="float32", **options)
         for step in range(3):
-            ranks.set_gradients(params, step)
+            sharded.set_gradients(params, step)
             if step == 1:
                 params[1].grad = None
             if step == 2 and over is not None:
@@ -184,13 +158,13 @@ def fsdp2_losses(mesh):
     losses = []
     for backend in ("torch", "triton"):
         torch.manual_seed(0)
-        model = ranks.Tied()
+        model = sharded.Tied()
         if backend == "triton":
             for block in model.blocks:
                 fully_shard(block, mesh=mesh)
             fully_shard(model, mesh=mesh)
         optimizer = FusedCelo2(
-            model, lr=1e-2, weights=ranks.theta("celo2"), max_grad_norm=0.5, comm_dtype="float32", backend=backend
+            model, lr=1e-2, weights=sharded.theta("celo2", 2), max_grad_norm=0.5, comm_dtype="float32", backend=backend
         )
         run = []
         for step in range(3):
@@ -249,21 +223,20 @@ def no_host_reads():
         SkipWatch.look = look
 
 
-def launches_without_host_reads(mesh):
+def launches_without_host_reads(mesh) -> list[int]:
     """Launches of a step, for one matrix and for several."""
     counts = []
     for shapes in ([(8, 4)], [(8, 4), (6, 4), (4, 6)]):
-        ranks.SPECS = [*((shape, {}) for shape in shapes), ((6, 4), {"rule": "adamw"})]
-        params, optimizer = ranks.build("celo2", [Shard(0)], mesh, backend="triton", max_grad_norm=0.3)
-        ranks.set_gradients(params, 0)
+        specs = [*((shape, {}) for shape in shapes), ((6, 4), {"rule": "adamw"})]
+        params, optimizer = sharded.build("celo2", [Shard(0)], mesh, specs=specs, max_grad_norm=0.3, **TRITON)
+        sharded.set_gradients(params, 0)
         optimizer.step()  # plans, and compares the plan between ranks
-        ranks.set_gradients(params, 1)
+        sharded.set_gradients(params, 1)
         with no_host_reads() as launches:
             optimizer.step()
         assert optimizer.planner.kernels.backend.shards
         counts.append(len(launches))
-    collectives = ranks.count_collectives("celo2", mesh, backend="triton")
-    return {"launches": counts, "collectives": collectives}
+    return counts
 
 
 def alternating_gradients(mesh):
@@ -275,67 +248,33 @@ def alternating_gradients(mesh):
         return original(*args)
 
     Planner.plan_kernels = counted
+    try:
+        worst = alternating_difference(mesh)
+    finally:
+        Planner.plan_kernels = original
+    return worst, len(plans)
+
+
+def alternating_difference(mesh):
     (single, one), (several, optimizer) = (
-        ranks.build("celo2-base", where, mesh, backend=backend)
+        sharded.build("celo2-base", where, mesh, specs=FEW, backend=backend, hidden=2)
         for where, backend in ((None, "torch"), ([Shard(0)], "triton"))
     )
     for step in range(6):
         for params, stepper in ((single, one), (several, optimizer)):
-            ranks.set_gradients(params, step)
+            sharded.set_gradients(params, step)
             for p in params[:2] if step % 2 else params[1:]:
                 p.grad = None
             stepper.step()
-    Planner.plan_kernels = original
-    worst = max(float((ranks.whole(a) - ranks.whole(b)).abs().max()) for a, b in zip(single, several, strict=True))
-    return worst, len(plans)
+    return max(float((sharded.whole(a) - sharded.whole(b)).abs().max()) for a, b in zip(single, several, strict=True))
 
 
 def refused(mesh):
     """Which parameters go through PyTorch, with a limit above the rule's clip and in float64."""
     found = {}
     for name, options in (("limit", {"max_grad_norm": 2000.0}), ("float64", {"dtype": torch.float64})):
-        params, optimizer = ranks.build("celo2", [Shard(0)], mesh, backend="triton", **options)
-        ranks.set_gradients(params, 0)
+        params, optimizer = sharded.build("celo2", [Shard(0)], mesh, specs=FEW, **TRITON, **options)
+        sharded.set_gradients(params, 0)
         optimizer.step()
         found[name] = [optimizer.planner.kernels.backend is None, optimizer.table()]
     return found
-
-
-def main() -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo")
-    world = dist.get_world_size()
-    mesh = init_device_mesh("cpu", (world,))
-    ranks.SPECS, ranks.HIDDEN = SPECS, 2
-    start = time.monotonic()
-    report = {"differences": differences(world, mesh)}
-    if world == 3:
-        report["idle"] = [
-            ranks.idle_shards("celo2", 0, mesh, "triton"),
-            ranks.idle_shards("celo2-base", 1, mesh, "triton"),
-        ]
-    if world in (2, 3):
-        report["divided"] = divided_rows("celo2" if world == 2 else "celo2-base", mesh)
-    if world == 2:
-        ranks.SPECS = FEW
-        ranks.SPECS = [((10, 6), {}), ((12, 4), {"heads": 3}), ((2, 70), {})]
-        report["eight bits"] = [
-            ranks.difference("celo2", [Shard(0)], mesh, steps, backend="triton", state_dtype="int8") for steps in (1, 3)
-        ]
-        ranks.SPECS = FEW
-        report["missing"] = ranks.missing_gradients(mesh, (0, 2), "triton")
-        report["skipped"] = ranks.skipped_steps(mesh, (0, 2, 3), "triton")
-        report["refused"] = refused(mesh)
-        report["alternating"] = alternating_gradients(mesh)
-        report["beside whole ones"] = beside_whole_ones(mesh)
-        report["losses"] = fsdp2_losses(mesh)
-    if world == 3:
-        ranks.SPECS = FEW
-        report["disagreement"] = disagreement(mesh)
-        report |= launches_without_host_reads(mesh)
-    report["seconds"] = time.monotonic() - start
-    ranks.leave(report)
-
-
-if __name__ == "__main__":
-    main()
