@@ -8,6 +8,9 @@ INTEROP := build/interop/.installed
 TYPECHECK := build/typecheck
 # options of the program behind a target: make train ARGS="--opt adamw --out-dir runs/adamw"
 ARGS ?=
+# processes that run tests, each on a thread of its own; tests of several processes run one by one
+WORKERS ?= 2
+PARALLEL := -n $(WORKERS) --dist worksteal
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-16s%s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -32,10 +35,10 @@ evaluate-small: $(INSTALLED) ## the paper's evaluations at CPU size, half an hou
 	$(BIN)/python bench/evaluate_small.py $(ARGS)
 
 test: $(INSTALLED) ## run the tests, but for the ones below (ARGS="-k golden")
-	$(BIN)/python -m pytest -q -m "not kernels and not dist" $(ARGS)
+	$(BIN)/python -m pytest -q $(PARALLEL) -m "not kernels and not dist" $(ARGS)
 
 test-bench: $(INSTALLED) ## run the tests of the evaluations and of the command lines, some minutes
-	$(BIN)/python -m pytest -q tests/bench tests/test_entry_points.py $(ARGS)
+	$(BIN)/python -m pytest -q $(PARALLEL) tests/bench tests/test_entry_points.py $(ARGS)
 
 test-dist: $(INSTALLED) ## run the tests on two processes, and on two by two: steps, trainer, launch scripts
 	$(BIN)/python -m pytest -q -m "dist and not slow" $(ARGS)
@@ -44,7 +47,7 @@ test-slow: $(INSTALLED) ## run the same on one, three and four processes, some m
 	$(BIN)/python -m pytest -q -m "dist and slow" $(ARGS)
 
 test-kernels: $(INSTALLED) ## run the tests of the kernels, on a GPU or in the interpreter, some minutes
-	$(BIN)/python -m pytest -q -m kernels $(ARGS)
+	$(BIN)/python -m pytest -q $(PARALLEL) -m kernels $(ARGS)
 
 $(LOWEST): pyproject.toml constraints-lowest.txt
 	$(PYTHON) -m venv .venv-lowest

@@ -22,6 +22,7 @@ if not torch.cuda.is_available():
 
 from celo2 import Theta
 from celo2.theta import GROUP_COLUMNS
+from scenarios.interpreter import patch_once
 from scenarios.pool import RankFailure, RankPool
 
 # the tests' processes get hangups also where nohup started the tests
@@ -42,8 +43,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 if importlib.util.find_spec(package) is None:
                     item.add_marker(pytest.mark.skip(reason=f"needs {package}"))
     kernels = [item for item in items if item.get_closest_marker("kernels")]
-    if kernels and not torch.cuda.is_available() and (reason := no_interpreter()) is not None:
-        for item in kernels:
+    if kernels and not torch.cuda.is_available():
+        patch_once()
+        reason = no_interpreter()
+        for item in kernels if reason is not None else ():
             item.add_marker(pytest.mark.skip(reason=reason))
 
 

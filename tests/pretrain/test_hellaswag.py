@@ -46,7 +46,7 @@ class OneOf:
     def __init__(self, rank: int, ranks: int) -> None:
         self.rank, self.ranks, self.device, self.parts = rank, ranks, torch.device("cpu"), None
 
-    def sums(self, *values: float) -> list[float]:
+    def all_reduce_sum(self, *values: float) -> list[float]:
         self.parts = values
         return [*values[:2], max(1, values[2])]
 

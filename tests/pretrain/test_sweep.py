@@ -183,23 +183,23 @@ def test_a_point_that_takes_too_long_has_failed(tmp_path: Path) -> None:
 
 
 def test_slurm_runs_the_same_points(tmp_path: Path) -> None:
-    arguments = ("--grid", "opt=celo2,adamw lr=1e-3,1e-2", "--best", "seed=7")
+    arguments = ("--grid", "opt=celo2,adamw", "--best", "seed=7")
     result = run_sweep(tmp_path / "out", *arguments, "--slurm", "--sbatch=--gres=gpu:8", program=("--steps", "50"))
     script = result.stdout
-    assert "#SBATCH --array=0-3\n" in script and "#SBATCH --gres=gpu:8\n" in script
+    assert "#SBATCH --array=0-1\n" in script and "#SBATCH --gres=gpu:8\n" in script
     assert not (tmp_path / "out").exists()
     # what bash runs for each task, one after the other
     path = tmp_path / "array.sh"
     path.write_text(script)
-    for task in range(4):
+    for task in range(2):
         environment = {**os.environ, "SLURM_ARRAY_TASK_ID": str(task)}
         subprocess.run(["bash", str(path)], env=environment, check=True, timeout=60, capture_output=True)
-    assert len(records(tmp_path / "out")) == 4
-    environment = {**os.environ, "SLURM_ARRAY_TASK_ID": "6"}
+    assert len(records(tmp_path / "out")) == 2
+    environment = {**os.environ, "SLURM_ARRAY_TASK_ID": "4"}
     late = subprocess.run(["bash", str(path)], env=environment, timeout=60, capture_output=True, text=True, check=False)
-    assert late.returncode == 1 and "points 0 to 5" in late.stderr
+    assert late.returncode == 1 and "points 0 to 3" in late.stderr
     result = run_sweep(tmp_path / "out", *arguments, program=("--steps", "50"))
-    assert "4 ended, 0 to do" in result.stdout and len(records(tmp_path / "out")) == 6
+    assert "2 ended, 0 to do" in result.stdout and len(records(tmp_path / "out")) == 4
 
 
 def test_processes_get_their_share(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,6 +17,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
+from scenarios.interpreter import patch_once
+
 TIMEOUT = 600  # seconds that a scenario may take
 GRACE = 5  # seconds in which other ranks say why they failed too
 
@@ -80,6 +82,7 @@ def serve(connection: Connection, rank: int, ranks: int, store: str) -> None:
     threading.Thread(target=leave_with_parent, daemon=True).start()
     # read when the kernels are imported, with the first scenario; parameters are on the CPU
     os.environ["TRITON_INTERPRET"] = "1"
+    patch_once()
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=ranks)
     mesh = init_device_mesh("cpu", (ranks,))
