@@ -154,8 +154,8 @@ def run(arguments: argparse.Namespace, held: ExitStack) -> int:
     def make(recipe: Recipe, model: GPT) -> Optimizers:
         return build(arguments.row, recipe, model)
 
-    method = Method(arguments.row, opt, (arguments.lr,))
-    record = train_once(method, arguments.lr, arguments.seed, settings, text, compiled=False, build=make)
+    method, tuned = Method(arguments.row, opt), {"lr": arguments.lr}
+    record = train_once(method, tuned, arguments.seed, settings, text, compiled=False, build=make)
     for step, loss in record["curve"]:
         log.write("val", step=step, loss=loss)
     log.write("final", step=settings.steps, loss=record["final"], skipped=record["skipped"],

@@ -30,7 +30,14 @@ GROUP_COLUMNS = (1, 1, 1, 3, 1, 3, 1, 3, 1, 3, 3, 3, 3, 3)
 OUTPUTS = 3
 NAMES = (*(f"w0__{group}" for group in range(14)), "b0", "w1", "b1", "w2", "b2")
 VARIANTS = ("celo2", "celo2-base")
-CLOSED_FORMS = ("momentum", "adam")
+# Nesterov on normalised columns: 0.9 m + 0.1 g, where the rms of g is 4.4 times that of m for white noise
+NESTEROV = {"momentum": 2 / 3, "gradient": 1 / 3}
+# weights of columns: of fast momentum, the gradient, and fast momentum times q
+CLOSED_FORMS = {
+    "momentum": {"w0__3": 1.0},
+    "nesterov": {"w0__3": NESTEROV["momentum"], "w0__0": NESTEROV["gradient"]},
+    "adam": {"w0__5": 1.0},
+}
 # names of the bundled files, and of the variants they hold
 TRAINED = VARIANTS
 BUNDLED = Path(__file__).parent / "weights"
@@ -192,22 +199,23 @@ class Theta:
 
 
 def closed_form(name: str) -> Theta:
-    """Return a theta that computes a known direction: `"momentum"` m_0, or `"adam"` m_0 / sqrt(v + 1e-8).
+    """Return a theta that computes a known direction: `"momentum"` m_0, `"nesterov"` 0.9 m_0 + 0.1 g, `"adam"` m_0 q.
 
-    One pair of ReLUs carries +x and -x through both layers. With Newton-Schulz, `"momentum"` is Muon with an
-    exponential-average momentum of 0.9.
+    One pair of ReLUs carries +x and -x through both layers. q is 1 / sqrt(v + 1e-8). With Newton-Schulz, `"momentum"`
+    is Muon with an exponential-average momentum of 0.9, and `"nesterov"` the same in Nesterov's form, for a gradient of
+    white noise.
     """
     if name not in CLOSED_FORMS:
         raise ValueError(f"unknown closed form {name!r}, allowed: {', '.join(CLOSED_FORMS)}")
     arrays = {key: np.zeros(shape, np.float32) for key, shape in _expected_shapes(8, 8).items()}
-    column = "w0__3" if name == "momentum" else "w0__5"
-    arrays[column][0, :2] = 1, -1
+    for column, weight in CLOSED_FORMS[name].items():
+        arrays[column][0, :2] = weight, -weight
     arrays["w1"][0, 0] = arrays["w1"][1, 1] = 1
     arrays["w2"][:2, 0] = 1, -1
     card = {
         "name": name,
         "recipe": "closed form, not trained",
-        "orthogonalize": "true" if name == "momentum" else "false",
+        "orthogonalize": "false" if name == "adam" else "true",
     }
     return Theta.from_arrays(arrays, card)
 
@@ -215,10 +223,10 @@ def closed_form(name: str) -> Theta:
 def load_weights(weights: str | os.PathLike[str] | Theta) -> Theta:
     """Resolve what the `weights=` argument of `FusedCelo2` accepts.
 
-    A `Theta`; a name (`"celo2"` and `"celo2-base"`, the bundled trained weights; `"momentum"` and `"adam"`, closed
-    forms); the path of a file, or of a folder that holds one (a run of meta-training); or a hub id `owner/name` or
-    `owner/name@revision`, without a network from the cache. A path that exists wins over a hub id of the same spelling;
-    `~` is the home folder.
+    A `Theta`; a name (`"celo2"` and `"celo2-base"`, the bundled trained weights; `"momentum"`, `"nesterov"` and
+    `"adam"`, closed forms); the path of a file, or of a folder that holds one (a run of meta-training); or a hub id
+    `owner/name` or `owner/name@revision`, without a network from the cache. A path that exists wins over a hub id of
+    the same spelling; `~` is the home folder.
     Raises ValueError, FileNotFoundError, ImportError or OSError, each naming `weights` and the fix.
     """
     if isinstance(weights, Theta):

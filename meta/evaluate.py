@@ -1,10 +1,12 @@
-"""The proof: how far the bundled thetas stay stable, and how they train a language model beside tuned baselines.
+"""The proof: how the bundled thetas train language models beside tuned baselines, and how long they stay stable.
 
-    python -m celo2.meta.evaluate                # everything, then docs/results.md
-    python -m celo2.meta.evaluate --only report  # the page again, from the records
+    python -m celo2.meta.evaluate                      # everything, then docs/results.md
+    python -m celo2.meta.evaluate --settings short     # the first setting alone
+    python -m celo2.meta.evaluate --only report        # the page again, from the records
 
-Every run is one line of JSON under `docs/results/`; a run whose line is there is not repeated, so the command continues
-where it was stopped. A line belongs to a theta's hash and to the settings: another theta or setting runs anew.
+What is compared, and how, is in `celo2.meta.protocol`. Every run is one line of JSON under `docs/results/`; a run whose
+line is there is not repeated, so the command continues where it was stopped. A line belongs to a theta's hash, to the
+settings and to the data: others run anew.
 """
 
 from __future__ import annotations
@@ -13,37 +15,30 @@ import argparse
 import json
 import multiprocessing
 import os
+import signal
 import sys
-from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
-from celo2.meta import horizon, report
+from celo2.meta import horizon, protocol, report
 from celo2.meta.images import load_image_sets
-from celo2.meta.language_model import Method, Settings, Text, log_spaced, train_once
+from celo2.meta.language_model import Method, Settings, Text, selection_shards, train_once
+from celo2.meta.protocol import SEARCH_SEED, SEEDS, Contender, Setting
+from celo2.meta.search import Point, Search
 from celo2.pretrain import options
 from celo2.pretrain.device import device_name
-from celo2.pretrain.prepare_data import prepare_embedded
 from celo2.pretrain.runlog import versions
 from celo2.pretrain.terminal import unfailing_streams
 from celo2.theta import load_weights
 
 Record = dict[str, Any]
-# one sweep of seven rates a method, log-spaced around its own known range
-METHODS = (
-    Method("celo2", "celo2", log_spaced(3e-4, 1e-2), "celo2"),
-    Method("celo2-base", "celo2-base", log_spaced(5e-5, 5e-3), "celo2-base"),
-    Method("adamw", "adamw", log_spaced(3e-4, 3e-2)),
-    Method("muon", "muon", log_spaced(2e-3, 2e-1)),
-    Method("momentum", "celo2", log_spaced(3e-4, 1e-2), "momentum"),
-    Method("adam", "celo2-base", log_spaced(5e-5, 5e-3), "adam"),
-)
-SWEEP_SEED = 0
-SEEDS = (1, 2, 3)
 BUNDLED = ("celo2", "celo2-base")
 PARTS = ("horizon", "language-model", "report")
 
@@ -54,13 +49,19 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--out", type=options.path, default=Path("docs/results.md"), help="the page (default: docs/results.md)"
     )
-    parser.add_argument("--data", type=options.path, metavar="DIR", help="byte shards (default: the embedded text)")
+    parser.add_argument(
+        "--settings", choices=protocol.SETTINGS, nargs="+", help="of the language models (default: all)"
+    )
+    parser.add_argument("--texts", choices=protocol.TEXTS, nargs="+", help="(default: all)")
+    parser.add_argument(
+        "--also", action="append", default=[], metavar="WEIGHTS", help="a row more: a file, a run's folder, or a hub id"
+    )
     parser.add_argument(
         "--images", type=options.given, default="embedded", metavar="SOURCE", help="as celo2.meta.train --data"
     )
     parser.add_argument("--horizon-steps", type=int, default=horizon.STEPS, metavar="N", help="inner steps")
-    parser.add_argument("--steps", type=int, default=Settings().steps, metavar="N", help="language-model steps")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), metavar="N", help="runs at once, a thread each")
+    parser.add_argument("--minutes", type=float, metavar="N", help="begin no run after this long")
     return parser.parse_args(argv)
 
 
@@ -87,70 +88,165 @@ def append(path: Path, record: Record) -> None:
         os.fsync(file.fileno())
 
 
+class Splits(NamedTuple):
+    """Folders of a text's shards: for training and for choosing options, and the one whose validation is reported."""
+
+    chosen_on: Path
+    reported_on: Path
+
+    def text(self, settings: Settings) -> Text:
+        return Text(self.chosen_on, settings, self.reported_on)
+
+
+class Job(NamedTuple):
+    """One run: which text and setting it belongs to, and what it trains."""
+
+    text: str
+    setting: str
+    contender: Contender
+    point: Point
+    seed: int
+
+    @property
+    def key(self) -> tuple[str, str, str, Point, int]:
+        return self.text, self.setting, self.contender.name, self.point, self.seed
+
+
 def _start_worker() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends it
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)
 
 
-def _train(method: Method, lr: float, seed: int, settings: Settings, folder: Path) -> Record:
-    return train_once(method, lr, seed, settings, Text(folder, settings))
+def train(method: Method, point: Point, seed: int, settings: Settings, splits: Splits) -> Record:
+    """Train one model; in a process of its own."""
+    return train_once(method, dict(point), seed, settings, splits.text(settings))
 
 
 class LanguageModels:
     """The runs of the comparison: what is recorded, and what is still to do."""
 
-    def __init__(self, path: Path, settings: Settings, folder: Path) -> None:
-        self.path, self.settings, self.folder = path, settings, folder
-        self.context = {"settings": asdict(settings), "data": Text(folder, settings).fingerprint}
-        self.thetas = {m.name: load_weights(m.weights).sha256 if m.weights else None for m in METHODS}
-        self.records = [r for r in read_records(path) if self._current(r)]
+    def __init__(
+        self,
+        path: Path,
+        splits: Mapping[str, Splits],
+        rows: Sequence[Contender],
+        settings: Mapping[str, Setting],
+        wanted: Sequence[str],
+    ) -> None:
+        self.path, self.splits, self.rows, self.settings = path, splits, rows, settings
+        # a setting's search begins where that of another ended
+        self.wanted = [name for name in settings if any(name in self._chain(other) for other in wanted)]
+        self.data = {
+            (text, name): splits[text].text(settings[name].settings).fingerprint
+            for text in splits
+            for name in self.wanted
+        }
+        self.records: dict[tuple[Any, ...], Record] = {}
+        for record in read_records(path):
+            self._take(record)
 
-    def _current(self, record: Record) -> bool:
-        mine = record["method"] in self.thetas and record["theta"] == self.thetas[record["method"]]
-        return mine and {key: record[key] for key in self.context} == self.context
+    def _chain(self, name: str | None) -> list[str]:
+        return [] if name is None else [name, *self._chain(self.settings[name].after)]
 
-    def sweep(self, method: Method) -> list[Record]:
-        """Return the recorded runs of a method's sweep, by learning rate."""
-        runs = [r for r in self.records if r["method"] == method.name and r["seed"] == SWEEP_SEED]
-        return sorted((r for r in runs if r["lr"] in method.learning_rates), key=lambda r: float(r["lr"]))
+    def _identity(self, text: str, setting: str, contender: Contender) -> Record:
+        """What a record must have to count."""
+        weights = contender.method.weights
+        return {
+            "text": text,
+            "setting": setting,
+            "method": contender.name,
+            "theta": None if weights is None else load_weights(weights).sha256,
+            "settings": asdict(self.settings[setting].settings),
+            "data": self.data[text, setting],
+        }
 
-    def best_lr(self, method: Method) -> float | None:
-        """Return the learning rate with the lowest final loss; None while the sweep is not complete."""
-        runs = self.sweep(method)
-        if len(runs) < len(method.learning_rates):
-            return None
-        return float(min(runs, key=lambda r: float(r["final"]))["lr"])
+    def _take(self, record: Record) -> None:
+        for contender in self.rows:
+            if record.get("method") != contender.name or (record.get("text"), record.get("setting")) not in self.data:
+                continue
+            identity = self._identity(record["text"], record["setting"], contender)
+            if all(record.get(key) == value for key, value in identity.items()):
+                point = tuple(record["tuned"].items())
+                self.records[record["text"], record["setting"], contender.name, point, record["seed"]] = record
 
-    def finals(self, method: Method) -> list[Record]:
-        """Return the recorded runs of a method at its best learning rate, over the three seeds."""
-        lr = self.best_lr(method)
-        runs = [r for r in self.records if r["method"] == method.name and r["lr"] == lr and r["seed"] in SEEDS]
-        return sorted(runs, key=lambda r: int(r["seed"]))
+    def search(self, text: str, setting: str, contender: Contender) -> Search | None:
+        """Return the search of a method's options as far as it has gone; None before that of the setting it follows."""
+        start = contender.lattice.start
+        if (after := self.settings[setting].after) is not None:
+            before = self.search(text, after, contender)
+            if before is None or before.best is None:
+                return None
+            start = before.best
+        losses = {
+            key[3]: record["final"]
+            for key, record in self.records.items()
+            if key[:3] == (text, setting, contender.name) and key[4] == SEARCH_SEED
+        }
+        return Search(contender.lattice, start, self.settings[setting].runs, losses)
 
-    def _missing(self) -> Iterator[tuple[Method, float, int]]:
-        done = {(r["method"], r["lr"], r["seed"]) for r in self.records}
-        for method in METHODS:
-            best = self.best_lr(method)
-            wanted: Iterable[tuple[float, int]] = ((lr, SWEEP_SEED) for lr in method.learning_rates)
-            if best is not None:
-                wanted = ((best, seed) for seed in SEEDS)
-            yield from ((method, lr, seed) for lr, seed in wanted if (method.name, lr, seed) not in done)
+    def finals(self, text: str, setting: str, contender: Contender) -> dict[int, Record]:
+        """Return the recorded runs of a method at its best options, by seed."""
+        search = self.search(text, setting, contender)
+        if search is None or search.best is None:
+            return {}
+        keys = {seed: (text, setting, contender.name, search.best, seed) for seed in SEEDS}
+        return {seed: self.records[key] for seed, key in keys.items() if key in self.records}
 
-    def run(self, workers: int) -> None:
-        """Run what is missing, `workers` at once; first the sweeps, then the seeds at each best rate."""
+    def missing(self) -> Iterator[Job]:
+        """Iterate over the runs that can begin now: setting after setting, searches before seeds."""
+        for setting in self.wanted:
+            for text in self.splits:
+                for contender in self.rows:
+                    search = self.search(text, setting, contender)
+                    for point in search.missing if search is not None else ():
+                        yield Job(text, setting, contender, point, SEARCH_SEED)
+            for seed in SEEDS:
+                for text in self.splits:
+                    for contender in self.rows:
+                        search = self.search(text, setting, contender)
+                        if search is None or search.best is None:
+                            continue
+                        job = Job(text, setting, contender, search.best, seed)
+                        if job.key not in self.records:
+                            yield job
+
+    def run(self, workers: int, minutes: float | None = None) -> None:
+        """Run what is missing, `workers` at once; a run that ended is on the disk."""
+        began = time.monotonic()
         spawn = multiprocessing.get_context("spawn")
+        running: dict[Future[Record], Job] = {}
         with ProcessPoolExecutor(workers, mp_context=spawn, initializer=_start_worker) as pool:
-            while missing := list(self._missing()):
-                futures = [pool.submit(_train, *run, self.settings, self.folder) for run in missing]
-                for future in as_completed(futures):
-                    record = future.result() | self.context
-                    append(self.path, record)
-                    self.records.append(record)
-                    print(
-                        f"{record['method']:<10} lr {record['lr']:<8.3g} seed {record['seed']} | validation "
-                        f"{record['final']:.4f} | {record['seconds']:.0f} s",
-                        flush=True,
-                    )
+            try:
+                while True:
+                    late = minutes is not None and time.monotonic() - began > 60 * minutes
+                    busy = {job.key for job in running.values()}
+                    for job in () if late else self.missing():
+                        if len(running) >= workers:
+                            break
+                        if job.key not in busy:
+                            settings = self.settings[job.setting].settings
+                            arguments = job.contender.method, job.point, job.seed, settings, self.splits[job.text]
+                            running[pool.submit(train, *arguments)] = job
+                    if not running:
+                        return
+                    for future in wait(running, return_when=FIRST_COMPLETED).done:
+                        self._record(running.pop(future), future.result())
+            except BaseException:
+                for process in multiprocessing.active_children():
+                    process.terminate()
+                raise
+
+    def _record(self, job: Job, record: Record) -> None:
+        record = self._identity(job.text, job.setting, job.contender) | record
+        append(self.path, record)
+        self._take(record)
+        tuned = " ".join(f"{option} {value:.3g}" for option, value in job.point)
+        print(
+            f"{job.text} {job.setting} {job.contender.name:<10} {tuned} seed {job.seed} | validation "
+            f"{record['final']:.4f}, reported {record['reported']:.4f} | {record['seconds']:.0f} s",
+            flush=True,
+        )
 
 
 def run_horizon(path: Path, images: str, steps: int) -> list[Record]:
@@ -173,32 +269,48 @@ def run_horizon(path: Path, images: str, steps: int) -> list[Record]:
 def evaluate(arguments: argparse.Namespace) -> int:
     parts = arguments.only or PARTS
     folder = arguments.out.parent / arguments.out.stem
-    settings = Settings(steps=arguments.steps)
-    data = arguments.data or prepare_embedded("bytes", Path("data/wikipedia-bytes"))
     torch.set_flush_denormal(True)
-    models = LanguageModels(folder / "language_model.jsonl", settings, data)
     horizon_path = folder / "horizon.jsonl"
     if "horizon" in parts:
         run_horizon(horizon_path, arguments.images, arguments.horizon_steps)
+    rows = [*protocol.contenders(), *map(protocol.also, arguments.also)]
+    splits = {}
+    for name in arguments.texts or protocol.TEXTS:
+        shards = protocol.TEXTS[name]()
+        splits[name] = Splits(selection_shards(shards, shards.with_name(f"{shards.name}-selection")), shards)
+    wanted = arguments.settings or list(protocol.SETTINGS)
+    models = LanguageModels(folder / "language_model.jsonl", splits, rows, protocol.SETTINGS, wanted)
     if "language-model" in parts:
-        models.run(arguments.workers)
+        models.run(arguments.workers, arguments.minutes)
     if "report" in parts:
-        comparisons = [report.Comparison(m, models.sweep(m), models.finals(m)) for m in METHODS]
+        tables = [
+            report.Table(text, name, models.settings[name], [
+                report.Row(row, models.search(text, name, row), models.finals(text, name, row)) for row in rows
+            ])
+            for name in models.wanted
+            for text in splits
+        ]  # fmt: skip
         current = {load_weights(name).sha256 for name in BUNDLED}
         horizons = [r for r in read_records(horizon_path) if r["sha256"] in current]
         facts = {"machine": device_name(torch.device("cpu")).split(",")[0], **versions()}
         thetas = [load_weights(name) for name in BUNDLED]
-        report.write(arguments.out, folder, comparisons, horizons, settings, thetas, facts)
+        report.write(arguments.out, folder, tables, horizons, thetas, facts)
         print(f"-> {arguments.out}")
     return 0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; returns the exit status: 0, or 2 for a user's mistake."""
+    """Run the command; returns the exit status: 0, 2 for a user's mistake, 130 for an interrupt."""
     arguments = parse_arguments(argv)
     try:
         with unfailing_streams():
             return evaluate(arguments)
+    except KeyboardInterrupt:
+        print("interrupted: the runs that ended are recorded, and the same command goes on", file=sys.stderr)
+        return 130
+    except BrokenProcessPool as error:
+        print(f"error: {error} (no memory for {arguments.workers} runs? give --workers 1)", file=sys.stderr)
+        return 1
     except (ValueError, OSError, ImportError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -1,14 +1,14 @@
-"""The language model that judges a theta: one short training run of a small GPT, and the runs that make a comparison.
+"""The language model that judges a theta: one short training run of a small GPT.
 
 The model is the harness's `modern` GPT on bytes, its optimizers are the harness's own, so what is measured here is what
-`pretrain/train_gpt.py` runs. Everything is a function of (method, theta, learning rate, seed, settings, data).
+`pretrain/train_gpt.py` runs. Everything is a function of (method, theta, options, seed, settings, data).
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -25,6 +25,7 @@ from celo2.pretrain.tokenizer import get_tokenizer
 from celo2.theta import Theta
 
 TOKENIZER = "bytes"
+Batches = Sequence[tuple[torch.Tensor, torch.Tensor]]
 
 
 @dataclass(frozen=True)
@@ -52,21 +53,15 @@ SELECTION = Settings(n_layer=2, n_head=4, sequences=8, steps=300, eval_every=100
 
 @dataclass(frozen=True)
 class Method:
-    """An optimizer of the comparison: the harness's `--opt`, its theta, and the learning rates of its sweep."""
+    """An optimizer that trains the model: the harness's `--opt`, and its theta."""
 
     name: str
     opt: str
-    learning_rates: tuple[float, ...]
     weights: str | Theta | None = None
 
 
-def log_spaced(low: float, high: float, count: int = 7) -> tuple[float, ...]:
-    """Return `count` learning rates from `low` to `high`, three significant digits."""
-    return tuple(float(f"{rate:.3g}") for rate in np.geomspace(low, high, count))
-
-
 def selection_shards(data_dir: Path, out_dir: Path) -> Path:
-    """Write shards for choosing a theta: the training shards of `data_dir`, their last tenth for validation.
+    """Write shards for choosing: the training shards of `data_dir`, their last tenth for validation.
 
     The validation documents of `data_dir` are not read, so that the test stays unseen.
     """
@@ -80,14 +75,20 @@ def selection_shards(data_dir: Path, out_dir: Path) -> Path:
 
 
 class Text:
-    """Training and validation batches of a folder of byte shards."""
+    """Training and validation batches of a folder of byte shards, and those of a split that is reported."""
 
-    def __init__(self, folder: Path, settings: Settings) -> None:
+    def __init__(self, folder: Path, settings: Settings, reported: Path | None = None) -> None:
         self._train, val = find_shards(folder)
+        last = find_shards(reported)[1] if reported is not None else []
         self._vocab_id = get_tokenizer(TOKENIZER).vocab_id
         self._context = settings.context
-        self.fingerprint = [shard_fingerprint(path) for path in (*self._train, *val)]
-        self.validation = list(validation_batches(val, settings.context, settings.val_tokens, 64, self._vocab_id))
+        self.fingerprint = [shard_fingerprint(path) for path in (*self._train, *val, *last)]
+
+        def batches(shards: Sequence[Path]) -> Batches:
+            return list(validation_batches(shards, settings.context, settings.val_tokens, 64, self._vocab_id))
+
+        self.validation = batches(val)
+        self.reported = batches(last) if last else []
 
     def loader(self, seed: int) -> Loader:
         return Loader(self._train, self._context, seed, self._vocab_id)
@@ -102,7 +103,7 @@ def _compiled_forward(config: GPTConfig) -> tuple[GPT, Callable[..., torch.Tenso
 
 def train_once(
     method: Method,
-    lr: float,
+    tuned: Mapping[str, float],
     seed: int,
     settings: Settings,
     text: Text,
@@ -112,7 +113,9 @@ def train_once(
 ) -> dict[str, Any]:
     """Train one model; return its validation losses in nats a byte, `curve` [[step, loss], ...] and `final`.
 
-    `build` makes the optimizers of the recipe and the model, where they are not those of the method's name.
+    `tuned` has options of the optimizer, as fields of a `Recipe` (`lr`, `momentum`, ...) or `beta2`. Where the text has
+    a split that is reported, `reported` is the final loss there. `build` makes the optimizers of the recipe and the
+    model, where they are not those of the method's name.
 
     A step with a gradient that is not finite is skipped and counted (`skipped`); a run whose loss ends not finite has
     `final` infinity.
@@ -120,8 +123,6 @@ def train_once(
     recipe = Recipe(
         name=method.name,
         opt=method.opt,
-        lr=lr,
-        weight_decay=0.0,
         batch_tokens=settings.sequences * settings.context,
         warmup_frac=settings.warmup_frac,
         final_lr_frac=0.0,
@@ -129,6 +130,7 @@ def train_once(
         tokens=settings.steps * settings.sequences * settings.context,
         val_tokens=settings.val_tokens,
         source="language-model comparison",
+        **_fields(tuned),
     )
     if compiled:
         model, forward = _compiled_forward(settings.model())
@@ -145,13 +147,14 @@ def train_once(
         forward(inputs_BT, targets_BT).backward()  # type: ignore[no-untyped-call]
         skipped += not math.isfinite(optimizers.step())
         if (step + 1) % settings.eval_every == 0 or step + 1 == settings.steps:
-            curve.append([step + 1, validation_loss(model, text)])
-    final = curve[-1][1]
+            curve.append([step + 1, validation_loss(model, text.validation)])
+    reported = {"reported": _or_infinite(validation_loss(model, text.reported))} if text.reported else {}
     return {
         "method": method.name,
-        "lr": lr,
+        "tuned": dict(tuned),
         "seed": seed,
-        "final": final if math.isfinite(final) else math.inf,
+        "final": _or_infinite(curve[-1][1]),
+        **reported,
         "curve": curve,
         "skipped": skipped,
         "theta": optimizers.theta.sha256 if optimizers.theta else None,
@@ -160,11 +163,23 @@ def train_once(
     }
 
 
+def _fields(tuned: Mapping[str, float]) -> dict[str, Any]:
+    """Options as fields of a recipe."""
+    fields: dict[str, Any] = {key: value for key, value in tuned.items() if key != "beta2"}
+    if "beta2" in tuned:
+        fields["betas"] = (0.9, tuned["beta2"])
+    return fields
+
+
+def _or_infinite(loss: float) -> float:
+    return loss if math.isfinite(loss) else math.inf
+
+
 @torch.no_grad()
-def validation_loss(model: GPT, text: Text) -> float:
-    """Return the loss in nats a byte over the validation batches."""
+def validation_loss(model: GPT, batches: Batches) -> float:
+    """Return the loss in nats a byte over validation batches."""
     nats = tokens = 0.0
-    for inputs_BT, targets_BT in text.validation:
+    for inputs_BT, targets_BT in batches:
         nats += float(model(inputs_BT, targets_BT, reduction="sum"))
         tokens += targets_BT.numel()
     return nats / tokens

@@ -32,7 +32,7 @@ from celo2.meta.recipes import Recipe
 from celo2.meta.tasks import TaskFamily, truncated_normal
 from celo2.meta.truncated_step import Arrays, TruncatedStep
 from celo2.pretrain.device import device_name
-from celo2.theta import GROUP_COLUMNS, OUTPUTS, Theta
+from celo2.theta import GROUP_COLUMNS, NESTEROV, OUTPUTS, Theta
 
 FORMAT = "celo2-meta-checkpoint-v1"
 KEEP = 2
@@ -40,8 +40,6 @@ KEEP = 2
 CURVE = ("meta_loss", "imitation", "gradient_norm", "lr", "horizon", "non_finite")
 
 
-# Nesterov on normalised columns: 0.9 m + 0.1 g, where the rms of g is 4.4 times that of m for white noise
-NESTEROV = {"momentum": 2 / 3, "gradient": 1 / 3}
 # what the random rest of the MLP weighs in the direction of a theta that starts at an expert
 REST = 0.1
 

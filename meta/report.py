@@ -1,10 +1,9 @@
-"""`docs/results.md`: the tables and the plot of the evaluation, made from its records."""
+"""`docs/results.md`: the tables and the plots of the evaluation, made from its records."""
 
 from __future__ import annotations
 
-import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,149 +11,153 @@ from typing import Any
 import numpy as np
 
 from celo2.files import write_atomic
-from celo2.meta.language_model import Method, Settings
+from celo2.meta.protocol import SEEDS, Contender, Setting
+from celo2.meta.search import Search
+from celo2.pretrain.intervals import Mean, mean, paired_difference
 from celo2.pretrain.runlog import write_png
 from celo2.pretrain.terminal import attempt
 from celo2.tables import markdown_table
 from celo2.theta import Theta
 
 Record = dict[str, Any]
-# two-sided 95 % quantiles of Student's t by degrees of freedom
-T_QUANTILE = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776}
-REFERENCE = "adamw"
 CURVES = "curves.png"
-SWEEPS = "sweeps.png"
+# what each trained theta is compared with: its start, and the tuned optimizer that it would replace
+OPPONENTS = {"celo2": ("start", "muon"), "celo2-base": ("adam", "adamw")}
 
 
 @dataclass(frozen=True)
-class Comparison:
-    """A method with the runs of its sweep and, at its best learning rate, of the seeds."""
+class Row:
+    """A method in a setting: the search of its options, and its runs at the best ones, by seed."""
 
-    method: Method
-    sweep: Sequence[Record]
-    finals: Sequence[Record]
-
-    @property
-    def losses(self) -> list[float]:
-        return [float(record["final"]) for record in self.finals]
+    contender: Contender
+    search: Search | None
+    finals: Mapping[int, Record]
 
     @property
-    def mean(self) -> float:
-        return statistics.fmean(self.losses)
-
-    @property
-    def half_width(self) -> float:
-        """Half of the 95 % interval of the mean over the seeds (Student's t)."""
-        n = len(self.losses)
-        return T_QUANTILE[n - 1] * statistics.stdev(self.losses) / math.sqrt(n)
+    def name(self) -> str:
+        return self.contender.name
 
     @property
     def complete(self) -> bool:
-        return len(self.sweep) == len(self.method.learning_rates) and len(self.finals) >= 2
+        return len(self.finals) == len(SEEDS)
 
     @property
-    def curve(self) -> np.ndarray:
-        """Mean validation curve, [points, 2]: step and loss."""
-        return np.mean([record["curve"] for record in self.finals], axis=0)
+    def losses(self) -> dict[str, float]:
+        """The reported loss of each seed."""
+        return {str(seed): float(record["reported"]) for seed, record in self.finals.items()}
 
-    def steps_to(self, target: float) -> float | None:
-        """Return the step at which the mean curve first reaches `target`, between validations by a straight line."""
-        steps, losses = self.curve.T
-        for i in np.flatnonzero(losses <= target):
-            if i == 0:
-                return float(steps[0])
-            part = (losses[i - 1] - target) / (losses[i - 1] - losses[i])
-            return float(steps[i - 1] + part * (steps[i] - steps[i - 1]))
-        return None
+    @property
+    def mean(self) -> Mean:
+        return mean(list(self.losses.values()))
 
 
-def _model_section(comparisons: Sequence[Comparison], settings: Settings) -> list[str]:
-    complete = [c for c in comparisons if c.complete]
-    unfinished = [c.method.name for c in comparisons if not c.complete]
-    lines = []
+@dataclass(frozen=True)
+class Table:
+    """All methods on a text in a setting."""
+
+    text: str
+    name: str
+    setting: Setting
+    rows: Sequence[Row]
+
+    @property
+    def complete(self) -> list[Row]:
+        """The rows of which all seeds have ended, the best first."""
+        return sorted((row for row in self.rows if row.complete), key=lambda row: row.mean.value)
+
+    def row(self, name: str) -> Row | None:
+        return next((row for row in self.rows if row.name == name and row.complete), None)
+
+    def difference(self, ours: str, theirs: str) -> Mean | None:
+        """The mean of our loss minus theirs over the seeds; None before both are complete."""
+        a, b = self.row(ours), self.row(theirs)
+        return None if a is None or b is None else paired_difference(a.losses, b.losses)
+
+
+def _model_section(tables: Sequence[Table]) -> list[str]:
+    lines = [
+        "Every method has as many runs to find its options in a setting, with one seed, on a split of its own; then "
+        "five other seeds, the same for all, at the best. Losses are nats a byte on documents that nothing was chosen "
+        "on: the mean over the seeds, and its 95 % interval (Student's t). Differences are paired: the same seed has "
+        "the same weights, and the same batches. (edge) marks an option that was best at an end of its range.",
+        "",
+    ]
+    if tables:
+        lines += markdown_table(("method", ""), [(row.name, row.contender.what) for row in tables[0].rows])
+    for table in tables:
+        lines += _setting_section(table)
+    return lines + _claims(tables)
+
+
+def _setting_section(table: Table) -> list[str]:
+    settings = table.setting.settings
+    lines = [
+        f"### {table.text}, {table.name}",
+        "",
+        f"A `modern` GPT of {settings.n_layer} layers, width {settings.n_head * settings.head_dim}, context "
+        f"{settings.context}; {settings.steps:,} steps of {settings.sequences * settings.context} bytes, "
+        f"{settings.warmup_frac:.0%} warm-up then cosine to 0, clip 1.0; {table.setting.runs} runs a method to find "
+        "its options.",
+        "",
+    ]
+    unfinished = [row for row in table.rows if not row.complete]
     if unfinished:
-        lines += [f"**Not finished: {', '.join(unfinished)}.** `python -m celo2.meta.evaluate` goes on.", ""]
-    if not complete:
-        return lines + _sweeps(comparisons)
-    reference = next((c for c in complete if c.method.name == REFERENCE), None)
+        states = ", ".join(f"{row.name} ({_progress(row, table.setting)})" for row in unfinished)
+        lines += [f"**Not finished: {states}.** `python -m celo2.meta.evaluate` goes on.", ""]
     rows = []
-    for c in sorted(complete, key=lambda c: c.mean):
-        steps = ratio = "-"
-        if reference is not None:
-            reached = c.steps_to(reference.mean)
-            steps = f"{reached:.0f}" if reached is not None else "not reached"
-            ratio = f"{settings.steps / reached:.2f}x" if reached else "-"
-        lr = f"{c.finals[0]['lr']:.3g}"
-        rates = [r["lr"] for r in c.sweep]
-        edge = " (edge)" if c.finals[0]["lr"] in (min(rates), max(rates)) else ""
-        seconds = statistics.median(r["seconds"] for r in c.finals)
-        rows.append([c.method.name, lr + edge, f"{c.mean:.4f} +- {c.half_width:.4f}", steps, ratio, f"{seconds:.0f} s"])
-    runs = complete[0].finals[0]
-    lines += [
-        f"A `modern` GPT of {runs['parameters']:,} parameters ({settings.n_layer} layers, width "
-        f"{settings.n_head * settings.head_dim}, context {settings.context}) on the embedded Wikipedia text, bytes, "
-        f"{settings.steps} steps of {settings.sequences * settings.context} tokens, {settings.warmup_frac:.0%} warm-up "
-        "then cosine to 0, clip 1.0, no weight decay. Every method is swept over seven learning rates with one seed, "
-        "then run with three other seeds at its best. Loss: nats a byte on held-out articles, mean and 95 % interval "
-        "(Student's t) over the seeds.",
-        "",
-    ]
-    lines += markdown_table(
-        ["method", "best lr", "final validation loss", f"steps to {REFERENCE}'s final loss", "speed-up", "time a run"],
-        rows,
-    )
-    lines += [
-        "`momentum` and `adam` are closed-form thetas in the same rule, without training: the bar that learned "
-        "weights must pass. `muon` is `torch.optim.Muon` on the hidden matrices, with AdamW at the same rate on the "
-        "rest.",
-        "",
-    ]
-    lines += [f"![validation curves](results/{CURVES})", "", f"![learning-rate sweeps](results/{SWEEPS})", ""]
-    lines += _claims({c.method.name: c for c in complete})
-    return lines + _sweeps(comparisons)
+    for row in table.complete:
+        search = row.search
+        assert search is not None and search.best is not None
+        edges = row.contender.lattice.at_edge(search.best)
+        tuned = " ".join(f"{option} {value:.3g}{' (edge)' * (option in edges)}" for option, value in search.best)
+        differences = [table.difference(row.name, other) for other in ("muon", "adamw") if other != row.name]
+        cells = [f"{difference:+.4f}" if difference is not None else "-" for difference in differences]
+        cells.insert(("muon", "adamw").index(row.name), "") if row.name in ("muon", "adamw") else None
+        seconds = statistics.median(record["seconds"] for record in row.finals.values())
+        rows.append([row.name, tuned, f"{row.mean:.4f}", *cells, f"{seconds:.0f} s"])
+    if rows:
+        lines += markdown_table(["method", "best options", "loss", "minus muon", "minus adamw", "time a run"], rows)
+    return lines
 
 
-def _sweeps(comparisons: Sequence[Comparison]) -> list[str]:
-    """Tabulate the recorded runs of each sweep, by learning rate."""
+def _progress(row: Row, setting: Setting) -> str:
+    if row.finals:
+        return f"{len(row.finals)} of {len(SEEDS)} seeds"
+    return f"{len(row.search.done) if row.search is not None else 0} of {setting.runs} runs"
+
+
+def _claims(tables: Sequence[Table]) -> list[str]:
+    """Say of each trained theta in which settings it is better than its start and than the tuned optimizer."""
+    lines = ["### What learning gained", ""]
     rows = []
-    for c in comparisons:
-        finals = {r["lr"]: f"{r['final']:.4f} ({r['lr']:.3g})" for r in c.sweep}
-        if finals:
-            rows.append([c.method.name, *(finals.get(lr, "-") for lr in c.method.learning_rates)])
+    for ours, opponents in OPPONENTS.items():
+        for theirs in opponents:
+            for table in tables:
+                difference = table.difference(ours, theirs)
+                if difference is not None:
+                    low, high = difference.value - difference.half_width, difference.value + difference.half_width
+                    verdict = "better" if high < 0 else "**worse**" if low > 0 else "no difference is seen"
+                    rows.append([ours, theirs, table.text, table.name, f"{difference:+.4f}", verdict])
+    if not rows:
+        return [*lines, "Nothing is complete yet.", ""]
+    header = ["theta", "beside", "text", "setting", "paired difference of the loss", "the theta is"]
+    return [*lines, *markdown_table(header, rows)]
+
+
+def _searches(tables: Sequence[Table]) -> list[str]:
+    """List the runs of each search, in order."""
+    rows = []
+    for table in tables:
+        for row in table.rows:
+            for number, point in enumerate(row.search.done if row.search is not None else (), start=1):
+                assert row.search is not None
+                tuned = " ".join(f"{option} {value:.3g}" for option, value in point)
+                loss = f"{row.search.losses[point]:.4f}" + " (best)" * (point == row.search.best)
+                rows.append([table.text, table.name, row.name, str(number), tuned, loss])
     if not rows:
         return []
-    header = ["method", *(f"rate {i + 1}" for i in range(len(rows[0]) - 1))]
-    return [
-        "### The sweeps",
-        "",
-        "Final validation loss of one seed, and the learning rate.",
-        "",
-        *markdown_table(header, rows),
-    ]
-
-
-def _claims(by_name: dict[str, Comparison]) -> list[str]:
-    """State each goal with its numbers, reached or not."""
-    lines = ["### Goals", ""]
-
-    def claim(text: str, ours: str, theirs: str, apart: bool) -> None:
-        if ours not in by_name or theirs not in by_name:
-            return
-        a, b = by_name[ours], by_name[theirs]
-        reached = a.mean <= b.mean
-        if apart:
-            reached = a.mean + a.half_width < b.mean - b.half_width
-        verdict = "reached" if reached else "**not reached**"
-        lines.append(
-            f"- {text}: {a.mean:.4f} +- {a.half_width:.4f} against {b.mean:.4f} +- {b.half_width:.4f}, {verdict}."
-        )
-
-    claim("`celo2` below tuned AdamW, intervals apart", "celo2", "adamw", True)
-    claim("`celo2` at least as good as Muon swept over its rate alone", "celo2", "muon", False)
-    claim("`celo2-base` at least as good as tuned AdamW", "celo2-base", "adamw", False)
-    claim("`celo2` at least as good as its closed form", "celo2", "momentum", False)
-    claim("`celo2-base` at least as good as its closed form", "celo2-base", "adam", False)
-    return [*lines, ""]
+    header = ["text", "setting", "method", "run", "options", "loss on the split for choosing"]
+    return ["## The searches", "", *markdown_table(header, rows)]
 
 
 def _horizon_section(records: Sequence[Record]) -> list[str]:
@@ -204,47 +207,45 @@ def _legend(axis: Any) -> None:
         text.set_parse_math(False)
 
 
-def draw(comparisons: Sequence[Comparison], folder: Path) -> None:
-    """Draw the mean validation curves and the sweeps into `folder`."""
+def draw(tables: Sequence[Table], folder: Path) -> None:
+    """Draw the mean validation curves of every text and setting into `folder`."""
     from matplotlib.figure import Figure
 
-    complete = [c for c in comparisons if c.complete]
-    figure = Figure(figsize=(8, 5), layout="constrained")
-    axis = figure.subplots()
-    for c in complete:
-        runs = np.array([record["curve"] for record in c.finals])
-        (line,) = axis.plot(runs[0, :, 0], runs[..., 1].mean(0), label=f"{c.method.name} ({c.mean:.3f})")
-        axis.fill_between(runs[0, :, 0], runs[..., 1].min(0), runs[..., 1].max(0), alpha=0.2, color=line.get_color())
-    lowest = min(c.mean for c in complete)
-    axis.set(xlabel="step", ylabel="validation loss, nats a byte", ylim=(lowest - 0.03, lowest + 0.9))
-    _legend(axis)
-    axis.grid(alpha=0.3)
-    write_png(figure, folder / CURVES, dpi=110)
-
-    figure = Figure(figsize=(8, 4), layout="constrained")
-    axis = figure.subplots()
-    for c in complete:
-        axis.plot([r["lr"] for r in c.sweep], [r["final"] for r in c.sweep], marker="o", label=c.method.name)
-    best = min(r["final"] for c in complete for r in c.sweep)
-    axis.set(xscale="log", xlabel="learning rate", ylabel="final validation loss", ylim=(best - 0.05, best + 1.0))
-    _legend(axis)
-    axis.grid(alpha=0.3)
-    write_png(figure, folder / SWEEPS, dpi=110)
+    shown = [table for table in tables if table.complete]
+    texts = list(dict.fromkeys(table.text for table in shown))
+    names = list(dict.fromkeys(table.name for table in shown))
+    figure = Figure(figsize=(5 * len(names), 4 * len(texts)), layout="constrained")
+    axes = figure.subplots(len(texts), len(names), squeeze=False)
+    for table in shown:
+        axis = axes[texts.index(table.text)][names.index(table.name)]
+        for row in table.complete:
+            runs = np.array([record["curve"] for record in row.finals.values()])
+            (line,) = axis.plot(runs[0, :, 0], runs[..., 1].mean(0), label=f"{row.name} ({row.mean.value:.3f})")
+            axis.fill_between(
+                runs[0, :, 0], runs[..., 1].min(0), runs[..., 1].max(0), alpha=0.2, color=line.get_color()
+            )
+        lowest = table.complete[0].mean.value
+        axis.set(xlabel="step", ylabel="validation loss, nats a byte", ylim=(lowest - 0.05, lowest + 0.7))
+        axis.set_title(f"{table.text}, {table.name}", parse_math=False)
+        _legend(axis)
+        axis.grid(alpha=0.3)
+    write_png(figure, folder / CURVES, dpi=100)
 
 
 def write(
     path: Path,
     folder: Path,
-    comparisons: Sequence[Comparison],
+    tables: Sequence[Table],
     horizons: Sequence[Record],
-    settings: Settings,
     thetas: Sequence[Theta],
-    facts: dict[str, str],
+    facts: Mapping[str, str],
 ) -> None:
-    """Write the page at `path` and its pictures into `folder`."""
+    """Write the page at `path` and its picture into `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
-    if any(c.complete for c in comparisons):
-        attempt("picture", lambda: draw(comparisons, folder))
+    pictures: list[str] = []
+    if any(table.complete for table in tables):
+        attempt("picture", lambda: draw(tables, folder))
+        pictures = [f"![validation curves]({folder.name}/{CURVES})", ""]
     machine = ", ".join(f"{key} {value}" for key, value in facts.items())
     lines = [
         "# Results",
@@ -255,11 +256,13 @@ def write(
         "## The bundled thetas",
         "",
         *_thetas_section(thetas),
-        "## Language model",
+        "## Language models",
         "",
-        *_model_section(comparisons, settings),
+        *pictures,
+        *_model_section(tables),
         "## Horizon",
         "",
         *_horizon_section(horizons),
+        *_searches(tables),
     ]
     write_atomic(path, ["\n".join(lines).encode()])

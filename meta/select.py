@@ -13,12 +13,13 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from celo2.meta.language_model import SELECTION, Method, Text, log_spaced, selection_shards, train_once
+from celo2.meta.language_model import SELECTION, Method, Text, selection_shards, train_once
 from celo2.meta.train import THETA
 from celo2.pretrain import options
 from celo2.pretrain.prepare_data import prepare_embedded
@@ -26,7 +27,7 @@ from celo2.pretrain.terminal import unfailing_streams
 from celo2.theta import Theta
 
 SEED = 7
-LEARNING_RATES = {"celo2": log_spaced(1e-3, 4e-3, 3), "celo2-base": log_spaced(2.5e-4, 1e-3, 3)}
+LEARNING_RATES = {"celo2": (1e-3, 2e-3, 4e-3), "celo2-base": (2.5e-4, 5e-4, 1e-3)}
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -58,35 +59,42 @@ def select(arguments: argparse.Namespace) -> int:
     records: list[dict[str, Any]] = []
     if scores.is_file():
         records = [json.loads(line) for line in scores.read_text().splitlines()]
-    known = {(record["checkpoint"], record["lr"]) for record in records}
+    # a score counts for a theta, not for a file's name, and on this data in this setting
+    context = {"settings": asdict(SELECTION), "data": text.fingerprint}
+    records = [record for record in records if {key: record.get(key) for key in context} == context]
+    known = {(record["theta"], record["tuned"]["lr"]) for record in records}
     paths = sorted(arguments.run.glob("theta-*.safetensors"))[-4:]
     if arguments.steps is not None:
         paths = [arguments.run / f"theta-{step:07d}.safetensors" for step in arguments.steps]
+    files: dict[str, Path] = {}
     for path in paths:
+        # a checkpoint's theta has no card: the variant says how it is used
+        theta = Theta.from_arrays(Theta.load(path).arrays, dict(final.card))
+        files[theta.sha256] = path
         for lr in LEARNING_RATES[final.variant]:
-            if (path.name, lr) in known:
+            if (theta.sha256, lr) in known:
                 continue
-            # a checkpoint's theta has no card: the variant says how it is used
-            theta = Theta.from_arrays(Theta.load(path).arrays, dict(final.card))
-            record = train_once(Method(path.stem, final.variant, (lr,), theta), lr, SEED, SELECTION, text)
-            records.append({"checkpoint": path.name, **record})
+            record = train_once(Method(path.stem, final.variant, theta), {"lr": lr}, SEED, SELECTION, text) | context
+            records.append(record)
             with scores.open("a") as file:
-                file.write(json.dumps(records[-1]) + "\n")
+                file.write(json.dumps(record) + "\n")
             print(f"{path.name} lr {lr:.3g} | validation {record['final']:.4f} | {record['seconds']:.0f} s", flush=True)
+    records = [record for record in records if record["theta"] in files]
     best = min(records, key=lambda record: record["final"])
-    chosen = Theta.load(arguments.run / best["checkpoint"])
-    step = int(best["checkpoint"].split("-")[1].split(".")[0])
+    checkpoint = files[best["theta"]]
+    chosen = Theta.load(checkpoint)
+    step = int(checkpoint.stem.split("-")[1])
     card = dict(final.card)
     card["inner_steps"] = str(int(card["inner_steps"]) // int(card["outer_steps"]) * step)
     card |= {
         "outer_steps": f"{step} of {card['outer_steps']}",
-        "selection": f"{best['final']:.4f} nats/byte at lr {best['lr']:.3g}, {SELECTION.steps} steps of a "
+        "selection": f"{best['final']:.4f} nats/byte at lr {best['tuned']['lr']:.3g}, {SELECTION.steps} steps of a "
         f"{best['parameters']:,}-parameter GPT, best of {len(records)} runs",
     }
     out = arguments.out or arguments.run / "selected.safetensors"
     theta = Theta.from_arrays(chosen.arrays, card)
     theta.save(out)
-    print(f"{best['checkpoint']} at lr {best['lr']:.3g}: {best['final']:.4f} -> {out} ({theta.label})")
+    print(f"{checkpoint.name} at lr {best['tuned']['lr']:.3g}: {best['final']:.4f} -> {out} ({theta.label})")
     return 0
 
 

@@ -4,18 +4,26 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import signal
+import subprocess
+import sys
+import time
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from celo2.meta import evaluate, horizon, select
-from celo2.meta.language_model import Method, Settings, Text, log_spaced, selection_shards, train_once
-from celo2.meta.report import Comparison, write
+from celo2.meta import evaluate, horizon, protocol, select
+from celo2.meta.language_model import Method, Settings, Text, selection_shards, train_once
+from celo2.meta.protocol import Contender, Setting
+from celo2.meta.report import Row, Table, write
+from celo2.meta.search import Axis, Lattice, Search
 from celo2.pretrain.shards import find_shards, open_shard, write_shard
 from celo2.pretrain.tokenizer import get_tokenizer
-from celo2.theta import Theta, closed_form, load_weights
+from celo2.theta import Theta, closed_form
 
 TINY = Settings(n_layer=1, n_head=2, head_dim=16, context=16, sequences=2, steps=6, val_tokens=128, eval_every=3)
 
@@ -33,17 +41,45 @@ def shards(tmp_path):
 
 def test_a_run_is_a_function_of_its_arguments(shards):
     text = Text(shards, TINY)
-    method = Method("celo2", "celo2", (1e-2,), closed_form("momentum"))
-    one = train_once(method, 1e-2, 0, TINY, text, compiled=False)
-    two = train_once(method, 1e-2, 0, TINY, text, compiled=False)
+    method, tuned = Method("celo2", "celo2", closed_form("momentum")), {"lr": 1e-2, "adam_lr_mult": 10.0}
+    one = train_once(method, tuned, 0, TINY, text, compiled=False)
+    two = train_once(method, tuned, 0, TINY, text, compiled=False)
     del one["seconds"], two["seconds"]
-    assert one == two and one["theta"] == closed_form("momentum").sha256
+    assert one == two and one["theta"] == closed_form("momentum").sha256 and one["tuned"] == tuned
     assert [step for step, _ in one["curve"]] == [3, 6] and one["final"] == one["curve"][-1][1]
-    assert one["final"] < 5.6 and one["skipped"] == 0
-    assert train_once(method, 1e-2, 1, TINY, text, compiled=False)["final"] != one["final"]
+    assert one["final"] < 5.6 and one["skipped"] == 0 and "reported" not in one
+    assert train_once(method, tuned, 1, TINY, text, compiled=False)["final"] != one["final"]
     for opt in ("adamw", "muon", "celo2-base"):
-        record = train_once(Method(opt, opt, (1e-2,)), 1e-2, 0, TINY, text, compiled=False)
+        record = train_once(Method(opt, opt), {"lr": 1e-2}, 0, TINY, text, compiled=False)
         assert math.isfinite(record["final"]) and (record["theta"] is None) == (opt != "celo2-base")
+
+
+def test_options_reach_the_optimizer(shards):
+    seen = []
+
+    def build(recipe, model):
+        seen.append(recipe)
+        raise StopIteration
+
+    tuned = {"lr": 1e-2, "beta2": 0.99, "weight_decay": 0.1, "momentum": 0.8, "adam_lr": 3e-3}
+    with pytest.raises(StopIteration):
+        train_once(Method("muon", "muon"), tuned, 0, TINY, Text(shards, TINY), compiled=False, build=build)
+    (recipe,) = seen
+    assert (recipe.lr, recipe.betas, recipe.weight_decay, recipe.momentum, recipe.adam_lr) == (
+        1e-2, (0.9, 0.99), 0.1, 0.8, 3e-3,
+    )  # fmt: skip
+
+
+def test_what_is_reported_is_not_what_was_chosen_on(shards, tmp_path):
+    splits = evaluate.Splits(selection_shards(shards, tmp_path / "selection"), shards)
+    text = splits.text(TINY)
+    record = train_once(Method("adamw", "adamw"), {"lr": 1e-2}, 0, TINY, text, compiled=False)
+    assert record["reported"] != record["final"]
+    plain = Text(shards, TINY)
+    for ours, theirs in zip(text.reported, plain.validation, strict=True):
+        assert torch.equal(ours[0], theirs[0])
+    # its validation documents are not in what it trains on
+    assert len(text.fingerprint) == 3 and text.fingerprint[2] == plain.fingerprint[-1]
 
 
 def test_selection_never_reads_the_validation_documents(shards, tmp_path):
@@ -66,11 +102,14 @@ def test_select_keeps_the_best_checkpoint_and_says_so(shards, tmp_path, monkeypa
     monkeypatch.chdir(tmp_path)
     calls = []
 
-    def score(method, lr, seed, settings, text):
+    def score(method, tuned, seed, settings, text):
+        lr = tuned["lr"]
         calls.append((method.name, lr))
         assert method.weights.variant == "celo2" and seed == select.SEED
         best = method.name == "theta-0000010" and lr == select.LEARNING_RATES["celo2"][1]
-        return {"final": 1.0 if best else 2.0, "lr": lr, "seconds": 1.0, "parameters": 1000}
+        final = 1.0 if best else 2.0
+        theta = method.weights.sha256
+        return {"final": final, "tuned": tuned, "theta": theta, "seconds": 1.0, "parameters": 1000}
 
     monkeypatch.setattr(select, "train_once", score)
     assert select.main([str(run), "--out", str(tmp_path / "out.safetensors")]) == 0
@@ -79,6 +118,9 @@ def test_select_keeps_the_best_checkpoint_and_says_so(shards, tmp_path, monkeypa
     assert chosen.card["selection"].startswith("1.0000 nats/byte") and chosen.variant == "celo2"
     assert len(calls) == 6
     assert select.main([str(run)]) == 0 and len(calls) == 6  # scores are kept
+    # another theta under the same name is scored anew
+    random_theta(5).save(run / "theta-0000020.safetensors")
+    assert select.main([str(run)]) == 0 and len(calls) == 9
     assert select.main([str(tmp_path / "nowhere")]) == 2
 
 
@@ -100,125 +142,199 @@ def test_long_unroll_counts_what_diverges(image_sets):
     assert min(r["drawup"] for r in climbing) > 0.01
 
 
-def _comparison(name, finals, steps=100, lrs=(1e-3, 2e-3)):
-    sweep = [{"lr": lr, "final": 2.0 + lr, "seed": 0, "method": name} for lr in lrs]
-    runs = [
-        {
-            "final": final,
-            "lr": lrs[0],
-            "seed": seed,
-            "seconds": 1.0,
-            "parameters": 5,
-            "curve": [[steps // 2, final + 1.0], [steps, final]],
-        }
-        for seed, final in enumerate(finals, start=1)
-    ]
-    return Comparison(Method(name, "adamw", lrs), sweep, runs)
+LATTICE = Lattice((Axis("lr", (1e-3, 2e-3, 4e-3), 2e-3), Axis("beta2", (0.9, 0.99), 0.9)))
+SETTINGS = {"short": Setting(TINY, 3), "long": Setting(replace(TINY, steps=8), 2, "short")}
 
 
-def test_interval_and_steps_to_target():
-    c = _comparison("adamw", [1.0, 2.0, 3.0])
-    assert c.mean == 2.0 and c.half_width == pytest.approx(4.303 / math.sqrt(3), rel=1e-3)
-    assert c.steps_to(2.5) == pytest.approx(75) and c.steps_to(1.9) is None and c.steps_to(3.5) == 50
+def _contender(name, weights=None, lattice=LATTICE):
+    return Contender(Method(name, "adamw" if weights is None else "celo2", weights), lattice, f"what {name} is")
 
 
-@pytest.mark.needs("matplotlib")
-def test_page_states_each_goal_reached_or_not(tmp_path, random_theta):
+def _row(name, losses, lattice=LATTICE):
+    """A complete row whose seeds reported these losses."""
+    best = (("lr", 2e-3), ("beta2", 0.9))
+    search = Search(lattice, lattice.start, 1, {best: 1.0})
+    runs = {
+        seed: {"reported": loss, "seconds": 1.0, "curve": [[3, loss + 1.0], [6, loss]]}
+        for seed, loss in enumerate(losses, start=1)
+    }
+    return Row(_contender(name, lattice=lattice), search, runs)
+
+
+@pytest.mark.needs("matplotlib", "scipy")
+def test_page_pairs_the_seeds_and_says_what_is_not_finished(tmp_path, random_theta):
     thetas = [random_theta(0, card={"name": "celo2"}), random_theta(1, card={"name": "celo2-base"})]
-    comparisons = [
-        _comparison("celo2", [1.00, 1.01, 1.02]),
-        _comparison("celo2-base", [1.50, 1.51, 1.52]),
-        _comparison("adamw", [1.40, 1.41, 1.42]),
-        _comparison("muon", [0.90, 0.91, 0.92]),
+    spread = [0.0, 0.1, 0.2, 0.3, 0.4]
+    rows = [
+        # better than its start on every seed by the same, whatever the seeds' spread
+        _row("celo2", [1.0 + x for x in spread]),
+        _row("start", [1.01 + x for x in spread]),
+        _row("muon", [0.99 + x for x in spread]),
+        _row("celo2-base", [1.5 + x for x in spread]),
+        _row("adam", [1.5 + (-1) ** i * 0.01 + x for i, x in enumerate(spread)]),
+        _row("adamw", [2.0, 2.0, 2.0, 2.0]),
     ]
     page = tmp_path / "results.md"
-    write(page, tmp_path / "results", comparisons, [], TINY, thetas, {"machine": "m"})
+    table = Table("wikipedia", "short", SETTINGS["short"], rows)
+    assert table.difference("celo2", "start").value == pytest.approx(-0.01)
+    write(page, tmp_path / "results", [table], [], thetas, {"machine": "m"})
     text = page.read_text()
-    assert "`celo2` below tuned AdamW, intervals apart: 1.0100 +- 0.0248 against 1.4100 +- 0.0248, reached." in text
-    muon = "`celo2` at least as good as Muon swept over its rate alone"
-    assert f"{muon}: 1.0100 +- 0.0248 against 0.9100 +- 0.0248, **not reached**." in text
-    assert "`celo2-base` at least as good as tuned AdamW" in text and "1.4100 +- 0.0248, **not reached**" in text
-    assert "No long unroll is recorded yet" in text and (tmp_path / "results" / "curves.png").is_file()
-    write(page, tmp_path / "results", [], [], TINY, thetas, {})
-    assert "## Language model" in page.read_text()
-    unfinished = replace(_comparison("celo2", [1.0, 1.1]), sweep=comparisons[0].sweep[:1])
-    write(page, tmp_path / "results", [unfinished, comparisons[2]], [], TINY, thetas, {})
-    assert "**Not finished: celo2.**" in page.read_text() and "| celo2 | 2.0010 (0.001) | - |" in page.read_text()
+    assert "| celo2 | start | wikipedia | short | -0.0100 +- 0.0000 | better |" in text
+    assert "| celo2 | muon | wikipedia | short | +0.0100 +- 0.0000 | **worse** |" in text
+    assert "| celo2-base | adam | wikipedia | short | -0.0020 +- 0.0136 | no difference is seen |" in text
+    assert "**Not finished: adamw (4 of 5 seeds).**" in text and "| celo2-base | adamw |" not in text
+    assert "| celo2 | lr 0.002 beta2 0.9 (edge) | 1.2000 +- 0.1963 | +0.0100 +- 0.0000 | - | 1 s |" in text
+    assert "what muon is" in text and "No long unroll is recorded yet" in text
+    assert (tmp_path / "results" / "curves.png").is_file()
+    write(page, tmp_path / "results", [Table("wikipedia", "short", SETTINGS["short"], rows[5:])], [], thetas, {})
+    assert "Nothing is complete yet." in page.read_text()
 
 
-def test_records_are_kept_resumed_and_bound_to_theta_and_settings(shards, tmp_path, monkeypatch):
-    methods = (Method("adamw", "adamw", (1e-3, 2e-3)), Method("celo2", "celo2", (1e-3, 2e-3), "momentum"))
-    monkeypatch.setattr(evaluate, "METHODS", methods)
+def _splits(shards, tmp_path):
+    return {"text": evaluate.Splits(selection_shards(shards, tmp_path / "selection"), shards)}
+
+
+def test_every_method_has_as_many_runs_and_all_that_its_users_tune() -> None:
+    rows = protocol.contenders()
+    assert [row.name for row in rows] == ["celo2", "start", "nesterov", "muon", "celo2-base", "adam", "adamw"]
+    options = {row.name: [axis.option for axis in row.lattice.axes] for row in rows}
+    assert options["muon"] == ["lr", "momentum", "adam_lr"] and options["adamw"] == ["lr", "beta2", "weight_decay"]
+    assert options["celo2"] == options["start"] == options["nesterov"] == ["lr", "adam_lr_mult"]
+    assert {0.85, 0.9, 0.95} <= set(protocol.MUON.axes[1].values)
+    assert [setting.settings.steps for setting in protocol.SETTINGS.values()] == [300, 800, 2400]
+    start = next(row.method.weights for row in rows if row.name == "start")
+    assert start.variant == "celo2" and start.card["orthogonalize"] == "true"
+    assert protocol.also("adam").method.opt == "celo2-base"
+
+
+def test_the_standard_library_is_a_text(tmp_path) -> None:
+    folder = protocol.standard_library(tmp_path / "python")
+    train, val = find_shards(folder)
+    assert sum(path.stat().st_size for path in train) > 5_000_000 and len(val) == 1
+
+
+def test_records_are_kept_resumed_and_bound_to_theta_settings_and_data(shards, tmp_path):
+    rows = [_contender("adamw"), _contender("celo2", "momentum")]
     path = tmp_path / "language_model.jsonl"
-    models = evaluate.LanguageModels(path, TINY, shards)
-    todo = list(models._missing())
-    assert [(m.name, lr, seed) for m, lr, seed in todo] == [
-        ("adamw", 1e-3, 0),
-        ("adamw", 2e-3, 0),
-        ("celo2", 1e-3, 0),
-        ("celo2", 2e-3, 0),
+    splits = _splits(shards, tmp_path)
+
+    def models(rows=rows, settings=SETTINGS, wanted=("long",), splits=splits):
+        return evaluate.LanguageModels(path, splits, rows, settings, wanted)
+
+    def finish(jobs, final=lambda point: dict(point)["lr"]) -> None:
+        """Record what a run of each job would."""
+        for job in jobs:
+            theta = job.contender.method.weights
+            identity = models()._identity(job.text, job.setting, job.contender)
+            assert (identity["theta"] is None) == (theta is None)
+            record = {"tuned": dict(job.point), "seed": job.seed, "final": final(job.point), "reported": 1.0}
+            evaluate.append(path, identity | record)
+
+    first = list(models().missing())
+    assert [(job.setting, job.contender.name, job.point, job.seed) for job in first] == [
+        ("short", "adamw", LATTICE.start, 0),
+        ("short", "celo2", LATTICE.start, 0),
     ]
-    for method, lr, seed in todo:
-        theta = load_weights(method.weights).sha256 if method.weights else None
-        record = {"method": method.name, "lr": lr, "seed": seed, "final": lr, "theta": theta}
-        evaluate.append(path, record | models.context)
+    finish(first)
     path.write_text(path.read_text() + '{"method": "ad')  # cut off by a crash
-    models = evaluate.LanguageModels(path, TINY, shards)
-    assert models.best_lr(methods[0]) == 1e-3
-    assert {(m.name, lr, seed) for m, lr, seed in models._missing()} == {
-        (name, 1e-3, seed) for name in ("adamw", "celo2") for seed in (1, 2, 3)
-    }
+    finish(models().missing())
     assert all(json.loads(line) for line in path.read_text().splitlines())
-    # other settings, or another theta, start anew
-    assert len(list(evaluate.LanguageModels(path, replace(TINY, steps=7), shards)._missing())) == 4
-    monkeypatch.setattr(evaluate, "METHODS", (methods[0], replace(methods[1], weights="adam")))
-    missing = {(m.name, seed) for m, _, seed in evaluate.LanguageModels(path, TINY, shards)._missing()}
-    assert ("celo2", 0) in missing and ("adamw", 0) not in missing
+    best = (("lr", 1e-3), ("beta2", 0.9))
+    state = models()
+    assert state.search("text", "short", rows[0]).best == best and len(state.search("text", "short", rows[0]).done) == 3
+    # the seeds, and the next setting's search from there
+    keys = {(job.setting, job.contender.name, job.point, job.seed) for job in state.missing()}
+    assert keys == {
+        (setting, name, best, seed)
+        for name in ("adamw", "celo2")
+        for setting, seeds in (("short", (1, 2, 3, 4, 5)), ("long", (0,)))
+        for seed in seeds
+    }
+    assert {job.setting for job in models(wanted=("short",)).missing()} == {"short"}
+    finish(state.missing())
+    assert len(models().finals("text", "short", rows[1])) == 5
+    # another theta, settings, or data, begins anew; what is not of them stays
+    missing = list(models(rows=[rows[0], _contender("celo2", "nesterov")]).missing())
+    assert [(job.contender.name, job.setting) for job in missing if job.setting == "short"] == [("celo2", "short")]
+    changed = {**SETTINGS, "short": Setting(replace(TINY, steps=7), 3)}
+    assert {job.setting for job in models(settings=changed).missing()} == {"short"}
+    vocab_id = get_tokenizer("bytes").vocab_id
+    write_shard(shards / "text_val_000000.bin", np.full(900, 99, np.uint16), vocab_id)
+    assert len(list(models(splits=_splits(shards, tmp_path)).missing())) == 2
     path.write_text("no json\n")
     with pytest.raises(ValueError, match="holds a line that is not JSON"):
-        evaluate.LanguageModels(path, TINY, shards)
+        models()
 
 
-@pytest.mark.needs("matplotlib")
-def test_the_command_end_to_end(shards, tmp_path, monkeypatch, image_sets):
-    methods = (
-        Method("adamw", "adamw", log_spaced(1e-3, 1e-2, 2)),
-        Method("celo2", "celo2", log_spaced(1e-3, 1e-2, 2), "celo2"),
-    )
-    monkeypatch.setattr(evaluate, "METHODS", methods)
-    monkeypatch.setattr(evaluate, "Settings", lambda steps=6: replace(TINY, steps=steps))
-    monkeypatch.setattr(evaluate, "load_image_sets", lambda source: image_sets)
-    unroll = horizon.unroll
-    monkeypatch.setattr(horizon, "unroll", lambda theta, sets, steps: unroll(theta, sets, steps=steps, compiled=False))
-    trained = evaluate.train_once
-    monkeypatch.setattr(
-        evaluate, "_train", lambda m, lr, seed, s, folder: trained(m, lr, seed, s, Text(folder, s), compiled=False)
-    )
+SMALL = """
+import sys
+from dataclasses import replace
+from pathlib import Path
+from celo2.meta import evaluate, horizon, protocol
+from celo2.meta.language_model import Method, Settings
+from celo2.meta.protocol import Contender, Setting
+from celo2.meta.search import Axis, Lattice
+from celo2.theta import load_weights
 
-    class Here:
-        """Runs in this process: the patches above do not reach a spawned one."""
+if __name__ == "__main__":
+    folder = Path(sys.argv.pop(1))
+    steps = int(sys.argv.pop(1))
+    shape = {"n_layer": 1, "n_head": 2, "head_dim": 16, "context": 16, "sequences": 2}
+    tiny = Settings(**shape, steps=steps, val_tokens=128, eval_every=3)
+    lattice = Lattice((Axis("lr", (1e-3, 2e-3, 4e-3), 2e-3),))
+    protocol.SETTINGS = {"short": Setting(tiny, 2)}
+    protocol.TEXTS = {"words": lambda: folder}
+    methods = Method("adamw", "adamw"), Method("celo2", "celo2", load_weights("celo2"))
+    rows = [Contender(method, lattice, "") for method in methods]
+    protocol.contenders = lambda: rows
+    sys.exit(evaluate.main(sys.argv[1:]))
+"""
 
-        def __init__(self, *arguments, **options): ...
-        def __enter__(self):
-            return self
 
-        def __exit__(self, *error): ...
-        def submit(self, function, *arguments):
-            from concurrent.futures import Future
-
-            future = Future()
-            future.set_result(function(*arguments))
-            return future
-
-    monkeypatch.setattr(evaluate, "ProcessPoolExecutor", Here)
+@pytest.mark.needs("matplotlib", "scipy")
+def test_the_command_end_to_end(shards, tmp_path):
+    (tmp_path / "small.py").write_text(SMALL)
     out = tmp_path / "docs" / "results.md"
-    options = ["--out", str(out), "--data", str(shards), "--steps", "6", "--horizon-steps", "20"]
-    assert evaluate.main(options) == 0
-    text = out.read_text()
-    assert "| adamw | " in text and "| celo2 | " in text and "Losses that were not finite: 0 of 480" in text
-    assert load_weights("celo2").sha256[:16] in text
-    lines = (out.parent / "results" / "language_model.jsonl").read_text().splitlines()
-    assert len(lines) == 2 * (2 + 3)
-    assert evaluate.main(options) == 0  # nothing is repeated
-    assert (out.parent / "results" / "language_model.jsonl").read_text().splitlines() == lines
-    assert torch.get_num_threads() >= 1
+    parts = ["--only", "language-model", "--only", "report", "--workers", "2", "--out", str(out)]
+    records = out.parent / "results" / "language_model.jsonl"
+    # compiling takes longer than these runs
+    options = {"cwd": tmp_path, "text": True, "env": {**os.environ, "TORCHDYNAMO_DISABLE": "1"}}
+
+    def command(steps: int, *more: str) -> list[str]:
+        return [sys.executable, str(tmp_path / "small.py"), str(shards), str(steps), *parts, *more]
+
+    # interrupted: what ended is kept, nothing is left running
+    process = subprocess.Popen(command(100_000), stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options)
+    deadline = time.monotonic() + 100
+    while len(children := workers_of(process.pid)) < 2:
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130 and errors.splitlines()[-1].startswith("interrupted: the runs that ended"), errors
+    assert not any(alive(child) for child in children)
+    done = subprocess.run(command(6), capture_output=True, check=False, **options)
+    assert done.returncode == 0, done.stderr
+    lines = records.read_text().splitlines()
+    assert len(lines) == 2 * (2 + 5) and "adamw" in out.read_text()
+    again = subprocess.run(command(6), capture_output=True, check=True, **options)
+    assert records.read_text().splitlines() == lines and "validation" not in again.stdout
+    typo = subprocess.run(command(6, "--settings", "shrt"), capture_output=True, check=False, **options)
+    assert typo.returncode == 2 and "invalid choice: 'shrt'" in typo.stderr
+
+
+def workers_of(pid: int) -> list[int]:
+    """The processes that a process has started and that train."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = path.read_text().rpartition(")")[2].split()
+        except OSError:
+            continue
+        if int(fields[1]) == pid and b"spawn_main" in (path.parent / "cmdline").read_bytes():
+            found.append(int(path.parent.name))
+    return found
+
+
+def alive(pid: int) -> bool:
+    return Path(f"/proc/{pid}").exists()
