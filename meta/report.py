@@ -110,13 +110,13 @@ def _setting_section(table: Table) -> list[str]:
         assert search is not None and search.best is not None
         edges = row.contender.lattice.at_edge(search.best)
         tuned = " ".join(f"{option} {value:.3g}{' (edge)' * (option in edges)}" for option, value in search.best)
-        differences = [table.difference(row.name, other) for other in ("muon", "adamw") if other != row.name]
-        cells = [f"{difference:+.4f}" if difference is not None else "-" for difference in differences]
-        cells.insert(("muon", "adamw").index(row.name), "") if row.name in ("muon", "adamw") else None
-        seconds = statistics.median(record["seconds"] for record in row.finals.values())
-        rows.append([row.name, tuned, f"{row.mean:.4f}", *cells, f"{seconds:.0f} s"])
+        cells = []
+        for other in ("muon", "adamw"):
+            difference = None if other == row.name else table.difference(row.name, other)
+            cells.append("-" if difference is None else f"{difference:+.4f}")
+        rows.append([row.name, tuned, f"{row.mean:.4f}", *cells])
     if rows:
-        lines += markdown_table(["method", "best options", "loss", "minus muon", "minus adamw", "time a run"], rows)
+        lines += markdown_table(["method", "best options", "loss", "minus muon", "minus adamw"], rows)
     return lines
 
 

@@ -183,7 +183,7 @@ def test_page_pairs_the_seeds_and_says_what_is_not_finished(tmp_path, random_the
     assert "| celo2 | muon | wikipedia | short | +0.0100 +- 0.0000 | **worse** |" in text
     assert "| celo2-base | adam | wikipedia | short | -0.0020 +- 0.0136 | no difference is seen |" in text
     assert "**Not finished: adamw (4 of 5 seeds).**" in text and "| celo2-base | adamw |" not in text
-    assert "| celo2 | lr 0.002 beta2 0.9 (edge) | 1.2000 +- 0.1963 | +0.0100 +- 0.0000 | - | 1 s |" in text
+    assert "| celo2 | lr 0.002 beta2 0.9 (edge) | 1.2000 +- 0.1963 | +0.0100 +- 0.0000 | - |" in text
     assert "what muon is" in text and "No long unroll is recorded yet" in text
     assert (tmp_path / "results" / "curves.png").is_file()
     write(page, tmp_path / "results", [Table("wikipedia", "short", SETTINGS["short"], rows[5:])], [], thetas, {})
