@@ -88,7 +88,7 @@ class PES:
             imitation = float((unroll.imitation.mean(1).sum(0) / steps).sum())
         return Estimate(
             gradient=np.nan_to_num(gradients.sum(0), nan=0.0, posinf=0.0, neginf=0.0),
-            loss=float((unroll.losses.mean(1).sum(0) / steps).sum()),
+            loss=float(((unroll.losses.mean(1) * plan.weight).sum(0) / steps).sum()),
             imitation=imitation,
             horizon=float(self.truncated_step.iteration.sum()),
             non_finite=unroll.non_finite,
@@ -96,7 +96,7 @@ class PES:
 
     def _deltas(self, unroll: Unroll, outer_step: int) -> NDArray[np.float64]:
         """Return loss+ - loss- [K, n], blended with the imitation's where the recipe has an expert."""
-        task = unroll.losses[:, 0] - unroll.losses[:, 1]
+        task = (unroll.losses[:, 0] - unroll.losses[:, 1]) * unroll.plan.weight
         if unroll.imitation is None:
             return task
         weight = self.recipe.imitation_weight(outer_step)

@@ -24,6 +24,9 @@ class Purpose(IntEnum):
     SUBSET = 8
     PHOTOGRAPHS = 9
     PROBE = 10
+    TEXT = 11
+    MEMORY = 12
+    RATE = 13
 
 
 def generator(seed: int, purpose: Purpose, *place: int) -> np.random.Generator:

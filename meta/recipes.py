@@ -42,6 +42,14 @@ class Recipe:
     inner_lr: float = 1e-3
     inner_schedule: str = "constant"
     """`constant`, or `cosine`: each trajectory's rate falls from `inner_lr` to 0 at its end, as where theta is used."""
+    inner_warmup: float = 0.0
+    """Part of a trajectory in which its rate rises from 0; `cosine` falls after it."""
+    inner_lr_range: tuple[float, float] = (1.0, 1.0)
+    """Range of the log-uniform factor on a trajectory's rate."""
+    loss_tail: float = 1.0
+    """Last part of a trajectory that the meta-loss is of: 1 for all of it."""
+    tasks: tuple[str, ...] = ("images",)
+    """Families of inner tasks: `images`, `text` (the next byte), `memory` (Zipf's frequencies)."""
     adam_lr_mult: float = 20.0
     bias_correction: bool = False
     """Whether Adam on the biases corrects its averages."""
@@ -80,6 +88,13 @@ class Recipe:
             self.inner_schedule in ("constant", "cosine"),
             f"inner_schedule={self.inner_schedule!r}, allowed: constant, cosine",
         )
+        require(0 <= self.inner_warmup < 1, f"inner_warmup={self.inner_warmup}: expected [0, 1)")
+        require(0 < self.loss_tail <= 1, f"loss_tail={self.loss_tail}: expected (0, 1]")
+        require(
+            0 < self.inner_lr_range[0] <= self.inner_lr_range[1],
+            f"inner_lr_range={self.inner_lr_range}: expected 0 < low <= high",
+        )
+        require(bool(self.tasks) and set(self.tasks) <= set(TASKS), f"tasks={self.tasks}, allowed: {', '.join(TASKS)}")
         require(self.start in ("random", "muon", "adam"), f"start={self.start!r}, allowed: random, muon, adam")
         require(self.expert in (None, "muon", "adam"), f"expert={self.expert!r}, allowed: None, muon, adam")
         require(self.outer_steps > 0, f"outer_steps={self.outer_steps}: expected at least 1")
@@ -122,9 +137,9 @@ class Recipe:
         fields: dict[str, object] = asdict(self)
         if self.outer_final_lr is None and self.expert is None:
             del fields["outer_steps"]
-        # checkpoints from before the ablations have neither
-        for name, default in (("hidden", 8), ("normalize_update", True)):
-            if fields[name] == default:
+        # checkpoints from before these fields have none of them
+        for name in ADDED:
+            if fields[name] == Recipe.__dataclass_fields__[name].default:
                 del fields[name]
         return {key: list(value) if isinstance(value, tuple) else value for key, value in fields.items()}
 
@@ -142,6 +157,9 @@ class Recipe:
         return replace(self, outer_steps=outer_steps, outer_warmup=min(self.outer_warmup, outer_steps // 10))
 
 
+TASKS = ("images", "text", "memory")
+# fields that earlier checkpoints lack: they count where they are not the default
+ADDED = ("hidden", "normalize_update", "inner_warmup", "inner_lr_range", "loss_tail", "tasks")
 # the paper's, of one piece of the method each
 ABLATIONS: dict[str, dict[str, object]] = {
     "hidden-4": {"hidden": 4},
@@ -169,6 +187,15 @@ ELO = SHORT | {
 }
 # theta starts at an expert's direction: a small outer rate refines it before it forgets
 WARM = SHORT | {"outer_steps": 2000, "outer_lr": 3e-4, "outer_warmup": 50}
+# tasks of unequal classes, and the schedule, the rates and the loss of where theta is used
+TEXT = WARM | {
+    "tasks": ("images", "text", "memory"),
+    "inner_schedule": "cosine",
+    "inner_warmup": 0.05,
+    "inner_lr_range": (0.3, 3.0),
+    "loss_tail": 0.2,
+    "length_range": (200, 4000),
+}
 RECIPES = {
     recipe.name: recipe
     for recipe in (
@@ -178,6 +205,8 @@ RECIPES = {
         replace(CELO2_BASE, name="celo2-base-short", **SHORT),  # type: ignore[arg-type]
         replace(CELO2, name="celo2-warm", start="muon", **WARM),  # type: ignore[arg-type]
         replace(CELO2_BASE, name="celo2-base-warm", start="adam", **WARM),  # type: ignore[arg-type]
+        replace(CELO2, name="celo2-text", start="muon", **TEXT),  # type: ignore[arg-type]
+        replace(CELO2_BASE, name="celo2-base-text", start="adam", **TEXT),  # type: ignore[arg-type]
         replace(CELO2, name="celo2-elo", expert="muon", **ELO),  # type: ignore[arg-type]
         replace(CELO2_BASE, name="celo2-base-elo", expert="adam", **ELO),  # type: ignore[arg-type]
     )

@@ -24,9 +24,10 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 
 from celo2.files import remove_temporary, write_atomic
-from celo2.meta.images import load_image_sets
+from celo2.meta.images import ImageSet, load_image_sets
 from celo2.meta.outer_trainer import CURVE, OuterTrainer
-from celo2.meta.recipes import ABLATIONS, RECIPES, get_recipe
+from celo2.meta.recipes import ABLATIONS, RECIPES, Recipe, get_recipe
+from celo2.meta.texts import embedded_text, zipf_memory
 from celo2.pretrain import options, require
 from celo2.pretrain.device import device_name
 from celo2.pretrain.failures import explain, require_compiler
@@ -169,7 +170,7 @@ def train(arguments: argparse.Namespace, held: ExitStack) -> int:
     # as XLA does on the authors' machines: momenta of dead units decay to denormals, which are slow to compute with
     torch.set_flush_denormal(True)
     trainer = OuterTrainer(
-        recipe, load_image_sets(arguments.data), seed=arguments.seed, device=device, compiled=compiled
+        recipe, load_tasks(recipe, arguments.data), seed=arguments.seed, device=device, compiled=compiled
     )
     out_dir: Path = arguments.out_dir or Path("runs/meta") / recipe.name
     held.enter_context(locked(out_dir, world))
@@ -234,6 +235,16 @@ def train(arguments: argparse.Namespace, held: ExitStack) -> int:
         write_curve(trainer, out_dir)
         print(f"{theta!r} after {duration(seconds)} -> {out_dir / THETA}")
     return 0
+
+
+def load_tasks(recipe: Recipe, images: str) -> list[ImageSet]:
+    """Load the inner tasks of a recipe. Raises as `load_image_sets`."""
+    sets = load_image_sets(images) if "images" in recipe.tasks else []
+    if "text" in recipe.tasks:
+        sets.append(embedded_text())
+    if "memory" in recipe.tasks:
+        sets.append(zipf_memory())
+    return sets
 
 
 def read_clock(path: Path) -> dict[str, float]:

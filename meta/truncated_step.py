@@ -43,6 +43,8 @@ class Plan:
     """[n], whether a restart continues the particle's snapshot."""
     lr: NDArray[np.float32]
     """[K, n], the inner learning rate of each slot."""
+    weight: NDArray[np.float64]
+    """[K, n], the weight of each slot's loss in the meta-loss."""
 
 
 @dataclass(frozen=True)
@@ -81,6 +83,7 @@ class TruncatedStep:
         )
         self.length = np.array([self._draw_length(Purpose.INITIAL_LENGTH, p, 0) for p in particles])
         self.done = np.zeros(n, bool)
+        self.rate = np.array([self._draw_rate(p, 0) for p in particles])
         for i, particle in enumerate(particles):
             # occasion 0 is the start of the run, u + 1 a restart in outer step u
             self._start(i, *family.sample(particle, 0))
@@ -97,6 +100,11 @@ class TruncatedStep:
         if self.recipe.length_distribution == "uniform":
             return int(rng.uniform(low, high))
         return int(math.exp(rng.uniform(math.log(low), math.log(high))))
+
+    def _draw_rate(self, particle: int, outer_step: int) -> float:
+        """What the rate of the trajectory that begins at an outer step is multiplied by."""
+        low, high = np.log(self.recipe.inner_lr_range)
+        return float(np.exp(generator(self.family.seed, Purpose.RATE, particle, outer_step).uniform(low, high)))
 
     def _rows(self, i: int) -> list[int]:
         return [i, len(self.particles) + i]
@@ -120,10 +128,11 @@ class TruncatedStep:
         restarts: dict[int, list[int]] = {}
         resumed = np.zeros(n, bool)
         lr = np.full((slots, n), self.recipe.inner_lr, np.float32)
+        weight = np.ones((slots, n))
         for t in range(slots):
-            if self.recipe.inner_schedule == "cosine":
-                progress = np.minimum(1.0, self.iteration / self.length)
-                lr[t] *= 0.5 * (1 + np.cos(np.pi * progress))
+            progress = np.minimum(1.0, self.iteration / self.length)
+            lr[t] *= self.rate * self._schedule(progress)
+            weight[t] = (progress >= 1 - self.recipe.loss_tail) / self.recipe.loss_tail
             ended = np.flatnonzero(self.done)
             self.iteration[~self.done] += 1
             for i in ended:
@@ -133,11 +142,22 @@ class TruncatedStep:
                 resumed[i] = self.snapshot_iteration[i] >= 0 and rng.uniform() < self.recipe.resume_probability
                 self.iteration[i] = self.snapshot_iteration[i] if resumed[i] else 0
                 self.length[i] += self.iteration[i]
+                self.rate[i] = self._draw_rate(self.particles[i], outer_step + 1)
             self.done = (self.iteration >= self.length) & mask[t]
             done[t] = self.done
             for i in np.flatnonzero(self.done):
                 self.length[i] = self._draw_length(Purpose.LENGTH, self.particles[i], outer_step)
-        return Plan(mask, done, restarts, resumed, lr)
+        return Plan(mask, done, restarts, resumed, lr, weight)
+
+    def _schedule(self, progress: NDArray[np.float64]) -> NDArray[np.float64]:
+        """What the rate is multiplied by where trajectories are, from 0 at their start to 1 at their end."""
+        warmup = self.recipe.inner_warmup
+        # the first step has a rate too
+        rising = np.minimum(1.0, (progress + 1e-3) / (warmup + 1e-3)) if warmup else np.ones_like(progress)
+        if self.recipe.inner_schedule == "constant":
+            return rising
+        falling = np.maximum(0.0, progress - warmup) / (1 - warmup)
+        return np.asarray(rising * 0.5 * (1 + np.cos(np.pi * falling)))
 
     def unroll(self, theta: Tensor, outer_step: int) -> Unroll:
         """Advance every trajectory by one window under `theta` [2 n, 347], the + perturbations first."""
@@ -230,6 +250,8 @@ class TruncatedStep:
         for name in ("iteration", "length", "snapshot_iteration"):
             arrays[f"host/{name}"] = getattr(self, name)[None]
         arrays |= {"host/done": self.done[None], "host/drawup": self.drawup[None]}
+        if self.recipe.inner_lr_range != (1.0, 1.0):
+            arrays["host/rate"] = self.rate[None]
         return arrays | {"host/average": self.average, "host/lowest": self.lowest}
 
     def load_state_dict(self, arrays: Arrays) -> None:
@@ -243,4 +265,6 @@ class TruncatedStep:
                 x.copy_(torch.from_numpy(np.ascontiguousarray(arrays[f"{kind}/{name}"])).view(x.shape))
         for name in ("iteration", "length", "snapshot_iteration", "done", "drawup"):
             setattr(self, name, np.array(arrays[f"host/{name}"][0]))
+        if "host/rate" in arrays:
+            self.rate = np.array(arrays["host/rate"][0])
         self.average, self.lowest = np.array(arrays["host/average"]), np.array(arrays["host/lowest"])

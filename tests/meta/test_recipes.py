@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 
 import pytest
@@ -47,6 +48,13 @@ def test_identity_counts_the_steps_only_where_the_schedule_does():
     assert len({str(recipe.identity) for recipe in RECIPES.values()}) == len(RECIPES)
 
 
+def test_fields_that_came_later_do_not_change_what_a_checkpoint_was():
+    plain = get_recipe("celo2")
+    assert not {"tasks", "loss_tail", "inner_warmup", "inner_lr_range", "hidden"} & plain.identity.keys()
+    changed = replace(plain, loss_tail=0.2, tasks=("images", "text"))
+    assert changed.identity["loss_tail"] == 0.2 and changed.identity["tasks"] == ["images", "text"]
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -55,6 +63,10 @@ def test_identity_counts_the_steps_only_where_the_schedule_does():
         ({"start": "sgd"}, "start='sgd', allowed: random, muon, adam"),
         ({"inner_schedule": "linear"}, "inner_schedule='linear', allowed: constant, cosine"),
         ({"expert": "sgd"}, "expert='sgd', allowed: None, muon, adam"),
+        ({"inner_warmup": 1.0}, "inner_warmup=1.0: expected [0, 1)"),
+        ({"loss_tail": 0.0}, "loss_tail=0.0: expected (0, 1]"),
+        ({"inner_lr_range": (2.0, 1.0)}, "inner_lr_range=(2.0, 1.0): expected 0 < low <= high"),
+        ({"tasks": ("image",)}, "tasks=('image',), allowed: images, text, memory"),
         ({"outer_steps": 0}, "outer_steps=0: expected at least 1"),
         ({"length_range": (50, 2000)}, "expected 0 < window < low < high"),
         ({"resume_probability": 1.0}, "resume_probability=1.0"),
@@ -62,7 +74,7 @@ def test_identity_counts_the_steps_only_where_the_schedule_does():
     ],
 )
 def test_refusals(change, message):
-    with pytest.raises(ValueError, match=f"recipe 'celo2': .*{message}"):
+    with pytest.raises(ValueError, match=f"recipe 'celo2': .*{re.escape(message)}"):
         replace(get_recipe("celo2"), **change)
     with pytest.raises(ValueError, match="recipe 'celo3': allowed: celo2, "):
         get_recipe("celo3")

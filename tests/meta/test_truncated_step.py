@@ -100,6 +100,35 @@ def test_cosine_rate_falls_to_zero_over_each_trajectory(image_sets, small_recipe
     assert (start(small_recipe(), image_sets).plan(0).lr == np.float32(1e-3)).all()
 
 
+def test_a_trajectory_has_a_rate_a_warm_up_and_a_tail_that_counts(image_sets, small_recipe):
+    changes = {"inner_schedule": "cosine", "inner_warmup": 0.25, "inner_lr_range": (0.1, 10.0), "loss_tail": 0.2}
+    recipe = small_recipe(**changes, length_range=(40, 80), initial_iterations=1)
+    step = start(recipe, image_sets)
+    rates, previous = set(), {}
+    for outer_step in range(40):
+        counters, lengths, factors = step.iteration.copy(), step.length.copy(), step.rate.copy()
+        plan = step.plan(outer_step)
+        untouched = np.flatnonzero(plan.mask.all(0) & ~plan.done.any(0))
+        progress = np.minimum(1, (counters + np.arange(5)[:, None]) / lengths)
+        for i in untouched:
+            # one factor a trajectory, from its start to its end
+            if counters[i] > 0:
+                assert factors[i] == previous[i]
+            rates.add(factors[i])
+            x = progress[:, i]
+            expected = np.where(x < 0.25, (x + 1e-3) / 0.251, 0.5 * (1 + np.cos(np.pi * (x - 0.25) / 0.75)))
+            np.testing.assert_allclose(plan.lr[:, i], 1e-3 * factors[i] * expected, rtol=1e-5)
+            np.testing.assert_array_equal(plan.weight[:, i], np.where(x >= 0.8, 1 / 0.2, 0.0))
+        previous = dict(enumerate(step.rate))
+    assert len(rates) > 8 and min(rates) < 0.5 and max(rates) > 2 and all(0.1 <= rate <= 10 for rate in rates)
+    plain = start(small_recipe(), image_sets).plan(0)
+    assert (plain.weight == 1).all()
+    arrays = step.state_dict()
+    again = start(recipe, image_sets)
+    again.load_state_dict(arrays)
+    np.testing.assert_array_equal(again.rate, step.rate)
+
+
 def test_first_loss_does_not_depend_on_the_scale(image_sets, small_recipe, random_theta):
     losses = []
     for scale in (1e-3, 1.0, 1e3):
