@@ -29,7 +29,7 @@ SMALL = [
     "--batch-tokens",
     "3072",
     "--val-tokens",
-    "5120",
+    "1280",
     "--sample-tokens",
     "8",
     "--eval-every",
@@ -126,7 +126,7 @@ def test_adamw_is_sharded_too(data, tmp_path) -> None:
 
 
 def test_bfloat16_has_nearly_the_losses_of_one_process(data, tmp_path) -> None:
-    options = ["--dtype", "bfloat16", "--arch", "modern", "--opt", "adamw", "--lr", "1e-3"]
+    options = ["--dtype", "bfloat16", "--arch", "modern", "--opt", "adamw", "--lr", "1e-3", "--batch-tokens", "1024"]
     for ranks in (1, 2):
         assert run(command(ranks, data, tmp_path / str(ranks), *options)).returncode == 0
     # fully_shard rounds the residual stream too, which autocast does not
