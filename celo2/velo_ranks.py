@@ -27,9 +27,12 @@ def groups_of_ranks(groups: Sequence[dict[str, Any]]) -> list[dist.ProcessGroup]
                 found[name] = spec.mesh.get_group(spec.only_cut(name)[1]), spec.mesh
     if not found:
         return []
+    from torch.distributed import get_process_group_ranks
+
     first, mesh = next(iter(found.values()))
     for name, (other, _) in found.items():
-        if other != first:
+        # equal meshes that were made twice have groups of their own
+        if get_process_group_ranks(other) != get_process_group_ranks(first):
             raise ValueError(f"{name} is sharded over other ranks than {next(iter(found))}: use one mesh for all")
     own = [mesh.get_group(axis) for axis in range(mesh.ndim)]
     return [first, *(group for group in own if group != first)]

@@ -56,5 +56,10 @@ def test_fsdp2_trains_and_resumes_on_another_world_size(on_ranks, ranks, checkpo
 
 
 @pytest.mark.parametrize("ranks", [4])
+def test_meshes_of_the_same_ranks_are_one(on_ranks, ranks) -> None:
+    assert on_ranks(ranks, velo.equal_meshes) <= 1e-6
+
+
+@pytest.mark.parametrize("ranks", [4])
 def test_tensor_parallelism_is_refused_by_name(on_ranks, ranks) -> None:
     assert "w is sharded on 2 axes of DeviceMesh" in on_ranks(ranks, velo.two_axes)

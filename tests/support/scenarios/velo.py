@@ -91,6 +91,23 @@ def hsdp_difference(mesh) -> float:
     return difference(square_of(mesh), [Replicate(), Shard(0)])
 
 
+def equal_meshes(mesh) -> float:
+    """Largest difference from one process when parameters are on two meshes of the same ranks, made one by one."""
+    runs = []
+    for meshes in ((None, None), (square_of(mesh), square_of(mesh))):
+        generator, params = torch.Generator().manual_seed(0), []
+        for shape, over in zip(((8, 6), (6, 5)), meshes, strict=True):
+            value = torch.randn(shape, generator=generator)
+            if over is not None:
+                value = distribute_tensor(value, over, [Replicate(), Shard(0)])
+            params.append(nn.Parameter(value))
+        optimizer = VeLO(params, 5, weights=random_weights())
+        set_gradients(params, 0)
+        optimizer.step(loss=1.0)
+        runs.append([whole(p) for p in params])
+    return max(float((a - b).abs().max()) for a, b in zip(*runs, strict=True))
+
+
 def count_all_reduces(mesh) -> int:
     params, optimizer = build([Shard(0)], mesh)
     set_gradients(params, 0)
