@@ -55,7 +55,7 @@ $(LOWEST): pyproject.toml constraints-lowest.txt
 	@touch $@
 
 test-lowest: $(LOWEST) ## the rule, its files and its kernels with the lowest NumPy, safetensors and Triton
-	.venv-lowest/bin/python -m pytest -q tests/celo2/test_golden.py tests/celo2/test_theta.py tests/celo2/test_phases.py $(ARGS)
+	.venv-lowest/bin/python -m pytest -q -m "not kernels" tests/celo2/test_golden.py tests/celo2/test_theta.py tests/celo2/test_phases.py $(ARGS)
 	.venv-lowest/bin/python -m pytest -q tests/kernels -k "oracle or layout or low_precision or launches or compiled" $(ARGS)
 
 $(INTEROP): pyproject.toml constraints-interop.txt
