@@ -28,7 +28,7 @@ train: $(INSTALLED) ## train the nano GPT with Celo2 on the embedded text; resum
 meta: $(INSTALLED) ## meta-train a theta for 400 outer steps on the embedded images; resumes (ARGS="...")
 	$(BIN)/python -m celo2.meta.train --recipe celo2-base-short --outer-steps 400 --out-dir runs/meta/demo --resume auto $(ARGS)
 
-evaluate: $(INSTALLED) ## test the bundled thetas beside tuned baselines, a day, resumable; writes docs/results.md
+evaluate: $(INSTALLED) ## test the bundled thetas beside tuned baselines, about a day, resumable; writes docs/results.md
 	$(BIN)/python -m celo2.meta.evaluate $(ARGS)
 
 evaluate-small: $(INSTALLED) ## the paper's evaluations at CPU size, half an hour; writes docs/evaluations.md

@@ -13,9 +13,10 @@ from pathlib import Path
 
 from celo2.meta.language_model import SELECTION, Method, Settings
 from celo2.meta.outer_trainer import initial_theta
-from celo2.meta.search import Axis, Lattice, log_spaced
+from celo2.meta.search import Axis, Lattice
 from celo2.pretrain.prepare_data import prepare, prepare_embedded
 from celo2.pretrain.sources import TextFiles
+from celo2.pretrain.sweep_points import log_spaced
 from celo2.theta import Theta, load_weights
 
 SEARCH_SEED = 0
@@ -72,7 +73,7 @@ class Contender:
 
 def _rates(start: float) -> tuple[float, ...]:
     """A hundredth to a hundred times the start, four a decade."""
-    rates = log_spaced(start * 1e-2, start * 1e2)
+    rates = log_spaced(start * 1e-2, start * 1e2, 17)
     return tuple(start if abs(rate / start - 1) < 1e-2 else rate for rate in rates)
 
 
@@ -98,11 +99,10 @@ MUON = Lattice(
 )
 
 
-def start_of(variant: str) -> Theta:
-    """Return where the meta-training of the bundled theta of a variant started."""
-    theta = initial_theta(0, {"celo2": "muon", "celo2-base": "adam"}[variant])
-    orthogonalize = {"celo2": "true", "celo2-base": "false"}[variant]
-    return Theta.from_arrays(theta.arrays, {"name": "start", "variant": variant, "orthogonalize": orthogonalize})
+def start_of_celo2() -> Theta:
+    """Return where the meta-training of the bundled `celo2` started."""
+    card = {"name": "start", "variant": "celo2", "orthogonalize": "true"}
+    return Theta.from_arrays(initial_theta(0, "muon").arrays, card)
 
 
 def contenders() -> list[Contender]:
@@ -113,7 +113,7 @@ def contenders() -> list[Contender]:
 
     return [
         learned("celo2", "celo2", "celo2", "the bundled theta, with Newton-Schulz"),
-        learned("start", "celo2", start_of("celo2"), "where the meta-training of `celo2` began: Muon's direction"),
+        learned("start", "celo2", start_of_celo2(), "where the meta-training of `celo2` began: Muon's direction"),
         learned("nesterov", "celo2", "nesterov", "the same direction as a closed form"),
         Contender(Method("muon", "muon"), MUON, "`torch.optim.Muon`, and AdamW for the rest"),
         learned("celo2-base", "celo2-base", "celo2-base", "the bundled theta, without Newton-Schulz"),

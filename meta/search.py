@@ -19,12 +19,6 @@ Point = tuple[tuple[str, float], ...]
 ROUND = 2
 
 
-def log_spaced(low: float, high: float, per_decade: int = 4) -> tuple[float, ...]:
-    """Return values from `low` up to `high`, `per_decade` of them in every decade, three significant digits."""
-    values = (low * 10 ** (index / per_decade) for index in itertools.count())
-    return tuple(float(f"{value:.3g}") for value in itertools.takewhile(lambda value: value <= 1.001 * high, values))
-
-
 @dataclass(frozen=True)
 class Axis:
     """An option of a method, and the values that it may take, in order."""

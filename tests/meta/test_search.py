@@ -6,9 +6,10 @@ import math
 
 import pytest
 
-from celo2.meta.search import Axis, Lattice, Search, around, log_spaced
+from celo2.meta.search import Axis, Lattice, Search, around
+from celo2.pretrain.sweep_points import log_spaced
 
-RATES = log_spaced(1e-4, 1e-1)
+RATES = tuple(log_spaced(1e-4, 1e-1, 13))
 LATTICE = Lattice((Axis("lr", RATES, 1e-3), Axis("momentum", (0.8, 0.9, 0.95), 0.95)))
 
 
@@ -32,8 +33,7 @@ def run(search: Search, evaluate=loss) -> list:
     return [rounds, search]
 
 
-def test_rates_are_log_spaced() -> None:
-    assert RATES[:5] == (1e-4, 1.78e-4, 3.16e-4, 5.62e-4, 1e-3) and RATES[-1] == 0.1 and len(RATES) == 13
+def test_a_start_is_on_its_axis() -> None:
     with pytest.raises(ValueError, match=r"lr: the start 0\.5 is none of"):
         Axis("lr", RATES, 0.5)
 
