@@ -96,3 +96,13 @@ def test_imitation_has_the_scale_it_is_given(image_sets, small_recipe, random_th
     # equal signs: no difference, and no division by zero
     unroll = estimator.truncated_step.unroll(torch.from_numpy(np.tile(theta, (8, 1))), 1)
     assert not estimator._deltas(unroll, 1).any() or np.isfinite(estimator._deltas(unroll, 1)).all()
+
+
+def test_the_end_of_a_trajectory_alone_has_a_gradient(image_sets, small_recipe, random_theta):
+    recipe = small_recipe(loss_tail=0.2, length_range=(40, 41), initial_iterations=1)
+    estimator, theta = _estimator(recipe, image_sets), flatten(random_theta())
+    # windows of 5 slots: the last fifth of 40 steps begins in the seventh
+    estimates = [estimator.estimate(theta, outer_step) for outer_step in range(8)]
+    for estimate in estimates[:6]:
+        assert estimate.loss == 0 and not estimate.gradient.any()
+    assert all(estimate.loss > 0 and estimate.gradient.any() for estimate in estimates[6:])
