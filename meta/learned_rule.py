@@ -38,6 +38,11 @@ def flatten(theta: Theta) -> NDArray[np.float32]:
     return np.concatenate([theta.arrays[name].ravel() for name in NAMES])
 
 
+def theta_size(hidden: int = 8) -> int:
+    """Return how many floats a theta has."""
+    return COLUMNS * hidden + hidden + hidden * hidden + hidden + hidden * OUTPUTS + OUTPUTS
+
+
 def unflatten(vector: NDArray[np.float32], hidden: int = 8, card: dict[str, str] | None = None) -> Theta:
     """Return the theta that `flatten` gave; raises ValueError for a vector of another length."""
     shapes = [*((columns, hidden) for columns in GROUP_COLUMNS), (hidden,), (hidden, hidden), (hidden,)]
