@@ -85,6 +85,7 @@ def test_it_is_the_modern_model_of_the_harness():
         for layer, block in enumerate(model.blocks):
             block.attention.qkv.weight.copy_(square[4 * layer : 4 * layer + 3].flatten(0, 1))
             block.attention.out.weight.copy_(square[4 * layer + 3])
+            block.mlp.squared = True
             block.mlp.up.weight.copy_(wide[2 * layer].mT)
             block.mlp.down.weight.copy_(wide[2 * layer + 1])
     inputs, targets = draw_batch(1, batch=3)
