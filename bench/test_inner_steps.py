@@ -17,9 +17,8 @@ from torch import Tensor
 
 from celo2.meta.inner_optimizer import InnerOptimizer, State
 from celo2.meta.learned_rule import ThetaBatch
-from celo2.meta.network import reference_loss
+from celo2.meta.network import MATRICES, SHAPES, VECTORS, reference_loss
 from celo2.meta.recipes import get_recipe
-from celo2.meta.tasks import MATRICES, SHAPES, VECTORS
 from celo2.newton_schulz import newton_schulz
 from celo2.reference import NORM_EPS, RMS_EPS, MatrixState, matrix_columns
 from celo2.tables import format_table

@@ -12,9 +12,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from celo2.meta.mixed_step import Trajectories
 from celo2.meta.randomness import Purpose, generator
 from celo2.meta.recipes import Recipe
-from celo2.meta.truncated_step import Arrays, TruncatedStep, Unroll
+from celo2.meta.truncated_step import Arrays, Unroll
 
 Reduce = Callable[[NDArray[np.float64]], NDArray[np.float64]]
 # root mean square that the imitation's differences are brought to, task by task
@@ -58,7 +59,7 @@ class PES:
     """The GradientEstimator of a run: perturbs theta for each particle, unrolls a window, accumulates perturbations."""
 
     def __init__(
-        self, recipe: Recipe, truncated_step: TruncatedStep, dimension: int, reduce: Reduce | None = None
+        self, recipe: Recipe, truncated_step: Trajectories, dimension: int, reduce: Reduce | None = None
     ) -> None:
         self.recipe, self.truncated_step = recipe, truncated_step
         self.accumulator = np.zeros((len(truncated_step.particles), dimension))
@@ -111,14 +112,14 @@ class PES:
         return weight * IMITATION_RMS * direction / rms[owner] + (1 - weight) * task
 
     def state_dict(self) -> Arrays:
-        """Return the accumulators, [1, n, 347]."""
-        return {"pes/accumulator": self.accumulator[None]}
+        """Return the accumulators of each family, [1, n, 347]."""
+        parts = self.truncated_step.parts
+        return {f"{prefix}pes/accumulator": self.accumulator[None, part] for prefix, part in parts.items()}
 
     def load_state_dict(self, arrays: Arrays) -> None:
         """Continue from the arrays of `state_dict`; raises ValueError for another shape."""
-        found = arrays.get("pes/accumulator")
-        if found is None or found.shape[1:] != self.accumulator.shape:
-            raise ValueError(
-                f"PES accumulators: expected [1, {self.accumulator.shape}], found {getattr(found, 'shape', None)}"
-            )
-        self.accumulator = np.array(found[0])
+        for name, mine in self.state_dict().items():
+            found = arrays.get(name)
+            if found is None or found.shape != mine.shape:
+                raise ValueError(f"{name}: expected {mine.shape}, found {getattr(found, 'shape', None)}")
+        self.accumulator = np.concatenate([arrays[name][0] for name in self.state_dict()])

@@ -11,9 +11,10 @@ import torch
 from celo2.meta.images import ImageSet
 from celo2.meta.inner_optimizer import InnerOptimizer
 from celo2.meta.learned_rule import ThetaBatch, flatten
+from celo2.meta.network import MATRICES, initial_weights
 from celo2.meta.randomness import Purpose, generator
 from celo2.meta.recipes import Recipe
-from celo2.meta.tasks import MATRICES, TaskFamily, initial_weights
+from celo2.meta.tasks import TaskFamily
 from celo2.theta import Theta
 
 SCALES = (1e-3, 1.0, 1e3)
@@ -44,7 +45,7 @@ def unroll(
         for name, weights in start.items():
             state[name][problem] = torch.from_numpy(weights) / scales[problem % n]
     state["scale"].copy_(torch.from_numpy(np.tile(scales, 2)))
-    images, labels = family.image_bank(torch.device("cpu"))
+    images, labels = family.bank(torch.device("cpu"))
     theta_batch = ThetaBatch.from_vectors(torch.from_numpy(flatten(theta)).expand(2 * n, -1))
 
     average = np.full(2 * n, np.nan)

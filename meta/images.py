@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import hashlib
 import zipfile
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -76,17 +75,20 @@ class ImageSet:
         if self.labels.min() < 0 or self.labels.max() >= CLASSES:
             raise ValueError(f"image set {self.name!r}: labels must be 0 .. {CLASSES - 1}")
 
+    @property
+    def inputs(self) -> NDArray[np.float32]:
+        return self.images
+
+    @property
+    def targets(self) -> NDArray[np.int64]:
+        return self.labels
+
     @cached_property
     def sha256(self) -> str:
         digest = hashlib.sha256(self.name.encode())
         digest.update(np.ascontiguousarray(self.images, "<f4").tobytes())
         digest.update(np.ascontiguousarray(self.labels, "<i8").tobytes())
         return digest.hexdigest()
-
-
-def fingerprint(sets: Sequence[ImageSet]) -> str:
-    """Hash of the names, pixels and labels of several sets, in order."""
-    return hashlib.sha256("".join(image_set.sha256 for image_set in sets).encode()).hexdigest()
 
 
 def shrink(pictures: NDArray[np.uint8]) -> NDArray[np.float32]:

@@ -1,7 +1,8 @@
 """The optimizer of the inner problems: what PES perturbs, and the expert it may imitate.
 
 State is one flat dictionary of tensors with the problem axis first (`hidden_weight`, `hidden_weight/momentum_fast`,
-..., `scale`, `iteration`), so that starting, storing and restoring a trajectory is copying rows.
+..., `scale`, `iteration`), so that starting, storing and restoring a trajectory is copying rows. Matrices of one shape
+may be one tensor [P, count, m, n]: the rule then takes them as P * count problems.
 """
 
 from __future__ import annotations
@@ -21,9 +22,8 @@ from celo2.meta.learned_rule import (
     vector_contribution,
     vector_direction,
 )
-from celo2.meta.network import loss_and_gradients
+from celo2.meta.network import MLP, Network
 from celo2.meta.recipes import Recipe
-from celo2.meta.tasks import MATRICES, SHAPES, VECTORS
 from celo2.newton_schulz import newton_schulz
 from celo2.reference import MOMENTUM_DECAYS, NORM_EPS, RMS_EPS, SECOND_MOMENT_DECAY
 
@@ -52,16 +52,16 @@ def move_raw(p: Tensor, direction: Tensor, lr: Tensor) -> None:
 def adam_step(
     p: Tensor, g: Tensor, momentum: Tensor, v: Tensor, iteration: Tensor, lr: Tensor, bias_correction: bool
 ) -> None:
-    """Adam for vectors p [P, n], in place: betas 0.9 and 0.95; without correction eps stands inside the root."""
+    """Adam for tensors p [P, ...], in place: betas 0.9 and 0.95; without correction eps stands inside the root."""
     momentum.lerp_(g, 1 - MOMENTUM_DECAYS[0])
     v.mul_(SECOND_MOMENT_DECAY).add_((1 - SECOND_MOMENT_DECAY) * g * g)
     if bias_correction:
-        t = iteration[:, None] + 1
+        t = _expand(iteration, p) + 1
         m_hat = momentum / (1 - MOMENTUM_DECAYS[0] ** t)
         v_hat = v / (1 - SECOND_MOMENT_DECAY**t)
-        p.sub_(lr[:, None] * m_hat / (v_hat.sqrt() + ADAM_EPS))
+        p.sub_(_expand(lr, p) * m_hat / (v_hat.sqrt() + ADAM_EPS))
     else:
-        p.sub_(lr[:, None] * momentum * torch.rsqrt(v + RMS_EPS))
+        p.sub_(_expand(lr, p) * momentum * torch.rsqrt(v + RMS_EPS))
 
 
 def clip_gradients(gradients: list[Tensor], max_norm: float) -> list[Tensor]:
@@ -79,17 +79,22 @@ def _expand(x: Tensor, like: Tensor) -> Tensor:
     return x.view(-1, *(1,) * (like.ndim - 1))
 
 
+def _folded(x: Tensor) -> Tensor:
+    """View [P, count, m, n] as [P * count, m, n]; [P, m, n] stays as it is."""
+    return x.flatten(0, -3)
+
+
 class InnerOptimizer:
-    """Celo2 or Celo2-base on the inner network with one theta a problem, as a recipe sets it.
+    """Celo2 or Celo2-base on an inner network, by default the MLP, with one theta a problem, as a recipe sets it.
 
     With `compiled` the elementwise regions go through `torch.compile`; without, the same code runs eagerly.
     """
 
-    def __init__(self, recipe: Recipe, *, compiled: bool = True) -> None:
-        self.recipe = recipe
+    def __init__(self, recipe: Recipe, network: Network | None = None, *, compiled: bool = True) -> None:
+        self.recipe, self.network = recipe, network or MLP()
         self.orthogonalize = recipe.variant == "celo2"
         wrap = _compiled if compiled else lambda function: function
-        self._loss_and_gradients = wrap(loss_and_gradients)
+        self._loss_and_gradients = self.network.loss_and_gradients(wrap)
         self._clip = wrap(clip_gradients)
         self._factor_moments, self._advance_moments = wrap(factor_moments), wrap(advance_moments)
         self._contribution, self._matrix_direction = wrap(vector_contribution), wrap(matrix_direction)
@@ -100,13 +105,16 @@ class InnerOptimizer:
 
     def state_shapes(self) -> dict[str, tuple[int, ...]]:
         """Return the names and shapes of a trajectory's tensors, without the problem axis."""
-        shapes: dict[str, tuple[int, ...]] = dict(SHAPES)
-        for name in MATRICES:
-            m, n = SHAPES[name]
-            shapes |= {f"{name}/{moment}": (m, n) for moment in (*MOMENTA, "second_moment")}
-            shapes |= {f"{name}/row_factor": (3, m), f"{name}/column_factor": (3, n)}
-        for name in VECTORS:
-            (n,) = SHAPES[name]
+        network = self.network
+        shapes: dict[str, tuple[int, ...]] = dict(network.shapes)
+        for name in network.matrices:
+            *stack, m, n = network.shapes[name]
+            shapes |= {f"{name}/{moment}": (*stack, m, n) for moment in (*MOMENTA, "second_moment")}
+            shapes |= {f"{name}/row_factor": (*stack, 3, m), f"{name}/column_factor": (*stack, 3, n)}
+        for name in network.side:
+            shapes |= {f"{name}/{moment}": network.shapes[name] for moment in (MOMENTA[0], "second_moment")}
+        for name in network.vectors:
+            (n,) = network.shapes[name]
             moments = MOMENTA[:1] if self.orthogonalize else MOMENTA
             shapes |= {f"{name}/{moment}": (n,) for moment in (*moments, "second_moment")}
             if not self.orthogonalize:
@@ -121,76 +129,75 @@ class InnerOptimizer:
     def step(
         self,
         state: State,
-        images: Tensor,
-        labels: Tensor,
+        inputs: Tensor,
+        targets: Tensor,
         theta: ThetaBatch,
         *,
         lr: Tensor | None = None,
+        share: Tensor | None = None,
         expert_weight: float = 0.0,
     ) -> tuple[Tensor, Tensor | None]:
         """Take one inner step in place; return the loss [P] before it, and with an expert 1 - cosine to it [P].
 
-        `images` [N, B, 64] and `labels` [N, B] are shared by the two signs of a particle (P = 2 N). `lr` is [P], by
-        default the recipe's `inner_lr` for all. `expert_weight` is the part of the step that the expert takes.
+        A batch, such as images [N, B, 64] and labels [N, B], is shared by the two signs of a particle (P = 2 N).
+        `share` [N, B] is what its examples weigh, by default the same. `lr` is [P], by default the recipe's `inner_lr`
+        for all. `expert_weight` is the part of the step that the expert takes.
         """
-        recipe = self.recipe
+        recipe, network = self.recipe, self.network
         if lr is None:
             lr = torch.full_like(state["scale"], recipe.inner_lr)
         loss, gradients = self._loss_and_gradients(
-            {name: state[name] for name in SHAPES}, state["scale"], images, labels
+            {name: state[name] for name in network.shapes}, state["scale"], inputs, targets, share
         )
         if recipe.inner_clip_norm is not None:
             clipped = self._clip(list(gradients.values()), recipe.inner_clip_norm)
             gradients = dict(zip(gradients, clipped, strict=True))
         updates, experts = [], []
-        for name in MATRICES:
+        for name in network.matrices:
             p, g = state[name], gradients[name]
             direction = self._direction(state, name, g, theta)
-            expert = None
-            if recipe.expert is not None:
-                momenta = [state[f"{name}/{moment}"] for moment in MOMENTA]
-                expert = self._expert_direction(g, momenta, state[f"{name}/second_moment"], state["iteration"])
-                if recipe.expert == "muon":
-                    expert = newton_schulz(expert)
-                experts.append(expert)
             if self.orthogonalize:
                 direction = newton_schulz(direction)
-            if expert is None:
-                self._move(p, direction, lr)
-            else:
-                updates.append(direction)
+            if recipe.expert is None:
+                count = direction.shape[0] // p.shape[0]
+                self._move(_folded(p), direction, lr.repeat_interleave(count) if count > 1 else lr)
+                continue
+            momenta = [state[f"{name}/{moment}"] for moment in MOMENTA]
+            expert = self._expert_direction(g, momenta, state[f"{name}/second_moment"], state["iteration"])
+            experts.append(newton_schulz(expert) if recipe.expert == "muon" else expert)
+            updates.append(direction.view_as(p))
         imitation = None
         if experts:
-            matrices = [state[name] for name in MATRICES]
+            matrices = [state[name] for name in network.matrices]
             imitation = self._imitate(matrices, updates, experts, lr, torch.tensor(expert_weight))
-        for name in VECTORS:
-            p, g = state[name], gradients[name]
-            v = state[f"{name}/second_moment"]
-            if self.orthogonalize:
-                momentum, adam_lr = state[f"{name}/{MOMENTA[0]}"], recipe.adam_lr_mult * lr
-                self._adam(p, g, momentum, v, state["iteration"], adam_lr, recipe.bias_correction)
-            else:
-                direction = self._vector_direction(
-                    p,
-                    g,
-                    [state[f"{name}/{moment}"] for moment in MOMENTA],
-                    v,
-                    state[f"{name}/factor"],
-                    theta.vector,
-                    theta.bias0,
-                    theta.hidden,
-                    theta.bias1,
-                    theta.output,
-                    theta.bias2,
-                )
-                self._move(p, direction, lr)
+        adam_lr = recipe.adam_lr_mult * lr
+        for name in (*network.side, *(network.vectors if self.orthogonalize else ())):
+            momentum, v = state[f"{name}/{MOMENTA[0]}"], state[f"{name}/second_moment"]
+            self._adam(state[name], gradients[name], momentum, v, state["iteration"], adam_lr, recipe.bias_correction)
+        for name in () if self.orthogonalize else network.vectors:
+            direction = self._vector_direction(
+                state[name],
+                gradients[name],
+                [state[f"{name}/{moment}"] for moment in MOMENTA],
+                state[f"{name}/second_moment"],
+                state[f"{name}/factor"],
+                theta.vector,
+                theta.bias0,
+                theta.hidden,
+                theta.bias1,
+                theta.output,
+                theta.bias2,
+            )
+            self._move(state[name], direction, lr)
         state["iteration"] += 1
         return loss, imitation
 
     def _direction(self, state: State, name: str, g: Tensor, theta: ThetaBatch) -> Tensor:
-        p, v = state[name], state[f"{name}/second_moment"]
-        momenta = [state[f"{name}/{moment}"] for moment in MOMENTA]
-        row_factor, column_factor = state[f"{name}/row_factor"], state[f"{name}/column_factor"]
+        """Advance a matrix's accumulators; return its direction [P, m, n], of a stack [P * count, m, n]."""
+        p, g, v = (_folded(x) for x in (state[name], g, state[f"{name}/second_moment"]))
+        momenta = [_folded(state[f"{name}/{moment}"]) for moment in MOMENTA]
+        row_factor, column_factor = (_folded(state[f"{name}/{axis}_factor"]) for axis in ("row", "column"))
+        theta = theta.repeated(p.shape[0] // state[name].shape[0])
         row_scale, column_scale = self._factor_moments(g, row_factor, column_factor)
         scales = self._advance_moments(p, g, momenta, v, row_scale, column_scale)
         return self._matrix_direction(
@@ -210,7 +217,7 @@ class InnerOptimizer:
         )
 
     def _propose(self, g: Tensor, momenta: list[Tensor], v: Tensor, iteration: Tensor) -> Tensor:
-        """Return the expert's direction [P, m, n] before Newton-Schulz; the accumulators include this step."""
+        """Return the expert's direction, of g's shape, before Newton-Schulz; the accumulators include this step."""
         t = _expand(iteration, g) + 1
         # Nesterov's form of the fast momentum: a slow one trails on the short runs that judge a theta
         beta = MOMENTUM_DECAYS[0]
@@ -225,11 +232,12 @@ def _imitation(
 ) -> Tensor:
     """Move the matrices by the blend of learned and expert steps, both of RMS lr; return 1 - cosine [P] of the two."""
     dot = square = expert_square = torch.zeros(())
+    # a stack's matrices each have an RMS of 1
     for p, direction, expert in zip(matrices, directions, experts, strict=True):
-        u = direction * torch.rsqrt(direction.square().mean((1, 2), keepdim=True) + NORM_EPS)
-        e = expert * torch.rsqrt(expert.square().mean((1, 2), keepdim=True) + NORM_EPS)
+        u = direction * torch.rsqrt(direction.square().mean((-2, -1), keepdim=True) + NORM_EPS)
+        e = expert * torch.rsqrt(expert.square().mean((-2, -1), keepdim=True) + NORM_EPS)
         p.sub_(_expand(lr, p) * ((1 - expert_weight) * u + expert_weight * e))
-        dot = dot + (u * e).sum((1, 2))
-        square = square + u.square().sum((1, 2))
-        expert_square = expert_square + e.square().sum((1, 2))
+        dot = dot + (u * e).sum(tuple(range(1, u.ndim)))
+        square = square + u.square().sum(tuple(range(1, u.ndim)))
+        expert_square = expert_square + e.square().sum(tuple(range(1, u.ndim)))
     return 1 - dot * torch.rsqrt(square * expert_square + 1e-30)

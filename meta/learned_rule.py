@@ -69,6 +69,12 @@ class ThetaBatch:
     output: Tensor  # [P, k]
     bias2: Tensor  # [P]
 
+    def repeated(self, count: int) -> ThetaBatch:
+        """Return the batch with each theta `count` times in turn, for problems that have that many matrices."""
+        if count == 1:
+            return self
+        return ThetaBatch(*(x.repeat_interleave(count, 0) for x in vars(self).values()))
+
     @classmethod
     def from_vectors(cls, vectors: Tensor, hidden: int = 8) -> ThetaBatch:
         """Lay out theta vectors [P, 347], each in the order of `flatten`."""

@@ -1,7 +1,7 @@
 """The outer loop: PES gradients, averaged over ranks, move theta by AdamW; checkpoints that resume to the bit.
 
-The particles of a run are split over ranks in contiguous blocks and every rank moves the same theta. A checkpoint holds
-the trajectories of all ranks, so a run continues on another number of ranks.
+The particles of a run are split over ranks, of every family a contiguous block, and every rank moves the same theta. A
+checkpoint holds the trajectories of all ranks, so a run continues on another number of ranks.
 """
 
 from __future__ import annotations
@@ -25,12 +25,13 @@ from safetensors.numpy import save as save_safetensors
 
 from celo2.files import write_atomic
 from celo2.meta.gradient_estimator import PES
-from celo2.meta.images import ImageSet
 from celo2.meta.learned_rule import COLUMNS, flatten, unflatten
-from celo2.meta.randomness import Purpose, generator
+from celo2.meta.mixed_step import trajectories
+from celo2.meta.network import Examples
+from celo2.meta.randomness import Purpose, generator, truncated_normal
 from celo2.meta.recipes import Recipe
-from celo2.meta.tasks import TaskFamily, truncated_normal
-from celo2.meta.truncated_step import Arrays, TruncatedStep
+from celo2.meta.tasks import TaskMix
+from celo2.meta.truncated_step import Arrays
 from celo2.pretrain.device import device_name
 from celo2.theta import GROUP_COLUMNS, NESTEROV, OUTPUTS, Theta
 
@@ -76,14 +77,14 @@ def initial_theta(seed: int, start: str = "random", hidden: int = 8) -> Theta:
 class OuterTrainer:
     """A meta-training run: `step()` takes one outer step, `save` and `resume` make it durable.
 
-    With `torch.distributed` initialised, this rank takes its part of the particles; their number must be a multiple of
-    the world size. Raises ValueError for a family that does not divide, or a resume that does not fit.
+    With `torch.distributed` initialised, this rank takes its part of every family's particles; their number must be a
+    multiple of the world size. Raises ValueError for a family that does not divide, or a resume that does not fit.
     """
 
     def __init__(
         self,
         recipe: Recipe,
-        image_sets: Sequence[ImageSet],
+        data_sets: Sequence[Examples],
         *,
         seed: int = 0,
         device: torch.device | None = None,
@@ -92,16 +93,11 @@ class OuterTrainer:
         self.recipe, self.seed = recipe, seed
         self.device = device or torch.device("cpu")
         self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-        family = TaskFamily(image_sets, seed=seed, particles=recipe.particles, scale_range=recipe.scale_range)
-        self.total = family.total_particles
-        if self.total % self.world:
-            raise ValueError(
-                f"{self.total} particles do not split over {self.world} ranks: use a divisor of {self.total}"
-            )
-        share = self.total // self.world
-        mine = range(self.rank * share, (self.rank + 1) * share)
-        self.family = family
-        self.truncated_step = TruncatedStep(recipe, family, mine, device=self.device, compiled=compiled)
+        self.family = TaskMix(data_sets, seed=seed, particles=recipe.particles, scale_range=recipe.scale_range)
+        self.total = self.family.total_particles
+        self.truncated_step = trajectories(
+            recipe, self.family, rank=self.rank, world=self.world, device=self.device, compiled=compiled
+        )
         start = torch.from_numpy(flatten(initial_theta(seed, recipe.start, recipe.hidden)))
         self._parameter = torch.nn.Parameter(start)
         self._adamw = torch.optim.AdamW(
@@ -229,12 +225,7 @@ class OuterTrainer:
             )
         there, here = json.loads(card.get("setting", "{}")), self.setting()
         self.notes = [f"{k} is {v!r} there and {here[k]!r} here" for k, v in there.items() if here.get(k, v) != v]
-        share = self.truncated_step.particles
-        particles = {
-            name: array[:, share.start : share.stop]
-            for name, array in arrays.items()
-            if name.startswith(("state/", "snapshot/", "host/", "pes/"))
-        }
+        particles = self.truncated_step.share(arrays)
         self.truncated_step.load_state_dict(particles)
         self.estimator.load_state_dict(particles)
         self._parameter.data.copy_(torch.from_numpy(arrays["theta"]))

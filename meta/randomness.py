@@ -8,6 +8,7 @@ from __future__ import annotations
 from enum import IntEnum
 
 import numpy as np
+from numpy.typing import NDArray
 
 
 class Purpose(IntEnum):
@@ -27,8 +28,17 @@ class Purpose(IntEnum):
     TEXT = 11
     MEMORY = 12
     RATE = 13
+    BATCH = 14
 
 
 def generator(seed: int, purpose: Purpose, *place: int) -> np.random.Generator:
     """Return the generator of one draw: `place` is for example (particle, outer step)."""
     return np.random.default_rng([seed, int(purpose), *place])
+
+
+def truncated_normal(rng: np.random.Generator, shape: tuple[int, ...]) -> NDArray[np.float64]:
+    """Draw standard normals conditioned on [-2, 2], by drawing again what falls outside (no correction of variance)."""
+    values = rng.standard_normal(shape)
+    while (outside := np.abs(values) > 2).any():
+        values[outside] = rng.standard_normal(int(outside.sum()))
+    return values

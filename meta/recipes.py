@@ -46,10 +46,12 @@ class Recipe:
     """Part of a trajectory in which its rate rises from 0; `cosine` falls after it."""
     inner_lr_range: tuple[float, float] = (1.0, 1.0)
     """Range of the log-uniform factor on a trajectory's rate."""
+    batch_range: tuple[float, float] = (1.0, 1.0)
+    """Range of the log-uniform part of a batch that a trajectory learns from, its noise: of 64 images, of 8 windows."""
     loss_tail: float = 1.0
     """Last part of a trajectory that the meta-loss is of: 1 for all of it."""
     tasks: tuple[str, ...] = ("images",)
-    """Families of inner tasks: `images`, `text` (the next byte), `memory` (Zipf's frequencies)."""
+    """Kinds of inner tasks: `images`, `text` (the next byte), `memory` (Zipf's frequencies) and `transformer`."""
     adam_lr_mult: float = 20.0
     bias_correction: bool = False
     """Whether Adam on the biases corrects its averages."""
@@ -93,6 +95,10 @@ class Recipe:
         require(
             0 < self.inner_lr_range[0] <= self.inner_lr_range[1],
             f"inner_lr_range={self.inner_lr_range}: expected 0 < low <= high",
+        )
+        require(
+            0 < self.batch_range[0] <= self.batch_range[1] <= 1,
+            f"batch_range={self.batch_range}: expected 0 < low <= high <= 1",
         )
         require(bool(self.tasks) and set(self.tasks) <= set(TASKS), f"tasks={self.tasks}, allowed: {', '.join(TASKS)}")
         require(self.start in ("random", "muon", "adam"), f"start={self.start!r}, allowed: random, muon, adam")
@@ -157,9 +163,9 @@ class Recipe:
         return replace(self, outer_steps=outer_steps, outer_warmup=min(self.outer_warmup, outer_steps // 10))
 
 
-TASKS = ("images", "text", "memory")
+TASKS = ("images", "text", "memory", "transformer")
 # fields that earlier checkpoints lack: they count where they are not the default
-ADDED = ("hidden", "normalize_update", "inner_warmup", "inner_lr_range", "loss_tail", "tasks")
+ADDED = ("hidden", "normalize_update", "inner_warmup", "inner_lr_range", "batch_range", "loss_tail", "tasks")
 # the paper's, of one piece of the method each
 ABLATIONS: dict[str, dict[str, object]] = {
     "hidden-4": {"hidden": 4},
@@ -196,6 +202,14 @@ TEXT = WARM | {
     "loss_tail": 0.2,
     "length_range": (200, 4000),
 }
+# the same with the transformer, and with nothing else; an eighth of its batch is one window of 32 bytes. Beyond these
+# scales its trajectories stand still or diverge, and neither has a gradient
+TRANSFORMER = TEXT | {
+    "tasks": ("images", "text", "memory", "transformer"),
+    "batch_range": (0.125, 1.0),
+    "scale_range": (0.1, 10.0),
+}
+LANGUAGE = TRANSFORMER | {"tasks": ("transformer",), "particles": 16}
 RECIPES = {
     recipe.name: recipe
     for recipe in (
@@ -207,6 +221,10 @@ RECIPES = {
         replace(CELO2_BASE, name="celo2-base-warm", start="adam", **WARM),  # type: ignore[arg-type]
         replace(CELO2, name="celo2-text", start="muon", **TEXT),  # type: ignore[arg-type]
         replace(CELO2_BASE, name="celo2-base-text", start="adam", **TEXT),  # type: ignore[arg-type]
+        replace(CELO2, name="celo2-transformer", start="muon", **TRANSFORMER),  # type: ignore[arg-type]
+        replace(CELO2_BASE, name="celo2-base-transformer", start="adam", **TRANSFORMER),  # type: ignore[arg-type]
+        replace(CELO2, name="celo2-lm", start="muon", **LANGUAGE),  # type: ignore[arg-type]
+        replace(CELO2_BASE, name="celo2-base-lm", start="adam", **LANGUAGE),  # type: ignore[arg-type]
         replace(CELO2, name="celo2-elo", expert="muon", **ELO),  # type: ignore[arg-type]
         replace(CELO2_BASE, name="celo2-base-elo", expert="adam", **ELO),  # type: ignore[arg-type]
     )

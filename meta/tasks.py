@@ -1,64 +1,57 @@
-"""Inner problems: a Task is an image set with an order of batches, a TaskFamily draws the start of a trajectory on it.
+"""Inner problems: a Task is a data set with an order of batches, a TaskFamily draws the start of a trajectory on it.
 
-Every task trains the same network, 64-32-10 with ReLU on 8 x 8 pictures, so that all trajectories advance as one batch.
-Weights are in PyTorch's layout, [out, in].
+Every task of a family trains the same network, so that all its trajectories advance as one batch of problems. A run's
+tasks are one family, or a TaskMix of several; particles are numbered over the whole run, family after family.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+import hashlib
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from celo2.meta.images import CLASSES, PIXELS, ImageSet, fingerprint
+from celo2.meta.images import ImageSet
+from celo2.meta.network import MLP, Examples, Network, Weights
 from celo2.meta.randomness import Purpose, generator
+from celo2.meta.transformer import ByteWindows, Transformer
 
-HIDDEN = 32
-BATCH = 64
-# shapes of the four tensors of the inner network, in the order of its layers
-SHAPES: dict[str, tuple[int, ...]] = {
-    "hidden_weight": (HIDDEN, PIXELS),
-    "hidden_bias": (HIDDEN,),
-    "output_weight": (CLASSES, HIDDEN),
-    "output_bias": (CLASSES,),
-}
-MATRICES = ("hidden_weight", "output_weight")
-VECTORS = ("hidden_bias", "output_bias")
-# the normalised loss is clipped here: 1.5 times the loss of a uniform guess
-LOSS_CLIP = 1.5 * math.log(CLASSES)
-
-Weights = dict[str, NDArray[np.float32]]
+# the network that a kind of data set trains
+NETWORKS: dict[type[Any], Network] = {ImageSet: MLP(), ByteWindows: Transformer()}
+# where the normalised loss of the MLP is clipped
+LOSS_CLIP = MLP().loss_clip
 
 
 class Task:
-    """One image set and the order of its batches: shuffled epochs of whole batches, one stream for all particles.
+    """One data set and the order of its batches: shuffled epochs of whole batches, one stream for all particles.
 
     At inner step `t` of a run, particle `i` of `n` takes batch `n t + i` of the stream. The order is a function of the
-    seed alone. Raises ValueError when the set is smaller than a batch.
+    seed and of the task's place in the run. Raises ValueError when the set is smaller than a batch.
     """
 
-    def __init__(self, image_set: ImageSet, index: int, seed: int) -> None:
-        if len(image_set.images) < BATCH:
-            raise ValueError(f"image set {image_set.name!r} has {len(image_set.images)} images, a batch needs {BATCH}")
-        self.image_set, self.index, self.seed = image_set, index, seed
-        self.batches_per_epoch = len(image_set.images) // BATCH
+    def __init__(self, data_set: Examples, index: int, seed: int) -> None:
+        self.data_set, self.index, self.seed = data_set, index, seed
+        self.size, self.batch = len(data_set.inputs), network_of(data_set).batch
+        if self.size < self.batch:
+            raise ValueError(f"data set {self.name!r} has {self.size} examples, a batch needs {self.batch}")
+        self.batches_per_epoch = self.size // self.batch
         self._epoch = lru_cache(maxsize=2)(self._shuffle)
 
     @property
     def name(self) -> str:
-        return self.image_set.name
+        return self.data_set.name
 
     def _shuffle(self, epoch: int) -> NDArray[np.int64]:
-        order = generator(self.seed, Purpose.DATA_ORDER, self.index, epoch).permutation(len(self.image_set.images))
-        return order[: self.batches_per_epoch * BATCH].reshape(-1, BATCH)
+        order = generator(self.seed, Purpose.DATA_ORDER, self.index, epoch).permutation(self.size)
+        return order[: self.batches_per_epoch * self.batch].reshape(-1, self.batch)
 
     def batches(self, start: int, count: int) -> NDArray[np.int64]:
-        """Return the image indices [count, 64] of batches `start` .. `start + count - 1` of the stream."""
+        """Return the example indices [count, B] of batches `start` .. `start + count - 1` of the stream."""
         pieces = []
         while count > 0:
             epoch, position = divmod(start, self.batches_per_epoch)
@@ -68,74 +61,69 @@ class Task:
         return np.concatenate(pieces)
 
 
-def normalised_loss(loss: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Clip a loss to [0, 1.5 ln 10]; NaN and infinity become the upper bound."""
-    return np.clip(np.nan_to_num(loss, nan=LOSS_CLIP, posinf=LOSS_CLIP), 0.0, LOSS_CLIP)
+def network_of(data_set: Examples) -> Network:
+    """Return the network that a data set trains."""
+    return NETWORKS[type(data_set)]
 
 
-def initial_weights(rng: np.random.Generator) -> Weights:
-    """Draw the network's start: weights truncated at two standard deviations, z / sqrt(fan_in); biases zero."""
-    weights = {}
-    for name, shape in SHAPES.items():
-        weights[name] = np.zeros(shape, np.float32)
-        if name in MATRICES:
-            weights[name] = (truncated_normal(rng, shape) / math.sqrt(shape[1])).astype(np.float32)
-    return weights
-
-
-def truncated_normal(rng: np.random.Generator, shape: tuple[int, ...]) -> NDArray[np.float64]:
-    """Draw standard normals conditioned on [-2, 2], by drawing again what falls outside (no correction of variance)."""
-    values = rng.standard_normal(shape)
-    while (outside := np.abs(values) > 2).any():
-        values[outside] = rng.standard_normal(int(outside.sum()))
-    return values
+def normalised_loss(loss: NDArray[np.float64], clip: float = LOSS_CLIP) -> NDArray[np.float64]:
+    """Clip a loss to [0, clip], by default 1.5 ln 10; NaN and infinity become the upper bound."""
+    return np.clip(np.nan_to_num(loss, nan=clip, posinf=clip), 0.0, clip)
 
 
 class TaskFamily:
-    """The tasks of a meta-training run with reparametrisation augmentation (level global).
+    """Tasks of one network with reparametrisation augmentation (level global).
 
     A trajectory starts at weights w0 / s and minimises f(s w): s is log-uniform in `scale_range`, one number for all
     tensors, constant over the trajectory. `particles` trajectories run on each task; particle `p` of the whole run
-    belongs to task `p // particles`.
+    belongs to task `p // particles` of the whole run, and this family's tasks begin at number `first_task`.
     """
 
     def __init__(
         self,
-        image_sets: Sequence[ImageSet],
+        data_sets: Sequence[Examples],
         *,
         seed: int,
         particles: int = 8,
         scale_range: tuple[float, float] = (1e-3, 1e3),
+        first_task: int = 0,
     ) -> None:
-        if not image_sets:
-            raise ValueError("a task family needs at least one image set")
+        if not data_sets:
+            raise ValueError("a task family needs at least one data set")
         if not 0 < scale_range[0] <= scale_range[1]:
             raise ValueError(f"scale_range={scale_range}: expected 0 < low <= high")
-        self.tasks = [Task(image_set, index, seed) for index, image_set in enumerate(image_sets)]
+        self.network = network_of(data_sets[0])
+        assert all(network_of(data_set) is self.network for data_set in data_sets)
+        self.tasks = [Task(data_set, first_task + i, seed) for i, data_set in enumerate(data_sets)]
         self.seed, self.particles, self.scale_range = seed, particles, scale_range
-        self.fingerprint = fingerprint(image_sets)
-        sizes = [len(image_set.images) for image_set in image_sets]
-        self._offsets = np.concatenate([[0], np.cumsum(sizes)[:-1]])
+        self.fingerprint = _fingerprint(self.tasks)
+        self._offsets = np.concatenate([[0], np.cumsum([task.size for task in self.tasks])[:-1]])
+
+    @property
+    def numbers(self) -> range:
+        """Numbers of this family's particles in the whole run."""
+        first = self.tasks[0].index * self.particles
+        return range(first, first + self.total_particles)
 
     @property
     def total_particles(self) -> int:
         return len(self.tasks) * self.particles
 
-    def image_bank(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Return images [N, 64] float32 and labels [N] of all tasks, one after another: what `batches` points into."""
-        images = np.concatenate([task.image_set.images for task in self.tasks])
-        labels = np.concatenate([task.image_set.labels for task in self.tasks])
-        return torch.from_numpy(images).to(device), torch.from_numpy(labels).to(device)
+    def bank(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Return inputs [n, ...] and targets [n, ...] of all tasks, one after another: what `batches` points into."""
+        inputs = np.concatenate([task.data_set.inputs for task in self.tasks])
+        targets = np.concatenate([task.data_set.targets for task in self.tasks])
+        return torch.from_numpy(inputs).to(device), torch.from_numpy(targets).to(device)
 
-    def batches(self, first_step: int, steps: int, particles: range) -> NDArray[np.int64]:
-        """Return indices into the image bank, [steps, len(particles), 64], for the steps from `first_step` on."""
+    def batches(self, first_step: int, steps: int, particles: Sequence[int]) -> NDArray[np.int64]:
+        """Return indices into the bank, [steps, len(particles), B], for the steps from `first_step` on."""
         columns = []
-        for index, task in enumerate(self.tasks):
-            mine = [p - index * self.particles for p in particles if p // self.particles == index]
+        for task, offset in zip(self.tasks, self._offsets, strict=True):
+            mine = [p - task.index * self.particles for p in particles if p // self.particles == task.index]
             if mine:
                 stream = task.batches(first_step * self.particles, steps * self.particles)
-                stream = stream.reshape(steps, self.particles, BATCH)[:, mine]
-                columns.append(stream + self._offsets[index])
+                stream = stream.reshape(steps, self.particles, task.batch)[:, mine]
+                columns.append(stream + offset)
         return np.concatenate(columns, axis=1)
 
     def sample(self, particle: int, occasion: int) -> tuple[float, Weights]:
@@ -143,4 +131,38 @@ class TaskFamily:
         rng = generator(self.seed, Purpose.TRAJECTORY, particle, occasion)
         low, high = np.log(self.scale_range)
         scale = float(np.exp(rng.uniform(low, high)))
-        return scale, {name: w / np.float32(scale) for name, w in initial_weights(rng).items()}
+        return scale, {name: w / np.float32(scale) for name, w in self.network.initial_weights(rng).items()}
+
+
+class TaskMix:
+    """The families of a run, one a network in the order in which the networks first appear among `data_sets`.
+
+    Every particle counts the same in the meta-gradient, in nats: a next byte of 64 classes begins at ln 64, an image
+    at ln 10, so the transformer's differences are of a scale 1.8 times the images'. Raises ValueError for no data set.
+    """
+
+    def __init__(
+        self, data_sets: Sequence[Examples], *, seed: int, particles: int = 8, scale_range: tuple[float, float]
+    ) -> None:
+        groups: dict[Network, list[Examples]] = {}
+        for data_set in data_sets:
+            groups.setdefault(network_of(data_set), []).append(data_set)
+        self.families: list[TaskFamily] = []
+        # an empty group says what is missing
+        for group in groups.values() or [[]]:
+            first = sum(len(family.tasks) for family in self.families)
+            self.families.append(
+                TaskFamily(group, seed=seed, particles=particles, scale_range=scale_range, first_task=first)
+            )
+        self.tasks = [task for family in self.families for task in family.tasks]
+        self.seed, self.particles = seed, particles
+        self.fingerprint = _fingerprint(self.tasks)
+
+    @property
+    def total_particles(self) -> int:
+        return len(self.tasks) * self.particles
+
+
+def _fingerprint(tasks: Iterable[Task]) -> str:
+    """Hash of the names and the contents of several tasks' data, in order."""
+    return hashlib.sha256("".join(task.data_set.sha256 for task in tasks).encode()).hexdigest()

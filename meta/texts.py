@@ -1,8 +1,8 @@
 """Inner tasks of what a language model learns from: the next byte of a text, and a memory of Zipf's frequencies.
 
 Both have the layout of an image set, 64 numbers in [0, 1] and ten classes, so that they train the same network in the
-same batch. Their classes are as unequal as bytes are: those of images are balanced, and what suits them need not suit a
-language model.
+same batch; the transformer's windows are of the same text. Their classes are as unequal as bytes are: those of images
+are balanced, and what suits them need not suit a language model.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from celo2.meta.images import CLASSES, PIXELS, ImageSet
 from celo2.meta.randomness import Purpose, generator
+from celo2.meta.transformer import ByteWindows
 from celo2.pretrain.prepare_data import prepare_embedded
 from celo2.pretrain.shards import find_shards, open_shard
 from celo2.pretrain.tokenizer import get_tokenizer
@@ -62,11 +63,21 @@ def _zipf(count: int) -> NDArray[np.float64]:
 
 
 def embedded_text() -> ImageSet:
-    """Return `next_byte` of the embedded Wikipedia articles that are for training, without those at the end.
+    """Return `next_byte` of the training part of the embedded Wikipedia articles."""
+    return next_byte("wikipedia", _training_part())
+
+
+def embedded_windows() -> ByteWindows:
+    """Return the training part of the embedded Wikipedia articles in windows of the transformer."""
+    return ByteWindows.of_text("wikipedia_windows", _training_part())
+
+
+def _training_part() -> NDArray[np.integer]:
+    """Return the articles that are for training, without those at the end.
 
     On these `celo2.meta.select` and `celo2.meta.evaluate` choose.
     """
     train, _ = find_shards(prepare_embedded("bytes", Path("data/wikipedia-bytes")))
     vocab_id = get_tokenizer("bytes").vocab_id
     tokens = np.concatenate([open_shard(path, vocab_id) for path in train])
-    return next_byte("wikipedia", tokens[: int(TRAINING_PART * len(tokens))])
+    return tokens[: int(TRAINING_PART * len(tokens))]

@@ -24,10 +24,11 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 
 from celo2.files import remove_temporary, write_atomic
-from celo2.meta.images import ImageSet, load_image_sets
+from celo2.meta.images import load_image_sets
+from celo2.meta.network import Examples
 from celo2.meta.outer_trainer import CURVE, OuterTrainer
 from celo2.meta.recipes import ABLATIONS, RECIPES, Recipe, get_recipe
-from celo2.meta.texts import embedded_text, zipf_memory
+from celo2.meta.texts import embedded_text, embedded_windows, zipf_memory
 from celo2.pretrain import options, require
 from celo2.pretrain.device import device_name
 from celo2.pretrain.failures import explain, require_compiler
@@ -45,7 +46,7 @@ SMOOTHING = 50
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        description="Meta-train Celo2's theta on small image tasks.",
+        description="Meta-train Celo2's theta on small tasks.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog=HELP,
     )
@@ -237,13 +238,15 @@ def train(arguments: argparse.Namespace, held: ExitStack) -> int:
     return 0
 
 
-def load_tasks(recipe: Recipe, images: str) -> list[ImageSet]:
+def load_tasks(recipe: Recipe, images: str) -> list[Examples]:
     """Load the inner tasks of a recipe. Raises as `load_image_sets`."""
-    sets = load_image_sets(images) if "images" in recipe.tasks else []
+    sets: list[Examples] = list(load_image_sets(images)) if "images" in recipe.tasks else []
     if "text" in recipe.tasks:
         sets.append(embedded_text())
     if "memory" in recipe.tasks:
         sets.append(zipf_memory())
+    if "transformer" in recipe.tasks:
+        sets.append(embedded_windows())
     return sets
 
 

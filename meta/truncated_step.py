@@ -1,8 +1,9 @@
-"""The inner loop: all trajectories of this rank, advanced one window of slots at a time.
+"""The inner loop: all trajectories of one network on this rank, advanced one window of slots at a time.
 
 When a trajectory ends is known beforehand (its counter and length do not depend on a loss), so a window is planned on
 the host: at which slot each particle starts anew, and from which state. A slot is one inner step of every trajectory;
-a particle that ended in the previous slot spends its slot on the restart and takes no step.
+a particle that ended in the previous slot spends its slot on the restart and takes no step. What `TruncatedStep.plan`
+decides, `TruncatedStep.advance` carries out on the device, without a look back at the host.
 
 Arrays that belong to a particle have the axes [slots, signs, particles] or [signs, particles]; problems are the two
 axes flattened, the + signs first.
@@ -11,6 +12,7 @@ axes flattened, the + signs first.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,11 +20,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from celo2.meta.inner_optimizer import InnerOptimizer
+from celo2.meta.inner_optimizer import InnerOptimizer, State
 from celo2.meta.learned_rule import ThetaBatch
 from celo2.meta.randomness import Purpose, generator
 from celo2.meta.recipes import Recipe
-from celo2.meta.tasks import LOSS_CLIP, TaskFamily, normalised_loss
+from celo2.meta.tasks import TaskFamily, normalised_loss
 
 Arrays = dict[str, NDArray[np.generic]]
 # decay of the average loss whose rise marks a trajectory as worth resuming
@@ -43,8 +45,37 @@ class Plan:
     """[n], whether a restart continues the particle's snapshot."""
     lr: NDArray[np.float32]
     """[K, n], the inner learning rate of each slot."""
+    batch: NDArray[np.int64]
+    """[K, n], how many examples of each slot's batch count."""
     weight: NDArray[np.float64]
     """[K, n], the weight of each slot's loss in the meta-loss."""
+
+    @classmethod
+    def joined(cls, plans: Sequence[Plan]) -> Plan:
+        """Return the plans of several families as one, their particles one family after another."""
+        restarts: dict[int, list[int]] = {}
+        first = 0
+        for plan in plans:
+            for slot, particles in plan.restarts.items():
+                restarts.setdefault(slot, []).extend(first + i for i in particles)
+            first += len(plan.resumed)
+        arrays = ("mask", "done", "resumed", "lr", "batch", "weight")
+        return cls(restarts=restarts, **{name: np.concatenate([vars(x)[name] for x in plans], -1) for name in arrays})
+
+
+@dataclass(frozen=True)
+class Window:
+    """A window as `TruncatedStep.advance` takes it, on the device: K slots of N particles, P = 2 N problems."""
+
+    index_KNB: Tensor
+    """Rows of the bank of each slot's batches."""
+    lr_KP: Tensor
+    share_KNB: Tensor | None
+    """What the examples of a batch weigh; None where all batches are full."""
+    restarts: dict[int, list[int]]
+    """Slot to the particles that restart in it, after its step; one restart a particle at most."""
+    fresh: State
+    """[N, ...], the state from which a particle restarts; what the others have there is not read."""
 
 
 @dataclass(frozen=True)
@@ -58,21 +89,28 @@ class Unroll:
 
 
 class TruncatedStep:
-    """Trajectories of the particles in `particles` (numbers of the whole run), two signs each.
+    """Trajectories of a family's particles in `particles` (numbers of the whole run), two signs each.
 
     `unroll` advances them by one window under one theta a problem; they persist from window to window. Everything
     random is a function of (seed, particle, outer step).
     """
 
     def __init__(
-        self, recipe: Recipe, family: TaskFamily, particles: range, *, device: torch.device, compiled: bool = True
+        self,
+        recipe: Recipe,
+        family: TaskFamily,
+        particles: Sequence[int],
+        *,
+        device: torch.device,
+        compiled: bool = True,
     ) -> None:
         self.recipe, self.family, self.particles, self.device = recipe, family, particles, device
-        self.optimizer = InnerOptimizer(recipe, compiled=compiled)
+        self.network = family.network
+        self.optimizer = InnerOptimizer(recipe, self.network, compiled=compiled)
         if device.type == "cpu":
             # the C library then keeps freed temporaries instead of returning and faulting in every page again
             torch.empty(1 << 22)
-        self.images, self.labels = family.image_bank(device)
+        self.inputs, self.targets = family.bank(device)
         n = len(particles)
         self.state = self.optimizer.zeros(2 * n, device)
         self.iteration = np.array(
@@ -84,15 +122,28 @@ class TruncatedStep:
         self.length = np.array([self._draw_length(Purpose.INITIAL_LENGTH, p, 0) for p in particles])
         self.done = np.zeros(n, bool)
         self.rate = np.array([self._draw_rate(p, 0) for p in particles])
+        self.batch = np.array([self._draw_batch(p, 0) for p in particles])
         for i, particle in enumerate(particles):
             # occasion 0 is the start of the run, u + 1 a restart in outer step u
-            self._start(i, *family.sample(particle, 0))
+            fresh = self._start(particle, 0)
+            for name, x in self.state.items():
+                x[self._rows(i)] = fresh[name]
         # one snapshot a particle to resume from, and the running draw-up of the current trajectory
         self.snapshot = {name: x[:n].clone() for name, x in self.state.items()} if recipe.resume_probability else {}
         self.snapshot_iteration = np.full(n, -1)
         self.average = np.full((2, n), np.nan)
         self.lowest = np.full((2, n), np.inf)
         self.drawup = np.zeros(n)
+
+    @property
+    def prefix(self) -> str:
+        """What the names of its arrays in a checkpoint begin with: the network's, of the MLP nothing."""
+        return f"{self.network.name}/" if self.network.name else ""
+
+    @property
+    def parts(self) -> dict[str, slice]:
+        """Where the particles are among those of this rank, by the prefix of their arrays: all of them."""
+        return {self.prefix: slice(0, len(self.particles))}
 
     def _draw_length(self, purpose: Purpose, particle: int, outer_step: int) -> int:
         rng = generator(self.family.seed, purpose, particle, outer_step)
@@ -106,20 +157,21 @@ class TruncatedStep:
         low, high = np.log(self.recipe.inner_lr_range)
         return float(np.exp(generator(self.family.seed, Purpose.RATE, particle, outer_step).uniform(low, high)))
 
+    def _draw_batch(self, particle: int, outer_step: int) -> int:
+        """How many examples of a batch count in the trajectory that begins at an outer step."""
+        low, high = np.log(self.recipe.batch_range)
+        part = np.exp(generator(self.family.seed, Purpose.BATCH, particle, outer_step).uniform(low, high))
+        return max(1, round(self.network.batch * float(part)))
+
     def _rows(self, i: int) -> list[int]:
         return [i, len(self.particles) + i]
 
-    def _start(self, i: int, scale: float, weights: dict[str, NDArray[np.float32]]) -> None:
-        rows = self._rows(i)
-        for name, x in self.state.items():
-            x[rows] = torch.from_numpy(weights[name]).to(self.device) if name in weights else 0.0
-        self.state["scale"][rows] = scale
-
-    def _resume(self, i: int) -> None:
-        # the snapshot is of the + trajectory and both signs continue it: they start equal, as PES's accumulator at a
-        # restart supposes
-        for name, x in self.state.items():
-            x[self._rows(i)] = self.snapshot[name][i]
+    def _start(self, particle: int, occasion: int) -> State:
+        """Return a fresh trajectory of a particle, without the problem axis."""
+        scale, weights = self.family.sample(particle, occasion)
+        start = {name: torch.zeros_like(x[0]) for name, x in self.state.items()}
+        start |= {name: torch.from_numpy(w).to(self.device) for name, w in weights.items()}
+        return start | {"scale": torch.full_like(start["scale"], scale)}
 
     def plan(self, outer_step: int) -> Plan:
         """Advance counters, lengths and ends over the window of `outer_step`, and say what happens in it."""
@@ -128,26 +180,28 @@ class TruncatedStep:
         restarts: dict[int, list[int]] = {}
         resumed = np.zeros(n, bool)
         lr = np.full((slots, n), self.recipe.inner_lr, np.float32)
-        weight = np.ones((slots, n))
+        batch, weight = np.zeros((slots, n), np.int64), np.ones((slots, n))
         for t in range(slots):
             progress = np.minimum(1.0, self.iteration / self.length)
             lr[t] *= self.rate * self._schedule(progress)
+            batch[t] = self.batch
             weight[t] = (progress >= 1 - self.recipe.loss_tail) / self.recipe.loss_tail
-            ended = np.flatnonzero(self.done)
+            ended = np.flatnonzero(self.done).tolist()
             self.iteration[~self.done] += 1
             for i in ended:
-                restarts.setdefault(t, []).append(int(i))
+                restarts.setdefault(t, []).append(i)
                 mask[t, i] = False
                 rng = generator(self.family.seed, Purpose.RESUME, self.particles[i], outer_step)
                 resumed[i] = self.snapshot_iteration[i] >= 0 and rng.uniform() < self.recipe.resume_probability
                 self.iteration[i] = self.snapshot_iteration[i] if resumed[i] else 0
                 self.length[i] += self.iteration[i]
                 self.rate[i] = self._draw_rate(self.particles[i], outer_step + 1)
+                self.batch[i] = self._draw_batch(self.particles[i], outer_step + 1)
             self.done = (self.iteration >= self.length) & mask[t]
             done[t] = self.done
-            for i in np.flatnonzero(self.done):
+            for i in np.flatnonzero(self.done).tolist():
                 self.length[i] = self._draw_length(Purpose.LENGTH, self.particles[i], outer_step)
-        return Plan(mask, done, restarts, resumed, lr, weight)
+        return Plan(mask, done, restarts, resumed, lr, batch, weight)
 
     def _schedule(self, progress: NDArray[np.float64]) -> NDArray[np.float64]:
         """What the rate is multiplied by where trajectories are, from 0 at their start to 1 at their end."""
@@ -165,33 +219,15 @@ class TruncatedStep:
         before = {name: x.clone() for name, x in self.state.items()} if self.snapshot else {}
         before_average = self.average.copy()
         weights = ThetaBatch.from_vectors(theta.to(self.device), self.recipe.hidden)
-        indices = self.family.batches(outer_step * recipe.window, recipe.window, self.particles)
-        index_KNB = torch.from_numpy(indices).to(self.device)
-        expert_weight = recipe.expert_weight(outer_step)
         plan = self.plan(outer_step)
-        lr_KP = torch.from_numpy(np.tile(plan.lr, 2)).to(self.device)
-        losses, imitations = [], []
-        for t in range(recipe.window):
-            picked = index_KNB[t].flatten()
-            images = self.images.index_select(0, picked).view(n, -1, self.images.shape[1])
-            labels = self.labels.index_select(0, picked).view(n, -1)
-            loss, imitation = self.optimizer.step(
-                self.state, images, labels, weights, lr=lr_KP[t], expert_weight=expert_weight
-            )
-            losses.append(loss)
-            if imitation is not None:
-                imitations.append(imitation)
-            for i in plan.restarts.get(t, []):
-                if plan.resumed[i]:
-                    self._resume(i)
-                else:
-                    self._start(i, *self.family.sample(self.particles[i], outer_step + 1))
-        raw = torch.stack(losses).view(recipe.window, 2, n).double().cpu().numpy()
+        window = self._window(plan, outer_step)
+        losses, imitations = self.advance(self.state, window, weights, recipe.expert_weight(outer_step))
+        raw = losses.view(recipe.window, 2, n).double().cpu().numpy()
         mask = plan.mask[:, None]
-        normalised = np.where(mask, normalised_loss(raw), 0.0)
+        normalised = np.where(mask, normalised_loss(raw, self.network.loss_clip), 0.0)
         result = Unroll(
             losses=normalised,
-            imitation=self._imitation(imitations, mask) if imitations else None,
+            imitation=None if imitations is None else self._imitation(imitations, mask),
             plan=plan,
             non_finite=int((~np.isfinite(raw) & mask).sum()),
         )
@@ -199,8 +235,58 @@ class TruncatedStep:
             self._store(before, before_average, result)
         return result
 
-    def _imitation(self, imitations: list[Tensor], mask: NDArray[np.bool_]) -> NDArray[np.float64]:
-        values = torch.stack(imitations).view(self.recipe.window, 2, -1).double().cpu().numpy()
+    def _window(self, plan: Plan, outer_step: int) -> Window:
+        """Bring a plan to the device: its batches, rates, shares and the states of its restarts."""
+        recipe = self.recipe
+        indices = self.family.batches(outer_step * recipe.window, recipe.window, self.particles)
+        share = None
+        if (plan.batch < self.network.batch).any():
+            counts = np.arange(self.network.batch) < plan.batch[..., None]
+            share = torch.from_numpy((counts / plan.batch[..., None]).astype(np.float32)).to(self.device)
+        fresh = {name: torch.zeros_like(x[: len(self.particles)]) for name, x in self.state.items()}
+        for i in (i for particles in plan.restarts.values() for i in particles):
+            # a snapshot is of the + trajectory and both signs continue it: they start equal, as PES's accumulator at a
+            # restart supposes
+            resumed = bool(plan.resumed[i])
+            start = {} if resumed else self._start(self.particles[i], outer_step + 1)
+            for name, x in fresh.items():
+                x[i] = self.snapshot[name][i] if resumed else start[name]
+        return Window(
+            index_KNB=torch.from_numpy(indices).to(self.device),
+            lr_KP=torch.from_numpy(np.tile(plan.lr, 2)).to(self.device),
+            share_KNB=share,
+            restarts=plan.restarts,
+            fresh=fresh,
+        )
+
+    def advance(
+        self, state: State, window: Window, theta: ThetaBatch, expert_weight: float
+    ) -> tuple[Tensor, Tensor | None]:
+        """Take the window's slots in place; return losses [K, P] and, with an expert, imitation losses [K, P].
+
+        Losses are raw, also those of slots that the plan's mask leaves out.
+        """
+        slots, n, _ = window.index_KNB.shape
+        losses, imitations = [], []
+        for t in range(slots):
+            picked = window.index_KNB[t].flatten()
+            inputs, targets = (
+                bank.index_select(0, picked).view(n, -1, *bank.shape[1:]) for bank in (self.inputs, self.targets)
+            )
+            share = None if window.share_KNB is None else window.share_KNB[t]
+            loss, imitation = self.optimizer.step(
+                state, inputs, targets, theta, lr=window.lr_KP[t], share=share, expert_weight=expert_weight
+            )
+            losses.append(loss)
+            if imitation is not None:
+                imitations.append(imitation)
+            for i in window.restarts.get(t, []):
+                for name, x in state.items():
+                    x[[i, n + i]] = window.fresh[name][i]
+        return torch.stack(losses), torch.stack(imitations) if imitations else None
+
+    def _imitation(self, imitations: Tensor, mask: NDArray[np.bool_]) -> NDArray[np.float64]:
+        values = imitations.view(self.recipe.window, 2, -1).double().cpu().numpy()
         return np.where(mask, np.nan_to_num(values, nan=2.0, posinf=2.0, neginf=0.0), 0.0)
 
     def _store(
@@ -229,7 +315,7 @@ class TruncatedStep:
             self.lowest = np.where(valid, np.minimum(self.lowest, self.average), self.lowest)
             record = np.where(valid, np.maximum(record, (self.average - self.lowest).mean(0)), record)
         rose = (record > self.drawup) & (restarted == slots)
-        healthy = np.nan_to_num(before_average, nan=0.0).max(0) < 0.9 * LOSS_CLIP
+        healthy = np.nan_to_num(before_average, nan=0.0).max(0) < 0.9 * self.network.loss_clip
         # steps taken, not the counter: the first trajectories' counters start anywhere
         before_iteration = before["iteration"][:n].cpu().numpy().astype(np.int64)
         finite = torch.stack([torch.isfinite(x).view(2 * n, -1).all(1) for x in before.values()]).all(0)
@@ -242,7 +328,7 @@ class TruncatedStep:
         self.drawup = record
 
     def state_dict(self) -> Arrays:
-        """Return everything that a window depends on, as arrays with the particle axis last or second ([2, n, ...])."""
+        """Return everything that a window depends on, as arrays with the particle axis second, [1 or 2, n, ...]."""
         n = len(self.particles)
         arrays: Arrays = {f"state/{k}": x.view(2, n, *x.shape[1:]).cpu().numpy() for k, x in self.state.items()}
         for name, x in self.snapshot.items():
@@ -252,7 +338,17 @@ class TruncatedStep:
         arrays |= {"host/done": self.done[None], "host/drawup": self.drawup[None]}
         if self.recipe.inner_lr_range != (1.0, 1.0):
             arrays["host/rate"] = self.rate[None]
-        return arrays | {"host/average": self.average, "host/lowest": self.lowest}
+        if self.recipe.batch_range != (1.0, 1.0):
+            arrays["host/batch"] = self.batch[None]
+        arrays |= {"host/average": self.average, "host/lowest": self.lowest}
+        return {self.prefix + name: array for name, array in arrays.items()}
+
+    def share(self, arrays: Arrays) -> Arrays:
+        """Return this rank's particles of the arrays of a checkpoint, its family's alone."""
+        first = self.particles[0] - self.family.numbers[0]
+        kinds = tuple(f"{self.prefix}{kind}/" for kind in ("state", "snapshot", "host", "pes"))
+        mine = slice(first, first + len(self.particles))
+        return {name: array[:, mine] for name, array in arrays.items() if name.startswith(kinds)}
 
     def load_state_dict(self, arrays: Arrays) -> None:
         """Continue from the arrays of `state_dict`; raises ValueError for a missing name or another shape."""
@@ -260,6 +356,7 @@ class TruncatedStep:
             if name not in arrays or arrays[name].shape != mine.shape:
                 found = arrays[name].shape if name in arrays else "nothing"
                 raise ValueError(f"inner state {name!r}: expected shape {mine.shape}, found {found}")
+        arrays = {name.removeprefix(self.prefix): x for name, x in arrays.items() if name.startswith(self.prefix)}
         for kind, tensors in (("state", self.state), ("snapshot", self.snapshot)):
             for name, x in tensors.items():
                 x.copy_(torch.from_numpy(np.ascontiguousarray(arrays[f"{kind}/{name}"])).view(x.shape))
@@ -267,4 +364,6 @@ class TruncatedStep:
             setattr(self, name, np.array(arrays[f"host/{name}"][0]))
         if "host/rate" in arrays:
             self.rate = np.array(arrays["host/rate"][0])
+        if "host/batch" in arrays:
+            self.batch = np.array(arrays["host/batch"][0])
         self.average, self.lowest = np.array(arrays["host/average"]), np.array(arrays["host/lowest"])

@@ -10,9 +10,8 @@ import torch
 
 from celo2.meta.inner_optimizer import InnerOptimizer, adam_step, clip_gradients
 from celo2.meta.learned_rule import ThetaBatch, flatten
-from celo2.meta.network import loss_and_gradients
+from celo2.meta.network import MATRICES, SHAPES, VECTORS, loss_and_gradients
 from celo2.meta.recipes import get_recipe
-from celo2.meta.tasks import MATRICES, SHAPES, VECTORS
 from celo2.newton_schulz import newton_schulz
 
 

@@ -19,9 +19,8 @@ from celo2.meta.learned_rule import (
     vector_contribution,
     vector_direction,
 )
-from celo2.meta.network import loss_and_gradients, reference_loss
+from celo2.meta.network import MATRICES, SHAPES, loss_and_gradients, reference_loss
 from celo2.meta.recipes import get_recipe
-from celo2.meta.tasks import MATRICES, SHAPES
 from celo2.newton_schulz import newton_schulz
 from celo2.reference import NORM_EPS, MatrixState, VectorState, matrix_update, vector_update
 from celo2.theta import Theta

@@ -66,7 +66,7 @@ def test_fields_that_came_later_do_not_change_what_a_checkpoint_was():
         ({"inner_warmup": 1.0}, "inner_warmup=1.0: expected [0, 1)"),
         ({"loss_tail": 0.0}, "loss_tail=0.0: expected (0, 1]"),
         ({"inner_lr_range": (2.0, 1.0)}, "inner_lr_range=(2.0, 1.0): expected 0 < low <= high"),
-        ({"tasks": ("image",)}, "tasks=('image',), allowed: images, text, memory"),
+        ({"tasks": ("image",)}, "tasks=('image',), allowed: images, text, memory, transformer"),
         ({"outer_steps": 0}, "outer_steps=0: expected at least 1"),
         ({"length_range": (50, 2000)}, "expected 0 < window < low < high"),
         ({"resume_probability": 1.0}, "resume_probability=1.0"),

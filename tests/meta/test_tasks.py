@@ -9,7 +9,8 @@ import pytest
 
 from celo2.meta import images as images_module
 from celo2.meta.images import ImageSet, load_image_sets, load_npz, load_official, photo_patches, shrink, small_subset
-from celo2.meta.tasks import LOSS_CLIP, SHAPES, Task, TaskFamily, initial_weights, normalised_loss
+from celo2.meta.network import SHAPES, initial_weights
+from celo2.meta.tasks import LOSS_CLIP, Task, TaskFamily, normalised_loss
 
 
 def test_batches_are_shuffled_epochs_by_seed(image_sets):
@@ -33,7 +34,7 @@ def test_particles_take_the_stream_in_turn_on_any_rank(image_sets):
         for particle in range(2):
             np.testing.assert_array_equal(whole[step, 2 + particle] - 200, stream[2 * step + particle])
     np.testing.assert_array_equal(family.batches(7, 3, range(1, 3)), whole[:, 1:3])
-    images, labels = family.image_bank(__import__("torch").device("cpu"))
+    images, labels = family.bank(__import__("torch").device("cpu"))
     np.testing.assert_array_equal(images[200:].numpy(), image_sets[1].images)
     assert labels.shape == (400,)
 
@@ -61,9 +62,9 @@ def test_normalised_loss_is_clipped_and_finite():
 
 def test_refusals(image_sets):
     small = ImageSet("few", image_sets[0].images[:50], image_sets[0].labels[:50])
-    with pytest.raises(ValueError, match="'few' has 50 images, a batch needs 64"):
+    with pytest.raises(ValueError, match="data set 'few' has 50 examples, a batch needs 64"):
         Task(small, 0, 0)
-    with pytest.raises(ValueError, match="at least one image set"):
+    with pytest.raises(ValueError, match="at least one data set"):
         TaskFamily([], seed=0)
     with pytest.raises(ValueError, match="scale_range"):
         TaskFamily(image_sets, seed=0, scale_range=(2.0, 1.0))
