@@ -46,6 +46,8 @@ LONG = tl.constexpr(24)
 VECTOR = tl.constexpr(30)
 FIRST_BIAS = tl.constexpr(45)
 
+# eight elements of the larger matrix a thread
+WARPS = 8
 ADAM_EPS = tl.constexpr(1e-8)
 NAN = tl.constexpr(tl.PropagateNan.ALL)
 
@@ -284,7 +286,20 @@ def adam_vector(g, state, lr, iteration, CORRECTED: tl.constexpr):
 
 
 @triton.jit
-def network(w1, b1, w2, b2, scale, images_ptr, labels_ptr, index_ptr, classes_own, PRECISION: tl.constexpr):
+def network(
+    w1,
+    b1,
+    w2,
+    b2,
+    scale,
+    images_ptr,
+    labels_ptr,
+    index_ptr,
+    share_ptr,
+    classes_own,
+    SHARED: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
     """Return the loss of f(scale w) over a batch and its gradients; classes outside have none."""
     picked = tl.load(index_ptr + tl.arange(0, BATCH))
     x = tl.load(images_ptr + picked[:, None] * PIXELS + tl.arange(0, PIXELS)[None, :])  # [BATCH, PIXELS]
@@ -298,8 +313,9 @@ def network(w1, b1, w2, b2, scale, images_ptr, labels_ptr, index_ptr, classes_ow
     sums = tl.sum(power, 0)
     target = tl.arange(0, CLASS_BLOCK)[:, None] == label[None, :]
     chosen = tl.sum(tl.where(target, logits, 0.0), 0) - tl.log(sums)
-    loss = -tl.sum(chosen, 0) / BATCH
-    g_logits = (power / sums[None, :] - tl.where(target, 1.0, 0.0)) * (scale / BATCH)
+    share = tl.load(share_ptr + tl.arange(0, BATCH)) if SHARED else tl.full([BATCH], 1 / BATCH, tl.float32)
+    loss = -tl.sum(chosen * share, 0)
+    g_logits = (power / sums[None, :] - tl.where(target, 1.0, 0.0)) * (scale * share)[None, :]
     g_logits = tl.where(classes_own[:, None], g_logits, 0.0)
     g_hidden = tl.dot(tl.trans(w2), g_logits, input_precision=PRECISION)
     g_hidden = tl.where(hidden > 0, g_hidden, g_hidden * 0.0) * scale
@@ -431,13 +447,14 @@ def put_vector(state, table_ptr, problem, o, own, FIRST: tl.constexpr, COUNT: tl
 
 @triton.jit
 def inner_loop_kernel(
-    table_ptr,  # int64 [2, TENSORS]: addresses of tensors [problems, ...], float32
+    table_ptr,  # int64 [2, TENSORS]: addresses of float32 tensors, [problems, ...] and [pairs, ...]
     images_ptr,  # float32 [images, PIXELS]
     labels_ptr,  # int32 [images]
     index_ptr,  # int32 [slots, pairs, BATCH]: the images of each pair's batches
     theta_ptr,  # float32 [problems, theta]
     lr_ptr,  # float32 [slots, problems]
-    restart_ptr,  # int32 [problems]: the slot at whose end a trajectory begins, or `slots`
+    share_ptr,  # float32 [slots, pairs, BATCH], what examples weigh; read where SHARED
+    restart_ptr,  # int32 [pairs]: the slot at whose end a trajectory begins, or `slots`
     loss_ptr,  # float32 [slots, problems], written
     imitation_ptr,  # float32 [slots, problems], written where there is an expert
     slots,
@@ -452,12 +469,15 @@ def inner_loop_kernel(
     CORRECTED: tl.constexpr,  # Adam's bias correction
     NORMALIZE: tl.constexpr,  # whether a step has an RMS of its rate
     EXPERT: tl.constexpr,  # "", "muon" or "adam"
+    SHARED: tl.constexpr,  # whether the examples of a batch have weights of their own
     PRECISION: tl.constexpr,  # of products: "ieee" or "tf32x3"
 ):
     problem = tl.program_id(0)
     THETA: tl.constexpr = FIRST_BIAS * UNITS + UNITS + UNITS * UNITS + 2 * UNITS + 1
     theta_ptr += problem * THETA
-    index_ptr += (problem % pairs) * BATCH
+    pair = problem % pairs
+    index_ptr += pair * BATCH
+    share_ptr += pair * BATCH
     o_pixel = tl.arange(0, PIXELS)
     o_hidden = tl.arange(0, HIDDEN)
     o_class = tl.arange(0, CLASS_BLOCK)
@@ -471,14 +491,15 @@ def inner_loop_kernel(
     b2 = load_vector(table_ptr, problem, o_class, classes_own, OUTPUT_BIAS, CLASSES, not ORTHOGONALIZE)
     scale = tl.load(address(table_ptr, STATE, SCALE) + problem)
     iteration = tl.load(address(table_ptr, STATE, ITERATION) + problem)
-    restart = tl.load(restart_ptr + problem)
+    restart = tl.load(restart_ptr + pair)
 
     for slot in range(slots):
         lr = tl.load(lr_ptr + slot * problems + problem)
         loss, g1, gb1, g2, gb2 = network(
-            w1[0], b1[0], w2[0], b2[0], scale, images_ptr, labels_ptr, index_ptr, classes_own, PRECISION
+            w1[0], b1[0], w2[0], b2[0], scale, images_ptr, labels_ptr, index_ptr, share_ptr, classes_own, SHARED, PRECISION
         )
         index_ptr += pairs * BATCH
+        share_ptr += pairs * BATCH
         tl.store(loss_ptr + slot * problems + problem, loss)
         if CLIP:
             square = total(g1 * g1) + tl.sum(gb1 * gb1, 0) + total(g2 * g2) + tl.sum(gb2 * gb2, 0)
@@ -490,9 +511,12 @@ def inner_loop_kernel(
             gb1 = tl.where(finite, gb1 * factor, 0.0)
             gb2 = tl.where(finite, gb2 * factor, 0.0)
         w1 = matrix_moments(g1, w1, own1, all_hidden, HIDDEN, PIXELS)
-        w2 = matrix_moments(g2, w2, own2, classes_own, CLASSES, HIDDEN)
         d1 = matrix_direction(g1, w1, own1, all_hidden, theta_ptr, UNITS, HIDDEN, PIXELS)
+        # reads theta again: across a barrier no compiler keeps 347 numbers in registers
+        tl.debug_barrier()
+        w2 = matrix_moments(g2, w2, own2, classes_own, CLASSES, HIDDEN)
         d2 = matrix_direction(g2, w2, own2, classes_own, theta_ptr, UNITS, CLASSES, HIDDEN)
+        tl.debug_barrier()
         if ORTHOGONALIZE:
             d1 = orthogonalize(d1, PRECISION)
             d2 = orthogonalize(d2, PRECISION)
@@ -513,14 +537,15 @@ def inner_loop_kernel(
             b2 = adam_vector(gb2, b2, adam_lr_mult * lr, iteration, CORRECTED)
         else:
             b1 = learned_vector(gb1, b1, all_hidden, lr, theta_ptr, UNITS, NORMALIZE, HIDDEN)
+            tl.debug_barrier()
             b2 = learned_vector(gb2, b2, classes_own, lr, theta_ptr, UNITS, NORMALIZE, CLASSES)
         now = slot == restart
-        w1 = begin_matrix(w1, table_ptr, problem, own1, o_hidden, o_pixel, now, HIDDEN_WEIGHT, HIDDEN, PIXELS)
-        w2 = begin_matrix(w2, table_ptr, problem, own2, o_class, o_hidden, now, OUTPUT_WEIGHT, CLASSES, HIDDEN)
-        b1 = begin_vector(b1, table_ptr, problem, o_hidden, all_hidden, now, HIDDEN_BIAS, HIDDEN, not ORTHOGONALIZE)
-        b2 = begin_vector(b2, table_ptr, problem, o_class, classes_own, now, OUTPUT_BIAS, CLASSES, not ORTHOGONALIZE)
-        scale = tl.where(now, tl.load(address(table_ptr, FRESH, SCALE) + problem, mask=now, other=1.0), scale)
-        fresh_iteration = tl.load(address(table_ptr, FRESH, ITERATION) + problem, mask=now, other=0.0)
+        w1 = begin_matrix(w1, table_ptr, pair, own1, o_hidden, o_pixel, now, HIDDEN_WEIGHT, HIDDEN, PIXELS)
+        w2 = begin_matrix(w2, table_ptr, pair, own2, o_class, o_hidden, now, OUTPUT_WEIGHT, CLASSES, HIDDEN)
+        b1 = begin_vector(b1, table_ptr, pair, o_hidden, all_hidden, now, HIDDEN_BIAS, HIDDEN, not ORTHOGONALIZE)
+        b2 = begin_vector(b2, table_ptr, pair, o_class, classes_own, now, OUTPUT_BIAS, CLASSES, not ORTHOGONALIZE)
+        scale = tl.where(now, tl.load(address(table_ptr, FRESH, SCALE) + pair, mask=now, other=1.0), scale)
+        fresh_iteration = tl.load(address(table_ptr, FRESH, ITERATION) + pair, mask=now, other=0.0)
         iteration = tl.where(now, fresh_iteration, iteration + 1)
 
     put_matrix(w1, table_ptr, problem, own1, o_hidden, o_pixel, HIDDEN_WEIGHT, HIDDEN, PIXELS)

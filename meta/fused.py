@@ -1,17 +1,15 @@
-"""A window of the inner network's slots as one launch of `celo2.kernels.inner_loop`."""
+"""A window of the MLP's slots as one launch: `celo2.kernels.inner_loop`, a program a trajectory."""
 
 from __future__ import annotations
-
-from functools import cache
 
 import torch
 from torch import Tensor
 
-from celo2.kernels.inner_loop import inner_loop_kernel
+from celo2.kernels.inner_loop import WARPS, inner_loop_kernel
 from celo2.meta.inner_optimizer import MOMENTA, State
-from celo2.meta.learned_rule import ThetaBatch, theta_size
+from celo2.meta.learned_rule import ThetaBatch
+from celo2.meta.network import MATRICES, VECTORS
 from celo2.meta.recipes import Recipe
-from celo2.meta.tasks import MATRICES, VECTORS
 
 # tensors of the kernel's table of addresses, in its order; a variant lacks some
 MATRIX_PARTS = ("", *(f"/{moment}" for moment in MOMENTA), "/second_moment", "/row_factor", "/column_factor")
@@ -22,42 +20,47 @@ TABLE = (
     "scale",
     "iteration",
 )
-NUM_WARPS = 8
 
 
-@cache
-def theta_order(hidden: int) -> Tensor:
-    """Return where the kernel's floats of a theta [347] come from in the order of `learned_rule.flatten`."""
-    batch = ThetaBatch.from_vectors(torch.arange(theta_size(hidden), dtype=torch.float64)[None], hidden)
-    first = torch.cat([batch.element, batch.short.mT, batch.long.mT, batch.vector], dim=1)
-    rest = (batch.bias0, batch.hidden, batch.bias1, batch.output, batch.bias2)
-    return torch.cat([x.flatten() for x in (first, *rest)]).long()
+def packed(theta: ThetaBatch) -> Tensor:
+    """Return the floats of each theta in the kernel's order, [P, floats]."""
+    first = torch.cat([theta.element, theta.short.mT, theta.long.mT, theta.vector], dim=1)
+    rest = (theta.bias0, theta.hidden, theta.bias1, theta.output, theta.bias2[:, None])
+    return torch.cat([x.flatten(1) for x in (first, *rest)], dim=1)
 
 
-class FusedWindow:
-    """Advances the trajectories of `state` [P, ...] in place; `fresh`, of the same layout, is what others begin with.
+class FusedLoop:
+    """Advances the trajectories of `state` [P, ...] in place; a restarting pair begins with its row of `fresh` [N, ...].
 
-    The tensors of both must stay where they are. `images` [n, 64] float32 and `labels` [n] are the image bank.
+    The tensors of both must stay where they are. `images` [n, 64] float32 and `labels` [n] are the bank of examples.
+    On a CPU it runs in Triton's interpreter alone.
     """
 
     def __init__(self, recipe: Recipe, state: State, fresh: State, images: Tensor, labels: Tensor) -> None:
         self.recipe, self.images = recipe, images
         self.labels = labels.to(torch.int32)
         self.problems, self.device = len(state["scale"]), images.device
-        self._kept = state, fresh
         addresses = [[x[name].data_ptr() if name in x else 0 for name in TABLE] for x in (state, fresh)]
         self._table = torch.tensor(addresses, dtype=torch.int64, device=self.device)
-        self._order = theta_order(recipe.hidden).to(self.device)
 
     def __call__(
-        self, theta: Tensor, indices: Tensor, lr: Tensor, restart: Tensor, expert_weight: float = 0.0
+        self,
+        theta: ThetaBatch,
+        indices: Tensor,
+        lr: Tensor,
+        restarts: dict[int, list[int]],
+        share: Tensor | None = None,
+        expert_weight: float = 0.0,
     ) -> tuple[Tensor, Tensor | None]:
         """Advance by a window of K slots; return losses [K, P], and with an expert 1 - cosine to it [K, P].
 
-        `theta` is [P, 347], `indices` [K, P / 2, 64] into the image bank, `lr` [K, P], and `restart` [P] the slot at
-        whose end a trajectory begins, or K.
+        `indices` [K, N, 64] point into the bank, `lr` is [K, P], `share` [K, N, 64]; `restarts` are the pairs that begin
+        anew at the end of a slot, each once at most.
         """
         recipe, slots = self.recipe, len(indices)
+        restart = torch.full((self.problems // 2,), slots, dtype=torch.int32)
+        for slot, pairs in restarts.items():
+            restart[pairs] = slot
         losses = torch.empty(slots, self.problems, device=self.device)
         imitation = torch.empty_like(losses) if recipe.expert is not None else losses
         inner_loop_kernel[(self.problems,)](
@@ -65,9 +68,10 @@ class FusedWindow:
             self.images,
             self.labels,
             indices.to(torch.int32).contiguous(),
-            theta.index_select(1, self._order),
+            packed(theta),
             lr.contiguous(),
-            restart.to(torch.int32),
+            lr if share is None else share.contiguous(),
+            restart.to(self.device),
             losses,
             imitation,
             slots,
@@ -82,7 +86,8 @@ class FusedWindow:
             CORRECTED=recipe.bias_correction,
             NORMALIZE=recipe.normalize_update,
             EXPERT=recipe.expert or "",
+            SHARED=share is not None,
             PRECISION="ieee",
-            num_warps=NUM_WARPS,
+            num_warps=WARPS,
         )
         return losses, imitation if recipe.expert is not None else None

@@ -70,7 +70,7 @@ Trajectories = TruncatedStep | MixedStep
 
 
 def trajectories(
-    recipe: Recipe, mix: TaskMix, *, rank: int, world: int, device: torch.device, compiled: bool
+    recipe: Recipe, mix: TaskMix, *, rank: int, world: int, device: torch.device, compiled: bool, backend: str = "torch"
 ) -> Trajectories:
     """Start the trajectories of a rank: an equal part of every family's particles.
 
@@ -83,7 +83,7 @@ def trajectories(
             raise ValueError(f"{total} particles do not split over {world} ranks: use a divisor of {total}")
         share = total // world
         mine = family.numbers[rank * share : (rank + 1) * share]
-        return TruncatedStep(recipe, family, mine, device=device, compiled=compiled)
+        return TruncatedStep(recipe, family, mine, device=device, compiled=compiled, backend=backend)
 
     steps = [begin(family) for family in mix.families]
     return steps[0] if len(steps) == 1 else MixedStep(steps, mix)

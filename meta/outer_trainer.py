@@ -89,6 +89,7 @@ class OuterTrainer:
         seed: int = 0,
         device: torch.device | None = None,
         compiled: bool = True,
+        backend: str = "torch",
     ) -> None:
         self.recipe, self.seed = recipe, seed
         self.device = device or torch.device("cpu")
@@ -96,7 +97,13 @@ class OuterTrainer:
         self.family = TaskMix(data_sets, seed=seed, particles=recipe.particles, scale_range=recipe.scale_range)
         self.total = self.family.total_particles
         self.truncated_step = trajectories(
-            recipe, self.family, rank=self.rank, world=self.world, device=self.device, compiled=compiled
+            recipe,
+            self.family,
+            rank=self.rank,
+            world=self.world,
+            device=self.device,
+            compiled=compiled,
+            backend=backend,
         )
         start = torch.from_numpy(flatten(initial_theta(seed, recipe.start, recipe.hidden)))
         self._parameter = torch.nn.Parameter(start)

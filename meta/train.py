@@ -28,6 +28,7 @@ from celo2.meta.images import load_image_sets
 from celo2.meta.network import Examples
 from celo2.meta.outer_trainer import CURVE, OuterTrainer
 from celo2.meta.recipes import ABLATIONS, RECIPES, Recipe, get_recipe
+from celo2.meta.truncated_step import BACKENDS, backend_of
 from celo2.meta.texts import embedded_text, embedded_windows, zipf_memory
 from celo2.pretrain import options, require
 from celo2.pretrain.device import device_name
@@ -86,6 +87,13 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--device", type=options.given, default="auto", help="auto, cpu, cuda, cuda:1 (default: auto)")
     parser.add_argument(
         "--threads", type=options.threads, metavar="N", help="CPU threads of a rank (default: PyTorch's choice)"
+    )
+    parser.add_argument(
+        "--backend",
+        type=options.given,
+        default="auto",
+        metavar="NAME",
+        help=f"{' | '.join(BACKENDS)}: what advances the MLP's trajectories; auto: a Triton kernel on a GPU",
     )
     parser.add_argument("--no-compile", action="store_true", help="run eagerly, several times slower")
     arguments = parser.parse_args(argv)
@@ -170,8 +178,14 @@ def train(arguments: argparse.Namespace, held: ExitStack) -> int:
         torch.set_num_threads(arguments.threads)
     # as XLA does on the authors' machines: momenta of dead units decay to denormals, which are slow to compute with
     torch.set_flush_denormal(True)
+    backend = backend_of(arguments.backend, device)
     trainer = OuterTrainer(
-        recipe, load_tasks(recipe, arguments.data), seed=arguments.seed, device=device, compiled=compiled
+        recipe,
+        load_tasks(recipe, arguments.data),
+        seed=arguments.seed,
+        device=device,
+        compiled=compiled,
+        backend=backend,
     )
     out_dir: Path = arguments.out_dir or Path("runs/meta") / recipe.name
     held.enter_context(locked(out_dir, world))
@@ -196,7 +210,7 @@ def train(arguments: argparse.Namespace, held: ExitStack) -> int:
         )
         print(
             f"outer steps {trainer.outer_step}/{total} | {trainer.inner_steps_per_outer:,} inner steps each | "
-            f"{trainer.world} rank(s) | {device_name(device)}"
+            f"{trainer.world} rank(s) | {device_name(device)} | backend {backend}"
         )
         if compiled and trainer.outer_step < total:
             print("compiling the inner step: minutes, unless it is in the cache; --no-compile goes without")

@@ -11,6 +11,7 @@ axes flattened, the + signs first.
 
 from __future__ import annotations
 
+import importlib.util
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,13 +23,35 @@ from torch import Tensor
 
 from celo2.meta.inner_optimizer import InnerOptimizer, State
 from celo2.meta.learned_rule import ThetaBatch
+from celo2.meta.network import MLP
 from celo2.meta.randomness import Purpose, generator
 from celo2.meta.recipes import Recipe
 from celo2.meta.tasks import TaskFamily, normalised_loss
 
 Arrays = dict[str, NDArray[np.generic]]
+BACKENDS = ("auto", "triton", "torch")
 # decay of the average loss whose rise marks a trajectory as worth resuming
 DRAWUP_DECAY = 0.9
+
+
+def backend_of(name: str, device: torch.device) -> str:
+    """Return what advances the MLP's windows: `triton`, one kernel a window, or `torch`; `auto` is Triton on a GPU.
+
+    Raises ValueError for `triton` where it cannot run.
+    """
+    if name not in BACKENDS:
+        raise ValueError(f"backend {name!r}: allowed: {', '.join(BACKENDS)}")
+    found = importlib.util.find_spec("triton") is not None
+    if name == "auto":
+        return "triton" if found and device.type == "cuda" else "torch"
+    if name == "triton" and not found:
+        raise ValueError("backend 'triton' needs Triton: pip install 'celo2[triton]', or give --backend torch")
+    if name == "triton" and device.type == "cpu":
+        from celo2.backends.parts import interpreted
+
+        if not interpreted():
+            raise ValueError("backend 'triton' needs a GPU, or TRITON_INTERPRET=1 on a CPU: give --backend torch")
+    return name
 
 
 @dataclass(frozen=True)
@@ -74,8 +97,6 @@ class Window:
     """What the examples of a batch weigh; None where all batches are full."""
     restarts: dict[int, list[int]]
     """Slot to the particles that restart in it, after its step; one restart a particle at most."""
-    fresh: State
-    """[N, ...], the state from which a particle restarts; what the others have there is not read."""
 
 
 @dataclass(frozen=True)
@@ -103,6 +124,7 @@ class TruncatedStep:
         *,
         device: torch.device,
         compiled: bool = True,
+        backend: str = "torch",
     ) -> None:
         self.recipe, self.family, self.particles, self.device = recipe, family, particles, device
         self.network = family.network
@@ -113,6 +135,13 @@ class TruncatedStep:
         self.inputs, self.targets = family.bank(device)
         n = len(particles)
         self.state = self.optimizer.zeros(2 * n, device)
+        # where a particle that restarts begins; rows of the others are not read
+        self.fresh = self.optimizer.zeros(n, device)
+        self._fused = None
+        if backend == "triton" and isinstance(self.network, MLP):
+            from celo2.meta.fused import FusedLoop
+
+            self._fused = FusedLoop(recipe, self.state, self.fresh, self.inputs, self.targets)
         self.iteration = np.array(
             [
                 generator(family.seed, Purpose.INITIAL_ITERATION, p).integers(recipe.initial_iterations)
@@ -221,7 +250,7 @@ class TruncatedStep:
         weights = ThetaBatch.from_vectors(theta.to(self.device), self.recipe.hidden)
         plan = self.plan(outer_step)
         window = self._window(plan, outer_step)
-        losses, imitations = self.advance(self.state, window, weights, recipe.expert_weight(outer_step))
+        losses, imitations = self.advance(window, weights, recipe.expert_weight(outer_step))
         raw = losses.view(recipe.window, 2, n).double().cpu().numpy()
         mask = plan.mask[:, None]
         normalised = np.where(mask, normalised_loss(raw, self.network.loss_clip), 0.0)
@@ -243,29 +272,32 @@ class TruncatedStep:
         if (plan.batch < self.network.batch).any():
             counts = np.arange(self.network.batch) < plan.batch[..., None]
             share = torch.from_numpy((counts / plan.batch[..., None]).astype(np.float32)).to(self.device)
-        fresh = {name: torch.zeros_like(x[: len(self.particles)]) for name, x in self.state.items()}
         for i in (i for particles in plan.restarts.values() for i in particles):
             # a snapshot is of the + trajectory and both signs continue it: they start equal, as PES's accumulator at a
             # restart supposes
             resumed = bool(plan.resumed[i])
             start = {} if resumed else self._start(self.particles[i], outer_step + 1)
-            for name, x in fresh.items():
+            for name, x in self.fresh.items():
                 x[i] = self.snapshot[name][i] if resumed else start[name]
         return Window(
             index_KNB=torch.from_numpy(indices).to(self.device),
             lr_KP=torch.from_numpy(np.tile(plan.lr, 2)).to(self.device),
             share_KNB=share,
             restarts=plan.restarts,
-            fresh=fresh,
         )
 
     def advance(
-        self, state: State, window: Window, theta: ThetaBatch, expert_weight: float
+        self, window: Window, theta: ThetaBatch, expert_weight: float
     ) -> tuple[Tensor, Tensor | None]:
         """Take the window's slots in place; return losses [K, P] and, with an expert, imitation losses [K, P].
 
-        Losses are raw, also those of slots that the plan's mask leaves out.
+        Losses are raw, also those of slots that the plan's mask leaves out. A particle that restarts begins with its
+        row of `fresh`.
         """
+        if self._fused is not None:
+            return self._fused(
+                theta, window.index_KNB, window.lr_KP, window.restarts, window.share_KNB, expert_weight
+            )
         slots, n, _ = window.index_KNB.shape
         losses, imitations = [], []
         for t in range(slots):
@@ -275,14 +307,14 @@ class TruncatedStep:
             )
             share = None if window.share_KNB is None else window.share_KNB[t]
             loss, imitation = self.optimizer.step(
-                state, inputs, targets, theta, lr=window.lr_KP[t], share=share, expert_weight=expert_weight
+                self.state, inputs, targets, theta, lr=window.lr_KP[t], share=share, expert_weight=expert_weight
             )
             losses.append(loss)
             if imitation is not None:
                 imitations.append(imitation)
             for i in window.restarts.get(t, []):
-                for name, x in state.items():
-                    x[[i, n + i]] = window.fresh[name][i]
+                for name, x in self.state.items():
+                    x[[i, n + i]] = self.fresh[name][i]
         return torch.stack(losses), torch.stack(imitations) if imitations else None
 
     def _imitation(self, imitations: Tensor, mask: NDArray[np.bool_]) -> NDArray[np.float64]:
