@@ -3,9 +3,10 @@
     slot: batch -> loss and gradients of the 64-32-10 network -> moments -> 18 columns -> theta's MLP -> Newton-Schulz
           -> update -> loss to memory -> the start of another trajectory, where one has ended
 
-A trajectory's tensors (weights, three momenta, v and factors of a 32 x 64 and a 10 x 32 matrix, and the biases) are read
-once a window, live in registers over its slots and are written once. In between a slot reads its batch, 64 x 64 numbers
-from the second-level cache, and the trajectory's own theta: 347 numbers that every thread of a program needs alike.
+A trajectory's tensors (weights, three momenta, v and factors of a 32 x 64 and a 10 x 32 matrix, and the biases), 53 KB
+with Newton-Schulz, stay in the first-level cache of the multiprocessor that has its program: a slot reads and writes
+them there. Its batch, 64 x 64 numbers, comes from the second-level cache. Theta is the trajectory's own, 347 numbers
+that every thread of a program needs alike.
 
 The smaller matrix is padded to 16 rows, which `tl.dot` asks for: rows outside hold zeros and are left out of sums.
 Source: meta-training of Celo2 (arXiv 2602.19142); the network and the rule are `celo2.meta.network` and
@@ -53,21 +54,15 @@ NAN = tl.constexpr(tl.PropagateNan.ALL)
 
 
 @triton.jit
-def address(table_ptr, ROW: tl.constexpr, TENSOR: tl.constexpr):
+def address(table_ptr, row, TENSOR: tl.constexpr):
     """Load an address of the table as a pointer to float32."""
-    return tl.load(table_ptr + ROW * TENSORS + TENSOR).to(tl.pointer_type(tl.float32))
+    return tl.load(table_ptr + row * TENSORS + TENSOR).to(tl.pointer_type(tl.float32))
 
 
 @triton.jit
-def take(table_ptr, ROW: tl.constexpr, TENSOR: tl.constexpr, offsets, own):
+def take(table_ptr, row, TENSOR: tl.constexpr, offsets, own):
     """Load elements of a tensor of the table, zeros where `own` is not."""
-    return tl.load(address(table_ptr, ROW, TENSOR) + offsets, mask=own, other=0.0)
-
-
-@triton.jit
-def begin(x, table_ptr, TENSOR: tl.constexpr, offsets, own, now):
-    """Return `x`, or where a trajectory begins now what it begins with; nothing is read elsewhere."""
-    return tl.where(now, take(table_ptr, FRESH, TENSOR, offsets, own & now), x)
+    return tl.load(address(table_ptr, row, TENSOR) + offsets, mask=own, other=0.0)
 
 
 @triton.jit
@@ -330,106 +325,112 @@ def network(
 
 @triton.jit
 def load_matrix(
-    table_ptr, problem, own, o_row, o_column, FIRST: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr
+    table_ptr, row, number, own, o_row, o_column, FIRST: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr
 ):
-    o = problem * (ROWS * COLS) + o_row[:, None] * COLS + o_column[None, :]
-    o_r = problem * (3 * ROWS) + o_row
-    o_c = problem * (3 * COLS) + o_column
+    """Return the tensors of a matrix: of a problem in row STATE of the table, of a pair in row FRESH."""
+    o = number * (ROWS * COLS) + o_row[:, None] * COLS + o_column[None, :]
+    o_r = number * (3 * ROWS) + o_row
+    o_c = number * (3 * COLS) + o_column
     in_rows = o_row < ROWS
     in_columns = o_column < COLS
     return (
-        take(table_ptr, STATE, FIRST, o, own),
-        take(table_ptr, STATE, FIRST + 1, o, own),
-        take(table_ptr, STATE, FIRST + 2, o, own),
-        take(table_ptr, STATE, FIRST + 3, o, own),
-        take(table_ptr, STATE, FIRST + 4, o, own),
-        take(table_ptr, STATE, FIRST + 5, o_r, in_rows),
-        take(table_ptr, STATE, FIRST + 5, o_r + ROWS, in_rows),
-        take(table_ptr, STATE, FIRST + 5, o_r + 2 * ROWS, in_rows),
-        take(table_ptr, STATE, FIRST + 6, o_c, in_columns),
-        take(table_ptr, STATE, FIRST + 6, o_c + COLS, in_columns),
-        take(table_ptr, STATE, FIRST + 6, o_c + 2 * COLS, in_columns),
-    )
-
-
-@triton.jit
-def begin_matrix(
-    state, table_ptr, problem, own, o_row, o_column, now, FIRST: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr
-):
-    o = problem * (ROWS * COLS) + o_row[:, None] * COLS + o_column[None, :]
-    o_r = problem * (3 * ROWS) + o_row
-    o_c = problem * (3 * COLS) + o_column
-    in_rows = o_row < ROWS
-    in_columns = o_column < COLS
-    return (
-        begin(state[0], table_ptr, FIRST, o, own, now),
-        begin(state[1], table_ptr, FIRST + 1, o, own, now),
-        begin(state[2], table_ptr, FIRST + 2, o, own, now),
-        begin(state[3], table_ptr, FIRST + 3, o, own, now),
-        begin(state[4], table_ptr, FIRST + 4, o, own, now),
-        begin(state[5], table_ptr, FIRST + 5, o_r, in_rows, now),
-        begin(state[6], table_ptr, FIRST + 5, o_r + ROWS, in_rows, now),
-        begin(state[7], table_ptr, FIRST + 5, o_r + 2 * ROWS, in_rows, now),
-        begin(state[8], table_ptr, FIRST + 6, o_c, in_columns, now),
-        begin(state[9], table_ptr, FIRST + 6, o_c + COLS, in_columns, now),
-        begin(state[10], table_ptr, FIRST + 6, o_c + 2 * COLS, in_columns, now),
+        take(table_ptr, row, FIRST, o, own),
+        take(table_ptr, row, FIRST + 1, o, own),
+        take(table_ptr, row, FIRST + 2, o, own),
+        take(table_ptr, row, FIRST + 3, o, own),
+        take(table_ptr, row, FIRST + 4, o, own),
+        take(table_ptr, row, FIRST + 5, o_r, in_rows),
+        take(table_ptr, row, FIRST + 5, o_r + ROWS, in_rows),
+        take(table_ptr, row, FIRST + 5, o_r + 2 * ROWS, in_rows),
+        take(table_ptr, row, FIRST + 6, o_c, in_columns),
+        take(table_ptr, row, FIRST + 6, o_c + COLS, in_columns),
+        take(table_ptr, row, FIRST + 6, o_c + 2 * COLS, in_columns),
     )
 
 
 @triton.jit
 def put_matrix(
-    state, table_ptr, problem, own, o_row, o_column, FIRST: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr
+    state, table_ptr, problem, own, write, o_row, o_column, FIRST: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr
 ):
+    """Store the tensors of a matrix where `write`."""
     o = problem * (ROWS * COLS) + o_row[:, None] * COLS + o_column[None, :]
     o_r = problem * (3 * ROWS) + o_row
     o_c = problem * (3 * COLS) + o_column
+    in_rows = (o_row < ROWS) & write
+    in_columns = (o_column < COLS) & write
     for k in tl.static_range(5):
-        put(table_ptr, FIRST + k, o, own, state[k])
+        put(table_ptr, FIRST + k, o, own & write, state[k])
     for k in tl.static_range(3):
-        put(table_ptr, FIRST + 5, o_r + k * ROWS, o_row < ROWS, state[5 + k])
-        put(table_ptr, FIRST + 6, o_c + k * COLS, o_column < COLS, state[8 + k])
+        put(table_ptr, FIRST + 5, o_r + k * ROWS, in_rows, state[5 + k])
+        put(table_ptr, FIRST + 6, o_c + k * COLS, in_columns, state[8 + k])
 
 
 @triton.jit
-def load_vector(table_ptr, problem, o, own, FIRST: tl.constexpr, COUNT: tl.constexpr, LEARNED: tl.constexpr):
+def step_matrix(
+    g,
+    table_ptr,
+    row,
+    number,
+    problem,
+    own,
+    o_row,
+    o_column,
+    theta_ptr,
+    iteration,
+    lr,
+    expert_weight,
+    UNITS: tl.constexpr,
+    ORTHOGONALIZE: tl.constexpr,
+    NORMALIZE: tl.constexpr,
+    EXPERT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    FIRST: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+):
+    """Advance a matrix in memory; return its part of the product of learned and expert step, and of their squares."""
+    state = load_matrix(table_ptr, row, number, own, o_row, o_column, FIRST, ROWS, COLS)
+    state = matrix_moments(g, state, own, o_row < ROWS, ROWS, COLS)
+    put_matrix(state, table_ptr, problem, own, True, o_row, o_column, FIRST, ROWS, COLS)
+    d = matrix_direction(g, state, own, o_row < ROWS, theta_ptr, UNITS, ROWS, COLS)
+    if ORTHOGONALIZE:
+        d = orthogonalize(d, PRECISION)
+    d = of_unit_rms(d, NORMALIZE, ROWS * COLS)
+    dot = 0.0
+    square = 0.0
+    expert_square = 0.0
+    if EXPERT != "":
+        e = of_unit_rms(propose(g, state[1], state[4], iteration, EXPERT, PRECISION), True, ROWS * COLS)
+        dot = total(d * e)
+        square = total(d * d)
+        expert_square = total(e * e)
+        d = (1 - expert_weight) * d + expert_weight * e
+    put(table_ptr, FIRST, problem * (ROWS * COLS) + o_row[:, None] * COLS + o_column[None, :], own, state[0] - lr * d)
+    return dot, square, expert_square
+
+
+@triton.jit
+def load_vector(table_ptr, row, number, o, own, FIRST: tl.constexpr, COUNT: tl.constexpr, LEARNED: tl.constexpr):
+    """Return the tensors of a vector; those that Adam has not are zero."""
     zero = tl.zeros_like(o).to(tl.float32)
-    at = problem * COUNT + o
-    p = take(table_ptr, STATE, FIRST, at, own)
-    m0 = take(table_ptr, STATE, FIRST + 1, at, own)
-    v = take(table_ptr, STATE, FIRST + 4, at, own)
+    at = number * COUNT + o
+    p = take(table_ptr, row, FIRST, at, own)
+    m0 = take(table_ptr, row, FIRST + 1, at, own)
+    v = take(table_ptr, row, FIRST + 4, at, own)
     if LEARNED:
-        o_f = problem * (3 * COUNT) + o
+        o_f = number * (3 * COUNT) + o
         return (
             p,
             m0,
-            take(table_ptr, STATE, FIRST + 2, at, own),
-            take(table_ptr, STATE, FIRST + 3, at, own),
+            take(table_ptr, row, FIRST + 2, at, own),
+            take(table_ptr, row, FIRST + 3, at, own),
             v,
-            take(table_ptr, STATE, FIRST + 5, o_f, own),
-            take(table_ptr, STATE, FIRST + 5, o_f + COUNT, own),
-            take(table_ptr, STATE, FIRST + 5, o_f + 2 * COUNT, own),
+            take(table_ptr, row, FIRST + 5, o_f, own),
+            take(table_ptr, row, FIRST + 5, o_f + COUNT, own),
+            take(table_ptr, row, FIRST + 5, o_f + 2 * COUNT, own),
         )
     else:
         return p, m0, zero, zero, v, zero, zero, zero
-
-
-@triton.jit
-def begin_vector(
-    state, table_ptr, problem, o, own, now, FIRST: tl.constexpr, COUNT: tl.constexpr, LEARNED: tl.constexpr
-):
-    p, m0, m1, m2, v, f0, f1, f2 = state
-    at = problem * COUNT + o
-    o_f = problem * (3 * COUNT) + o
-    p = begin(p, table_ptr, FIRST, at, own, now)
-    m0 = begin(m0, table_ptr, FIRST + 1, at, own, now)
-    v = begin(v, table_ptr, FIRST + 4, at, own, now)
-    if LEARNED:
-        m1 = begin(m1, table_ptr, FIRST + 2, at, own, now)
-        m2 = begin(m2, table_ptr, FIRST + 3, at, own, now)
-        f0 = begin(f0, table_ptr, FIRST + 5, o_f, own, now)
-        f1 = begin(f1, table_ptr, FIRST + 5, o_f + COUNT, own, now)
-        f2 = begin(f2, table_ptr, FIRST + 5, o_f + 2 * COUNT, own, now)
-    return p, m0, m1, m2, v, f0, f1, f2
 
 
 @triton.jit
@@ -472,12 +473,14 @@ def inner_loop_kernel(
     SHARED: tl.constexpr,  # whether the examples of a batch have weights of their own
     PRECISION: tl.constexpr,  # of products: "ieee" or "tf32x3"
 ):
-    problem = tl.program_id(0)
+    LEARNED: tl.constexpr = not ORTHOGONALIZE
     THETA: tl.constexpr = FIRST_BIAS * UNITS + UNITS + UNITS * UNITS + 2 * UNITS + 1
-    theta_ptr += problem * THETA
+    problem = tl.program_id(0)
     pair = problem % pairs
+    theta_ptr += problem * THETA
     index_ptr += pair * BATCH
     share_ptr += pair * BATCH
+    restart = tl.load(restart_ptr + pair)
     o_pixel = tl.arange(0, PIXELS)
     o_hidden = tl.arange(0, HIDDEN)
     o_class = tl.arange(0, CLASS_BLOCK)
@@ -485,18 +488,30 @@ def inner_loop_kernel(
     classes_own = o_class < CLASSES
     own1 = all_hidden[:, None] & (o_pixel < PIXELS)[None, :]
     own2 = classes_own[:, None] & all_hidden[None, :]
-    w1 = load_matrix(table_ptr, problem, own1, o_hidden, o_pixel, HIDDEN_WEIGHT, HIDDEN, PIXELS)
-    w2 = load_matrix(table_ptr, problem, own2, o_class, o_hidden, OUTPUT_WEIGHT, CLASSES, HIDDEN)
-    b1 = load_vector(table_ptr, problem, o_hidden, all_hidden, HIDDEN_BIAS, HIDDEN, not ORTHOGONALIZE)
-    b2 = load_vector(table_ptr, problem, o_class, classes_own, OUTPUT_BIAS, CLASSES, not ORTHOGONALIZE)
-    scale = tl.load(address(table_ptr, STATE, SCALE) + problem)
-    iteration = tl.load(address(table_ptr, STATE, ITERATION) + problem)
-    restart = tl.load(restart_ptr + pair)
+    o1 = o_hidden[:, None] * PIXELS + o_pixel[None, :]
+    o2 = o_class[:, None] * HIDDEN + o_hidden[None, :]
 
     for slot in range(slots):
+        # after a restart the state is where the new trajectory begins
+        fresh = slot == restart + 1
+        row = tl.where(fresh, FRESH, STATE)
+        number = tl.where(fresh, pair, problem)
+        scale = tl.load(address(table_ptr, row, SCALE) + number)
+        iteration = tl.load(address(table_ptr, row, ITERATION) + number)
         lr = tl.load(lr_ptr + slot * problems + problem)
         loss, g1, gb1, g2, gb2 = network(
-            w1[0], b1[0], w2[0], b2[0], scale, images_ptr, labels_ptr, index_ptr, share_ptr, classes_own, SHARED, PRECISION
+            take(table_ptr, row, HIDDEN_WEIGHT, number * (HIDDEN * PIXELS) + o1, own1),
+            take(table_ptr, row, HIDDEN_BIAS, number * HIDDEN + o_hidden, all_hidden),
+            take(table_ptr, row, OUTPUT_WEIGHT, number * (CLASSES * HIDDEN) + o2, own2),
+            take(table_ptr, row, OUTPUT_BIAS, number * CLASSES + o_class, classes_own),
+            scale,
+            images_ptr,
+            labels_ptr,
+            index_ptr,
+            share_ptr,
+            classes_own,
+            SHARED,
+            PRECISION,
         )
         index_ptr += pairs * BATCH
         share_ptr += pairs * BATCH
@@ -510,28 +525,60 @@ def inner_loop_kernel(
             g2 = tl.where(finite, g2 * factor, 0.0)
             gb1 = tl.where(finite, gb1 * factor, 0.0)
             gb2 = tl.where(finite, gb2 * factor, 0.0)
-        w1 = matrix_moments(g1, w1, own1, all_hidden, HIDDEN, PIXELS)
-        d1 = matrix_direction(g1, w1, own1, all_hidden, theta_ptr, UNITS, HIDDEN, PIXELS)
-        # reads theta again: across a barrier no compiler keeps 347 numbers in registers
+        # one tensor after the other: across a barrier no compiler keeps theta or another tensor's state in registers
         tl.debug_barrier()
-        w2 = matrix_moments(g2, w2, own2, classes_own, CLASSES, HIDDEN)
-        d2 = matrix_direction(g2, w2, own2, classes_own, theta_ptr, UNITS, CLASSES, HIDDEN)
+        dot1, own_square1, expert_square1 = step_matrix(
+            g1,
+            table_ptr,
+            row,
+            number,
+            problem,
+            own1,
+            o_hidden,
+            o_pixel,
+            theta_ptr,
+            iteration,
+            lr,
+            expert_weight,
+            UNITS,
+            ORTHOGONALIZE,
+            NORMALIZE,
+            EXPERT,
+            PRECISION,
+            HIDDEN_WEIGHT,
+            HIDDEN,
+            PIXELS,
+        )
         tl.debug_barrier()
-        if ORTHOGONALIZE:
-            d1 = orthogonalize(d1, PRECISION)
-            d2 = orthogonalize(d2, PRECISION)
-        d1 = of_unit_rms(d1, NORMALIZE, HIDDEN * PIXELS)
-        d2 = of_unit_rms(d2, NORMALIZE, CLASSES * HIDDEN)
+        dot2, own_square2, expert_square2 = step_matrix(
+            g2,
+            table_ptr,
+            row,
+            number,
+            problem,
+            own2,
+            o_class,
+            o_hidden,
+            theta_ptr,
+            iteration,
+            lr,
+            expert_weight,
+            UNITS,
+            ORTHOGONALIZE,
+            NORMALIZE,
+            EXPERT,
+            PRECISION,
+            OUTPUT_WEIGHT,
+            CLASSES,
+            HIDDEN,
+        )
         if EXPERT != "":
-            e1 = of_unit_rms(propose(g1, w1[1], w1[4], iteration, EXPERT, PRECISION), True, HIDDEN * PIXELS)
-            e2 = of_unit_rms(propose(g2, w2[1], w2[4], iteration, EXPERT, PRECISION), True, CLASSES * HIDDEN)
-            dot = total(d1 * e1) + total(d2 * e2)
-            squares = (total(d1 * d1) + total(d2 * d2)) * (total(e1 * e1) + total(e2 * e2))
-            tl.store(imitation_ptr + slot * problems + problem, 1 - dot * tl.rsqrt(squares + 1e-30))
-            d1 = (1 - expert_weight) * d1 + expert_weight * e1
-            d2 = (1 - expert_weight) * d2 + expert_weight * e2
-        w1 = (w1[0] - lr * d1,) + w1[1:]
-        w2 = (tl.where(own2, w2[0] - lr * d2, 0.0),) + w2[1:]
+            squares = (own_square1 + own_square2) * (expert_square1 + expert_square2)
+            cosine = (dot1 + dot2) * tl.rsqrt(squares + 1e-30)
+            tl.store(imitation_ptr + slot * problems + problem, 1 - cosine)
+        tl.debug_barrier()
+        b1 = load_vector(table_ptr, row, number, o_hidden, all_hidden, HIDDEN_BIAS, HIDDEN, LEARNED)
+        b2 = load_vector(table_ptr, row, number, o_class, classes_own, OUTPUT_BIAS, CLASSES, LEARNED)
         if ORTHOGONALIZE:
             b1 = adam_vector(gb1, b1, adam_lr_mult * lr, iteration, CORRECTED)
             b2 = adam_vector(gb2, b2, adam_lr_mult * lr, iteration, CORRECTED)
@@ -539,18 +586,25 @@ def inner_loop_kernel(
             b1 = learned_vector(gb1, b1, all_hidden, lr, theta_ptr, UNITS, NORMALIZE, HIDDEN)
             tl.debug_barrier()
             b2 = learned_vector(gb2, b2, classes_own, lr, theta_ptr, UNITS, NORMALIZE, CLASSES)
-        now = slot == restart
-        w1 = begin_matrix(w1, table_ptr, pair, own1, o_hidden, o_pixel, now, HIDDEN_WEIGHT, HIDDEN, PIXELS)
-        w2 = begin_matrix(w2, table_ptr, pair, own2, o_class, o_hidden, now, OUTPUT_WEIGHT, CLASSES, HIDDEN)
-        b1 = begin_vector(b1, table_ptr, pair, o_hidden, all_hidden, now, HIDDEN_BIAS, HIDDEN, not ORTHOGONALIZE)
-        b2 = begin_vector(b2, table_ptr, pair, o_class, classes_own, now, OUTPUT_BIAS, CLASSES, not ORTHOGONALIZE)
-        scale = tl.where(now, tl.load(address(table_ptr, FRESH, SCALE) + pair, mask=now, other=1.0), scale)
-        fresh_iteration = tl.load(address(table_ptr, FRESH, ITERATION) + pair, mask=now, other=0.0)
-        iteration = tl.where(now, fresh_iteration, iteration + 1)
+        put_vector(b1, table_ptr, problem, o_hidden, all_hidden, HIDDEN_BIAS, HIDDEN, LEARNED)
+        put_vector(b2, table_ptr, problem, o_class, classes_own, OUTPUT_BIAS, CLASSES, LEARNED)
+        tl.store(address(table_ptr, STATE, SCALE) + problem, scale)
+        tl.store(address(table_ptr, STATE, ITERATION) + problem, iteration + 1)
+        # what a thread wrote another may read in the next slot
+        tl.debug_barrier()
 
-    put_matrix(w1, table_ptr, problem, own1, o_hidden, o_pixel, HIDDEN_WEIGHT, HIDDEN, PIXELS)
-    put_matrix(w2, table_ptr, problem, own2, o_class, o_hidden, OUTPUT_WEIGHT, CLASSES, HIDDEN)
-    put_vector(b1, table_ptr, problem, o_hidden, all_hidden, HIDDEN_BIAS, HIDDEN, not ORTHOGONALIZE)
-    put_vector(b2, table_ptr, problem, o_class, classes_own, OUTPUT_BIAS, CLASSES, not ORTHOGONALIZE)
-    tl.store(address(table_ptr, STATE, SCALE) + problem, scale)
-    tl.store(address(table_ptr, STATE, ITERATION) + problem, iteration)
+    # a trajectory that begins at the end of the last slot
+    begins = restart == slots - 1
+    hidden_begin = all_hidden & begins
+    classes_begin = classes_own & begins
+    w1 = load_matrix(table_ptr, FRESH, pair, own1, o_hidden, o_pixel, HIDDEN_WEIGHT, HIDDEN, PIXELS)
+    w2 = load_matrix(table_ptr, FRESH, pair, own2, o_class, o_hidden, OUTPUT_WEIGHT, CLASSES, HIDDEN)
+    b1 = load_vector(table_ptr, FRESH, pair, o_hidden, hidden_begin, HIDDEN_BIAS, HIDDEN, LEARNED)
+    b2 = load_vector(table_ptr, FRESH, pair, o_class, classes_begin, OUTPUT_BIAS, CLASSES, LEARNED)
+    put_matrix(w1, table_ptr, problem, own1, begins, o_hidden, o_pixel, HIDDEN_WEIGHT, HIDDEN, PIXELS)
+    put_matrix(w2, table_ptr, problem, own2, begins, o_class, o_hidden, OUTPUT_WEIGHT, CLASSES, HIDDEN)
+    put_vector(b1, table_ptr, problem, o_hidden, hidden_begin, HIDDEN_BIAS, HIDDEN, LEARNED)
+    put_vector(b2, table_ptr, problem, o_class, classes_begin, OUTPUT_BIAS, CLASSES, LEARNED)
+    for k in tl.static_range(SCALE, TENSORS):
+        x = tl.load(address(table_ptr, FRESH, k) + pair, mask=begins, other=0.0)
+        tl.store(address(table_ptr, STATE, k) + problem, x, mask=begins)
