@@ -11,6 +11,7 @@ import pytest
 
 from celo2.meta.images import ImageSet
 from celo2.meta.recipes import Recipe, get_recipe
+from celo2.meta.transformer import ByteWindows
 
 
 @pytest.fixture
@@ -24,6 +25,14 @@ def image_sets() -> list[ImageSet]:
         images[np.arange(200)[:, None], labels[:, None] * 6 + np.arange(4)] += 0.6
         sets.append(ImageSet(f"stripes{index}", images.astype(np.float32), labels))
     return sets
+
+
+@pytest.fixture
+def mixed_sets(image_sets: list[ImageSet]) -> list[ImageSet | ByteWindows]:
+    """The two sets of images, and a text in which a byte follows the one before it, with noise."""
+    rng = np.random.default_rng(2)
+    text = (np.cumsum(1 + (rng.random(2000) < 0.1)) % 20).astype(np.uint16)
+    return [*image_sets, ByteWindows.of_text("counting", text)]
 
 
 @pytest.fixture

@@ -88,13 +88,16 @@ def test_outer_clip_scales_the_gradient(image_sets, small_recipe):
     assert figures["gradient_norm"] > 1e-3 and np.linalg.norm(moment) == pytest.approx(1e-4, rel=1e-4)
 
 
-RESUMABLE = [{}, {"expert": "muon", "direction_weight": 0.5, "direction_floor": 0.5, "resume_probability": 0.6}]
+EXPERT = {"expert": "muon", "direction_weight": 0.5, "direction_floor": 0.5, "resume_probability": 0.6}
+DRAWN = EXPERT | {"batch_range": (0.1, 1.0), "inner_lr_range": (0.5, 2.0)}
+# with images alone, and with a transformer beside them
+RESUMABLE = [("image_sets", {}), ("image_sets", EXPERT), ("mixed_sets", DRAWN)]
 
 
-@pytest.mark.parametrize("changes", RESUMABLE)
-def test_resume_in_the_middle_of_a_window_equals_no_interruption(image_sets, small_recipe, tmp_path, changes):
-    recipe = small_recipe(**changes)
-    whole, cut = trainer(recipe, image_sets), trainer(recipe, image_sets)
+@pytest.mark.parametrize(("sets", "changes"), RESUMABLE)
+def test_resume_in_the_middle_of_a_window_equals_no_interruption(request, small_recipe, tmp_path, sets, changes):
+    recipe, data_sets = small_recipe(**changes), request.getfixturevalue(sets)
+    whole, cut = trainer(recipe, data_sets), trainer(recipe, data_sets)
     for _ in range(7):
         whole.step()
     for _ in range(4):
@@ -102,7 +105,9 @@ def test_resume_in_the_middle_of_a_window_equals_no_interruption(image_sets, sma
     cut.save(tmp_path)
     cut.step()
     # the sixth outer step dies at its third slot
-    real, calls = cut.truncated_step.optimizer.step, []
+    step = cut.truncated_step
+    optimizer = step.optimizer if sets == "image_sets" else step.steps[-1].optimizer
+    real, calls = optimizer.step, []
 
     def dies(*arguments, **options):
         calls.append(1)
@@ -110,10 +115,10 @@ def test_resume_in_the_middle_of_a_window_equals_no_interruption(image_sets, sma
             raise KeyboardInterrupt
         return real(*arguments, **options)
 
-    cut.truncated_step.optimizer.step = dies
+    optimizer.step = dies
     with pytest.raises(KeyboardInterrupt):
         cut.step()
-    again = trainer(recipe, image_sets)
+    again = trainer(recipe, data_sets)
     assert again.resume(tmp_path) == tmp_path / "checkpoint-0000004.safetensors"
     for _ in range(3):
         again.step()
@@ -189,11 +194,13 @@ from dataclasses import replace
 from celo2.meta.images import ImageSet
 from celo2.meta.outer_trainer import OuterTrainer
 from celo2.meta.recipes import get_recipe
+from celo2.meta.transformer import ByteWindows
 folder = Path(sys.argv[1])
 if int(sys.argv[2]) > 1:
     dist.init_process_group("gloo")
 arrays = np.load(folder / "sets.npz")
 sets = [ImageSet(f"stripes{i}", arrays[f"images{i}"], arrays[f"labels{i}"]) for i in range(2)]
+sets += [ByteWindows("counting", arrays["windows"])] if "windows" in arrays else []
 fields = json.loads((folder / "recipe.json").read_text())
 fields = {key: tuple(value) if isinstance(value, list) else value for key, value in fields.items()}
 trainer = OuterTrainer(replace(get_recipe("celo2-short"), **fields), sets, compiled=False)
@@ -220,10 +227,13 @@ def run_ranks(folder: Path, ranks: int) -> None:
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("changes", RESUMABLE)
-def test_one_and_two_ranks_give_the_same_gradient(image_sets, small_recipe, tmp_path, changes):
+@pytest.mark.parametrize(("sets", "changes"), RESUMABLE)
+def test_one_and_two_ranks_give_the_same_gradient(request, image_sets, small_recipe, tmp_path, sets, changes):
     arrays = {f"images{i}": s.images for i, s in enumerate(image_sets)}
     arrays |= {f"labels{i}": s.labels for i, s in enumerate(image_sets)}
+    data_sets = request.getfixturevalue(sets)
+    if len(data_sets) > 2:
+        arrays["windows"] = data_sets[2].windows
     recipe = small_recipe(**changes)
     for ranks in (1, 2):
         folder = tmp_path / str(ranks)
@@ -237,7 +247,7 @@ def test_one_and_two_ranks_give_the_same_gradient(image_sets, small_recipe, tmp_
     np.testing.assert_allclose(two["gradient"], one["gradient"], rtol=1e-6, atol=1e-9 * np.abs(one["gradient"]).max())
     assert two["loss"] == pytest.approx(float(one["loss"]), rel=1e-12)
     # a run of two ranks goes on with one
-    alone, continued = trainer(recipe, image_sets), trainer(recipe, image_sets)
+    alone, continued = trainer(recipe, data_sets), trainer(recipe, data_sets)
     alone.resume(tmp_path / "1")
     continued.resume(tmp_path / "2")
     for _ in range(2):

@@ -50,7 +50,7 @@ def test_identity_counts_the_steps_only_where_the_schedule_does():
 
 def test_fields_that_came_later_do_not_change_what_a_checkpoint_was():
     plain = get_recipe("celo2")
-    assert not {"tasks", "loss_tail", "inner_warmup", "inner_lr_range", "hidden"} & plain.identity.keys()
+    assert not {"tasks", "batch_range", "loss_tail", "inner_warmup", "inner_lr_range", "hidden"} & plain.identity.keys()
     changed = replace(plain, loss_tail=0.2, tasks=("images", "text"))
     assert changed.identity["loss_tail"] == 0.2 and changed.identity["tasks"] == ["images", "text"]
 
@@ -66,6 +66,8 @@ def test_fields_that_came_later_do_not_change_what_a_checkpoint_was():
         ({"inner_warmup": 1.0}, "inner_warmup=1.0: expected [0, 1)"),
         ({"loss_tail": 0.0}, "loss_tail=0.0: expected (0, 1]"),
         ({"inner_lr_range": (2.0, 1.0)}, "inner_lr_range=(2.0, 1.0): expected 0 < low <= high"),
+        ({"batch_range": (0.0, 1.0)}, "batch_range=(0.0, 1.0): expected 0 < low <= high <= 1"),
+        ({"batch_range": (0.5, 2.0)}, "batch_range=(0.5, 2.0): expected 0 < low <= high <= 1"),
         ({"tasks": ("image",)}, "tasks=('image',), allowed: images, text, memory, transformer"),
         ({"outer_steps": 0}, "outer_steps=0: expected at least 1"),
         ({"length_range": (50, 2000)}, "expected 0 < window < low < high"),

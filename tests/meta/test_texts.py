@@ -8,6 +8,7 @@ import pytest
 from celo2.meta import texts, train
 from celo2.meta.recipes import get_recipe
 from celo2.meta.texts import CONTEXT, next_byte, zipf_memory
+from celo2.meta.transformer import ByteWindows
 
 
 def test_a_text_is_ten_classes_of_windows() -> None:
@@ -59,6 +60,10 @@ def test_the_memory_has_zipfs_frequencies() -> None:
 def test_recipes_choose_their_tasks(image_sets, monkeypatch) -> None:
     monkeypatch.setattr(train, "load_image_sets", lambda source: list(image_sets))
     monkeypatch.setattr(train, "embedded_text", lambda: next_byte("text", np.arange(100, dtype=np.uint16), 100))
+    windows = ByteWindows.of_text("windows", np.arange(300, dtype=np.uint16) % 50)
+    monkeypatch.setattr(train, "embedded_windows", lambda: windows)
+    assert train.load_tasks(get_recipe("celo2-lm"), "embedded") == [windows]
+    assert train.load_tasks(get_recipe("celo2-transformer"), "embedded")[-1] is windows
     names = [task.name for task in train.load_tasks(get_recipe("celo2-text"), "embedded")]
     assert names == ["stripes0", "stripes1", "text", "zipf_memory"]
     assert [task.name for task in train.load_tasks(get_recipe("celo2"), "embedded")] == ["stripes0", "stripes1"]
@@ -69,6 +74,7 @@ def test_what_is_chosen_on_and_reported_is_not_trained_on(tmp_path, monkeypatch)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(texts, "next_byte", lambda name, tokens: seen.append(tokens))
     texts.embedded_text()
+    windows = texts.embedded_windows()
     from celo2.meta.language_model import selection_shards
     from celo2.pretrain.shards import find_shards, open_shard
     from celo2.pretrain.tokenizer import get_tokenizer
@@ -79,3 +85,9 @@ def test_what_is_chosen_on_and_reported_is_not_trained_on(tmp_path, monkeypatch)
     kept = open_shard(train_shard, vocab_id)
     assert 0 < len(seen[0]) < len(kept)
     np.testing.assert_array_equal(seen[0], kept[: len(seen[0])])
+    # so are the transformer's windows, all of them
+    assert windows.inputs.size == (len(seen[0]) - 1) // 32 * 32
+    common = np.argsort(-np.bincount(seen[0]), kind="stable")[:63]
+    assert (np.append(common, 0)[windows.inputs[-1]] == seen[0][windows.inputs.size - 32 : windows.inputs.size])[
+        windows.inputs[-1] < 63
+    ].all()
