@@ -157,9 +157,7 @@ def column_scale(f):
 
 
 @triton.jit
-def matrix_direction(
-    g, state, own, rows_own, theta_ptr, UNITS: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr
-):
+def matrix_direction(g, state, own, rows_own, theta_ptr, UNITS: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):
     """Return the direction [rows, columns] of theta's MLP from the advanced tensors of a matrix, zero outside."""
     p, m0, m1, m2, v, r0, r1, r2, c0, c1, c2 = state
     g = tl.clamp(g, -layout.GRADIENT_CLIP, layout.GRADIENT_CLIP, NAN)
@@ -237,9 +235,7 @@ def of_unit_rms(d, NORMALIZE: tl.constexpr, COUNT: tl.constexpr):
 
 
 @triton.jit
-def learned_vector(
-    g, state, own, lr, theta_ptr, UNITS: tl.constexpr, NORMALIZE: tl.constexpr, COUNT: tl.constexpr
-):
+def learned_vector(g, state, own, lr, theta_ptr, UNITS: tl.constexpr, NORMALIZE: tl.constexpr, COUNT: tl.constexpr):
     """Return the tensors of a vector [n] after a step of the rule."""
     p, m0, m1, m2, v, f0, f1, f2 = state
     g = tl.clamp(g, -layout.GRADIENT_CLIP, layout.GRADIENT_CLIP, NAN)
@@ -429,8 +425,7 @@ def load_vector(table_ptr, row, number, o, own, FIRST: tl.constexpr, COUNT: tl.c
             take(table_ptr, row, FIRST + 5, o_f + COUNT, own),
             take(table_ptr, row, FIRST + 5, o_f + 2 * COUNT, own),
         )
-    else:
-        return p, m0, zero, zero, v, zero, zero, zero
+    return p, m0, zero, zero, v, zero, zero, zero
 
 
 @triton.jit

@@ -29,6 +29,8 @@ from celo2.kernels import layout
 from celo2.kernels.apply_update import apply_update_kernel
 from celo2.kernels.feature_moments import feature_moments_kernel, normalisers_kernel
 from celo2.kernels.gradient_moments import control_kernel, factors_kernel, gradient_moments_kernel
+from celo2.kernels.inner_loop import WARPS as INNER_WARPS
+from celo2.kernels.inner_loop import inner_loop_kernel
 from celo2.kernels.learned_update import learned_update_kernel
 from celo2.kernels.newton_schulz import inner_block, symmetric_product_kernel
 from celo2.kernels.reductions import sum_directions_kernel, sum_gradients_kernel, sum_moments_kernel
@@ -69,6 +71,11 @@ PHASES = {
     "learned_update_kernel": 3,
     "apply_update_kernel": 4,
 }
+
+
+# the paper's meta-training: 100,001 windows of 50 slots, 4 tasks with 8 antithetic pairs
+SLOTS = 100_001 * 50
+TRAJECTORIES = 64
 
 
 class Specialisation(NamedTuple):
@@ -144,6 +151,21 @@ def specialisations(
         yield Specialisation(symmetric_product_kernel, dtypes, product, {"num_warps": 8})
 
 
+def inner_loop(variant: str, units: int = UNITS, precision: str = "ieee") -> Specialisation:
+    """Return the kernel of meta-training's inner loop as `celo2.meta.train` launches it for a recipe of the paper."""
+    constants = {
+        "UNITS": units,
+        "ORTHOGONALIZE": variant == "celo2",
+        "CLIP": False,
+        "CORRECTED": False,
+        "NORMALIZE": True,
+        "EXPERT": "",
+        "SHARED": False,
+        "PRECISION": precision,
+    }
+    return Specialisation(inner_loop_kernel, DTYPES["float32"], constants, {"num_warps": INNER_WARPS})
+
+
 def compile_for(specialisation: Specialisation, target: GPUTarget) -> Any:
     """Compile for a GPU that need not be there; raises what Triton's compiler raises."""
     kernel, dtypes, constants, options = specialisation
@@ -158,6 +180,7 @@ def compile_for(specialisation: Specialisation, target: GPUTarget) -> Any:
     short |= {"x_ptr": dtypes.d, "add_ptr": dtypes.d, "out_ptr": dtypes.d, "target_ptr": dtypes.p}
     short |= {"directions_ptr": dtypes.d, "matrices_ptr": dtypes.d}
     tables = {"table_ptr": "i64", "gradients_ptr": "i64", "skipped_ptr": "i64", "tiles_ptr": "i32", "chunks_ptr": "i32"}
+    tables |= {"labels_ptr": "i32", "index_ptr": "i32", "restart_ptr": "i32"}
     if kernel is move_parts_kernel:
         tables["parts_ptr"] = "i64"
     signature: dict[str, str] = {}
@@ -169,6 +192,8 @@ def compile_for(specialisation: Specialisation, target: GPUTarget) -> Any:
             signature[name] = "*" + (short | tables).get(name, "fp32")
             # what the launcher finds out from the address of a whole allocation
             attributes[(index,)] = [["tt.divisibility", 16]]
+        elif name in ("adam_lr_mult", "clip_norm", "expert_weight"):
+            signature[name] = "fp32"
         else:
             signature[name] = "i32"
             if name in ("size", "inner", "x_batch", "x_row"):
@@ -193,6 +218,7 @@ class Code:
     registers: int
     spills: int  # bytes on NVIDIA, registers on AMD
     shared: int
+    nested: int = 0  # instructions of the loops within the longest one
     loop: Counter[str] = field(default_factory=Counter)
     rest: Counter[str] = field(default_factory=Counter)
     accesses: Counter[str] = field(default_factory=Counter)
@@ -239,16 +265,18 @@ def class_of(opcode: str) -> str:
     return "integer, moves, control"
 
 
-def _longest_loop(code: list[tuple[str, str]], labels: dict[str, int]) -> tuple[int, int]:
-    """Return the range of the longest backward branch in a list of (opcode, whole line)."""
-    best = (0, 0)
+def _loops(code: list[tuple[str, str]], labels: dict[str, int]) -> Iterator[tuple[int, int]]:
+    """Yield the ranges of the backward branches in a list of (opcode, whole line)."""
     for index, (opcode, line) in enumerate(code):
         if opcode.startswith(("BRA", "s_cbranch", "s_branch")):
             for label in re.findall(r"\.L[\w.$]+", line):
-                start = labels.get(label, index)
-                if start < index and index + 1 - start > best[1] - best[0]:
-                    best = (start, index + 1)
-    return best
+                # the end of the code is a branch to itself
+                if (start := labels.get(label, index)) < index:
+                    yield start, index + 1
+
+
+def _longest_loop(code: list[tuple[str, str]], labels: dict[str, int]) -> tuple[int, int]:
+    return max(_loops(code, labels), key=lambda loop: loop[1] - loop[0], default=(0, 0))
 
 
 def _tool(name: str) -> str:
@@ -283,6 +311,7 @@ def inspect(name: str, compiled: Any, target: GPUTarget) -> Code:
             elif instruction := re.match(r"\s+([a-z]+_[a-z0-9_]+)(\s.*)?$", line):
                 code.append((instruction[1], line))
     start, stop = _longest_loop(code, labels)
+    nested = sum(last - first for first, last in _loops(code, labels) if start < first and last < stop)
     accesses = Counter(
         opcode.replace(".E", "").replace(".CONSTANT", "")
         for opcode, _ in code
@@ -293,6 +322,7 @@ def inspect(name: str, compiled: Any, target: GPUTarget) -> Code:
         registers,
         spills,
         int(compiled.metadata.shared),
+        nested,
         loop=Counter(class_of(opcode) for opcode, _ in code[start:stop]),
         rest=Counter(class_of(opcode) for opcode, _ in code[:start] + code[stop:]),
         accesses=accesses,
@@ -312,6 +342,20 @@ def _examine(work: tuple[Dtypes, str, str]) -> Code:
     dtypes, name, target = work
     specialisation = next(s for s in specialisations(dtypes) if s.name == name)
     return inspect(name, compile_for(specialisation, TARGETS[target]), TARGETS[target])
+
+
+def _examine_inner_loop(work: tuple[str, str]) -> Code:
+    variant, target = work
+    return inspect(variant, compile_for(inner_loop(variant), TARGETS[target]), TARGETS[target])
+
+
+def examine_inner_loop(target: str, workers: int) -> dict[str, Code]:
+    """Compile and read the inner loop of both variants; a minute each."""
+    work = [(variant, target) for variant in ("celo2", "celo2-base")]
+    if workers == 1:
+        return {variant: _examine_inner_loop((variant, target)) for variant, _ in work}
+    with ProcessPoolExecutor(workers) as pool:
+        return {code.name: code for code in pool.map(_examine_inner_loop, work)}
 
 
 def examine(dtypes: Dtypes, target: str, workers: int) -> dict[str, Code]:
@@ -349,6 +393,33 @@ def print_kernels(target: str, dtypes: Dtypes, codes: dict[str, Code]) -> dict[i
     return instructions
 
 
+def nested_instructions(code: Code) -> int:
+    """Instructions a thread issues in a slot: the loop's, and those of Newton-Schulz's loops four times more."""
+    return sum(code.loop.values()) + 4 * code.nested
+
+
+def print_inner_loop(target: str, codes: dict[str, Code]) -> None:
+    """Print what a slot of the inner loop costs, and how many inner steps a second that predicts."""
+    spills = "B spilled" if target.startswith("sm_") else "registers spilled"
+    print(f"\n{target}, the inner loop of meta-training: a program of {INNER_WARPS * 32} threads a trajectory")
+    for variant, code in codes.items():
+        issued = nested_instructions(code)
+        print(
+            f"  {variant:10} {code.registers:4} registers {code.spills:4} {spills} {code.shared:6} B shared, "
+            f"{issued:,} instructions a thread and slot"
+        )
+        for gpu in GPUS:
+            if gpu.target != target:
+                continue
+            # one trajectory a multiprocessor: its 128 lanes, and as many trajectories at once as there are of them
+            slot = issued * INNER_WARPS * 32 / (gpu.issue / gpu.multiprocessors)
+            print(
+                f"    predicted for {gpu.name}: {slot * 1e6:.0f} us a slot at least, {TRAJECTORIES / slot / 1e6:.1f}M "
+                f"inner steps a second with {TRAJECTORIES} trajectories, {slot * SLOTS / 60:.1f} minutes for the "
+                f"paper's {SLOTS / 1e6:.0f}M slots"
+            )
+
+
 def print_step(target: str, dtypes: Dtypes, instructions: dict[int, float]) -> None:
     total = sum(phase_bytes(phase, dtypes) for phase in range(1, 5))
     print(f"  a step: {len(STEP)} launches for a batch of any number of matrices, beside Newton-Schulz")
@@ -378,6 +449,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--target", nargs="+", choices=TARGETS, default=list(TARGETS), help="default: all")
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=["float32", "float32-ns", "bfloat16-state"])
     parser.add_argument("--workers", type=int, default=2, metavar="N", help="compilers at once")
+    parser.add_argument("--only", choices=("step", "inner-loop"), help="default: both; the inner loop takes minutes")
     arguments = parser.parse_args(argv)
     if not isinstance(learned_update_kernel, triton.JITFunction):
         print("error: TRITON_INTERPRET is set; the report needs the compiler", file=sys.stderr)
@@ -388,10 +460,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         "SMs x 128 lanes x boost clock; no launch overhead, no scratch, full tiles"
     )
     for target in arguments.target:
-        for name in arguments.dtypes:
+        for name in arguments.dtypes if arguments.only != "inner-loop" else ():
             dtypes = DTYPES[name]
             instructions = print_kernels(target, dtypes, examine(dtypes, target, arguments.workers))
             print_step(target, dtypes, instructions)
+        if arguments.only != "step":
+            print_inner_loop(target, examine_inner_loop(target, arguments.workers))
     return 0
 
 

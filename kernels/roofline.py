@@ -63,14 +63,15 @@ class Gpu(NamedTuple):
     target: str
     bandwidth: float
     issue: float
+    multiprocessors: int
 
 
 GPUS = (
-    Gpu("A100 SXM 80 GB", "sm_80", 2.04e12, 108 * 128 * 1.41e9),
-    Gpu("H100 SXM", "sm_90", 3.35e12, 132 * 128 * 1.98e9),
-    Gpu("H200 SXM", "sm_90", 4.8e12, 132 * 128 * 1.98e9),
-    Gpu("B200", "sm_100", 8.0e12, 148 * 128 * 1.97e9),
-    Gpu("MI300X", "gfx942", 5.3e12, 304 * 64 * 2.1e9),
+    Gpu("A100 SXM 80 GB", "sm_80", 2.04e12, 108 * 128 * 1.41e9, 108),
+    Gpu("H100 SXM", "sm_90", 3.35e12, 132 * 128 * 1.98e9, 132),
+    Gpu("H200 SXM", "sm_90", 4.8e12, 132 * 128 * 1.98e9, 132),
+    Gpu("B200", "sm_100", 8.0e12, 148 * 128 * 1.97e9, 148),
+    Gpu("MI300X", "gfx942", 5.3e12, 304 * 64 * 2.1e9, 304),
 )
 ADAMW_BYTES = 28
 

@@ -30,7 +30,7 @@ def packed(theta: ThetaBatch) -> Tensor:
 
 
 class FusedLoop:
-    """Advances the trajectories of `state` [P, ...] in place; a restarting pair begins with its row of `fresh` [N, ...].
+    """Advances the trajectories of `state` [P, ...] in place; pairs restart from their rows of `fresh` [N, ...].
 
     The tensors of both must stay where they are. `images` [n, 64] float32 and `labels` [n] are the bank of examples.
     On a CPU it runs in Triton's interpreter alone.
@@ -54,8 +54,8 @@ class FusedLoop:
     ) -> tuple[Tensor, Tensor | None]:
         """Advance by a window of K slots; return losses [K, P], and with an expert 1 - cosine to it [K, P].
 
-        `indices` [K, N, 64] point into the bank, `lr` is [K, P], `share` [K, N, 64]; `restarts` are the pairs that begin
-        anew at the end of a slot, each once at most.
+        `indices` [K, N, 64] point into the bank, `lr` is [K, P], `share` [K, N, 64]; `restarts` are the pairs that
+        begin anew at the end of a slot, each once at most.
         """
         recipe, slots = self.recipe, len(indices)
         restart = torch.full((self.problems // 2,), slots, dtype=torch.int32)

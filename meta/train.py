@@ -28,8 +28,8 @@ from celo2.meta.images import load_image_sets
 from celo2.meta.network import Examples
 from celo2.meta.outer_trainer import CURVE, OuterTrainer
 from celo2.meta.recipes import ABLATIONS, RECIPES, Recipe, get_recipe
-from celo2.meta.truncated_step import BACKENDS, backend_of
 from celo2.meta.texts import embedded_text, embedded_windows, zipf_memory
+from celo2.meta.truncated_step import BACKENDS, backend_of
 from celo2.pretrain import options, require
 from celo2.pretrain.device import device_name
 from celo2.pretrain.failures import explain, require_compiler

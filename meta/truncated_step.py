@@ -286,18 +286,14 @@ class TruncatedStep:
             restarts=plan.restarts,
         )
 
-    def advance(
-        self, window: Window, theta: ThetaBatch, expert_weight: float
-    ) -> tuple[Tensor, Tensor | None]:
+    def advance(self, window: Window, theta: ThetaBatch, expert_weight: float) -> tuple[Tensor, Tensor | None]:
         """Take the window's slots in place; return losses [K, P] and, with an expert, imitation losses [K, P].
 
         Losses are raw, also those of slots that the plan's mask leaves out. A particle that restarts begins with its
         row of `fresh`.
         """
         if self._fused is not None:
-            return self._fused(
-                theta, window.index_KNB, window.lr_KP, window.restarts, window.share_KNB, expert_weight
-            )
+            return self._fused(theta, window.index_KNB, window.lr_KP, window.restarts, window.share_KNB, expert_weight)
         slots, n, _ = window.index_KNB.shape
         losses, imitations = [], []
         for t in range(slots):

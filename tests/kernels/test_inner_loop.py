@@ -61,9 +61,7 @@ def pair_of_steps(recipe, device):
 
     def make(backend):
         family = TaskFamily(sets, seed=0, particles=recipe.particles, scale_range=recipe.scale_range)
-        return TruncatedStep(
-            recipe, family, range(recipe.particles), device=device, compiled=False, backend=backend
-        )
+        return TruncatedStep(recipe, family, range(recipe.particles), device=device, compiled=False, backend=backend)
 
     return make("torch"), make("triton")
 
