@@ -7,34 +7,31 @@ State is one flat dictionary of tensors with the problem axis first (`hidden_wei
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from celo2.meta.compilation import region
+from celo2.meta.images import PIXELS
 from celo2.meta.learned_rule import (
     ThetaBatch,
     advance_moments,
     factor_moments,
     matrix_direction,
+    theta_size,
     vector_contribution,
     vector_direction,
 )
 from celo2.meta.network import loss_and_gradients
 from celo2.meta.recipes import Recipe
-from celo2.meta.tasks import MATRICES, SHAPES, VECTORS
+from celo2.meta.tasks import BATCH, MATRICES, SHAPES, VECTORS
 from celo2.newton_schulz import newton_schulz
 from celo2.reference import MOMENTUM_DECAYS, NORM_EPS, RMS_EPS, SECOND_MOMENT_DECAY
 
 State = dict[str, Tensor]
 ADAM_EPS = 1e-8
 MOMENTA = ("momentum_fast", "momentum_medium", "momentum_slow")
-
-
-@cache
-def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    return torch.compile(function, dynamic=False)
 
 
 def move(p: Tensor, direction: Tensor, lr: Tensor) -> None:
@@ -88,7 +85,7 @@ class InnerOptimizer:
     def __init__(self, recipe: Recipe, *, compiled: bool = True) -> None:
         self.recipe = recipe
         self.orthogonalize = recipe.variant == "celo2"
-        wrap = _compiled if compiled else lambda function: function
+        wrap: Callable[[Callable[..., Any]], Callable[..., Any]] = region if compiled else lambda function: function
         self._loss_and_gradients = wrap(loss_and_gradients)
         self._clip = wrap(clip_gradients)
         self._factor_moments, self._advance_moments = wrap(factor_moments), wrap(advance_moments)
@@ -117,6 +114,15 @@ class InnerOptimizer:
         """Return the state of `problems` trajectories with every tensor zero."""
         shapes = self.state_shapes()
         return {name: torch.zeros(problems, *shape, dtype=dtype, device=device) for name, shape in shapes.items()}
+
+    def rehearse(self, problems: int, device: torch.device) -> None:
+        """Take a step on zeros: what steps of that many problems compile, this compiles."""
+        images = torch.zeros(problems // 2, BATCH, PIXELS, device=device)
+        labels = torch.zeros(problems // 2, BATCH, dtype=torch.int64, device=device)
+        theta = ThetaBatch.from_vectors(
+            torch.zeros(problems, theta_size(self.recipe.hidden), device=device), self.recipe.hidden
+        )
+        self.step(self.zeros(problems, device), images, labels, theta)
 
     def step(
         self,
@@ -162,7 +168,7 @@ class InnerOptimizer:
         imitation = None
         if experts:
             matrices = [state[name] for name in MATRICES]
-            imitation = self._imitate(matrices, updates, experts, lr, torch.tensor(expert_weight))
+            imitation = self._imitate(matrices, updates, experts, lr, lr.new_full((), expert_weight))
         for name in VECTORS:
             p, g = state[name], gradients[name]
             v = state[f"{name}/second_moment"]
@@ -220,11 +226,16 @@ class InnerOptimizer:
         return momentum / ((v / (1 - SECOND_MOMENT_DECAY**t)).sqrt() + ADAM_EPS)
 
 
+def rehearse(recipe: Recipe, problems: int, device: torch.device) -> None:
+    """Rehearse a step of the compiled optimizer of a recipe, in whatever process."""
+    InnerOptimizer(recipe).rehearse(problems, device)
+
+
 def _imitation(
     matrices: list[Tensor], directions: list[Tensor], experts: list[Tensor], lr: Tensor, expert_weight: Tensor
 ) -> Tensor:
     """Move the matrices by the blend of learned and expert steps, both of RMS lr; return 1 - cosine [P] of the two."""
-    dot = square = expert_square = torch.zeros(())
+    dot = square = expert_square = lr.new_zeros(())
     for p, direction, expert in zip(matrices, directions, experts, strict=True):
         u = direction * torch.rsqrt(direction.square().mean((1, 2), keepdim=True) + NORM_EPS)
         e = expert * torch.rsqrt(expert.square().mean((1, 2), keepdim=True) + NORM_EPS)
