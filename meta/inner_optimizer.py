@@ -7,18 +7,19 @@ may be one tensor [P, count, m, n]: the rule then takes them as P * count proble
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import cache
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from celo2.meta.compilation import region
 from celo2.meta.learned_rule import (
     ThetaBatch,
     advance_moments,
     factor_moments,
     matrix_direction,
+    theta_size,
     vector_contribution,
     vector_direction,
 )
@@ -30,11 +31,6 @@ from celo2.reference import MOMENTUM_DECAYS, NORM_EPS, RMS_EPS, SECOND_MOMENT_DE
 State = dict[str, Tensor]
 ADAM_EPS = 1e-8
 MOMENTA = ("momentum_fast", "momentum_medium", "momentum_slow")
-
-
-@cache
-def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    return torch.compile(function, dynamic=False)
 
 
 def move(p: Tensor, direction: Tensor, lr: Tensor) -> None:
@@ -93,7 +89,7 @@ class InnerOptimizer:
     def __init__(self, recipe: Recipe, network: Network | None = None, *, compiled: bool = True) -> None:
         self.recipe, self.network = recipe, network or MLP()
         self.orthogonalize = recipe.variant == "celo2"
-        wrap = _compiled if compiled else lambda function: function
+        wrap: Callable[[Callable[..., Any]], Callable[..., Any]] = region if compiled else lambda function: function
         self._loss_and_gradients = self.network.loss_and_gradients(wrap)
         self._clip = wrap(clip_gradients)
         self._factor_moments, self._advance_moments = wrap(factor_moments), wrap(advance_moments)
@@ -125,6 +121,17 @@ class InnerOptimizer:
         """Return the state of `problems` trajectories with every tensor zero."""
         shapes = self.state_shapes()
         return {name: torch.zeros(problems, *shape, dtype=dtype, device=device) for name, shape in shapes.items()}
+
+    def rehearse(self, problems: int, device: torch.device) -> None:
+        """Take a step on zeros: what steps of that many problems compile, this compiles."""
+        inputs, targets = self.network.blank(problems // 2, device)
+        share = None
+        if self.recipe.batch_range != (1.0, 1.0):
+            share = torch.zeros(targets.shape[:2], device=device)
+        theta = ThetaBatch.from_vectors(
+            torch.zeros(problems, theta_size(self.recipe.hidden), device=device), self.recipe.hidden
+        )
+        self.step(self.zeros(problems, device), inputs, targets, theta, share=share)
 
     def step(
         self,
@@ -169,7 +176,7 @@ class InnerOptimizer:
         imitation = None
         if experts:
             matrices = [state[name] for name in network.matrices]
-            imitation = self._imitate(matrices, updates, experts, lr, torch.tensor(expert_weight))
+            imitation = self._imitate(matrices, updates, experts, lr, lr.new_full((), expert_weight))
         adam_lr = recipe.adam_lr_mult * lr
         for name in (*network.side, *(network.vectors if self.orthogonalize else ())):
             momentum, v = state[f"{name}/{MOMENTA[0]}"], state[f"{name}/second_moment"]
@@ -227,11 +234,24 @@ class InnerOptimizer:
         return momentum / ((v / (1 - SECOND_MOMENT_DECAY**t)).sqrt() + ADAM_EPS)
 
 
+class Rehearsal(NamedTuple):
+    """What compiles in a run: steps of a network with so many problems."""
+
+    network: Network
+    problems: int
+
+
+def rehearse(recipe: Recipe, rehearsals: Sequence[Rehearsal], device: torch.device) -> None:
+    """Rehearse a step of the compiled optimizer of each network, in whatever process."""
+    for network, problems in rehearsals:
+        InnerOptimizer(recipe, network).rehearse(problems, device)
+
+
 def _imitation(
     matrices: list[Tensor], directions: list[Tensor], experts: list[Tensor], lr: Tensor, expert_weight: Tensor
 ) -> Tensor:
     """Move the matrices by the blend of learned and expert steps, both of RMS lr; return 1 - cosine [P] of the two."""
-    dot = square = expert_square = torch.zeros(())
+    dot = square = expert_square = lr.new_zeros(())
     # a stack's matrices each have an RMS of 1
     for p, direction, expert in zip(matrices, directions, experts, strict=True):
         u = direction * torch.rsqrt(direction.square().mean((-2, -1), keepdim=True) + NORM_EPS)

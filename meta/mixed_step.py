@@ -13,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from celo2.meta.inner_optimizer import Rehearsal
 from celo2.meta.recipes import Recipe
 from celo2.meta.tasks import TaskFamily, TaskMix
 from celo2.meta.truncated_step import Arrays, Plan, TruncatedStep, Unroll
@@ -29,6 +30,16 @@ class MixedStep:
     def iteration(self) -> NDArray[np.int64]:
         """Counters [n] of all trajectories."""
         return np.concatenate([step.iteration for step in self.steps])
+
+    @property
+    def rehearsals(self) -> list[Rehearsal]:
+        """What `torch.compile` compiles for the windows of all families."""
+        return [rehearsal for step in self.steps for rehearsal in step.rehearsals]
+
+    def rehearse(self) -> None:
+        """Take a step of every network on zeros."""
+        for step in self.steps:
+            step.rehearse()
 
     @property
     def parts(self) -> dict[str, slice]:

@@ -72,6 +72,10 @@ class Network(ABC):
         """Draw the start of one problem, for a scale of 1."""
 
     @abstractmethod
+    def blank(self, particles: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Return full batches of zeros for so many particles: what compiles for them compiles for all others."""
+
+    @abstractmethod
     def loss_and_gradients(self, wrap: Wrap) -> LossAndGradients:
         """Return the function that gives the loss [P] and its gradients; `wrap` compiles the regions of tensors in it.
 
@@ -108,6 +112,10 @@ class MLP(Network):
 
     def initial_weights(self, rng: np.random.Generator) -> Weights:
         return initial_weights(rng)
+
+    def blank(self, particles: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        images = torch.zeros(particles, BATCH, PIXELS, device=device)
+        return images, torch.zeros(particles, BATCH, dtype=torch.int64, device=device)
 
     def loss_and_gradients(self, wrap: Wrap) -> LossAndGradients:
         return wrap(loss_and_gradients)

@@ -12,6 +12,7 @@ import math
 import os
 import warnings
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,9 @@ from safetensors.numpy import load as load_safetensors
 from safetensors.numpy import save as save_safetensors
 
 from celo2.files import write_atomic
+from celo2.meta.compilation import compile_ahead, count_regions, processes_for
 from celo2.meta.gradient_estimator import PES
+from celo2.meta.inner_optimizer import rehearse
 from celo2.meta.learned_rule import COLUMNS, flatten, unflatten
 from celo2.meta.mixed_step import trajectories
 from celo2.meta.network import Examples
@@ -78,7 +81,8 @@ class OuterTrainer:
     """A meta-training run: `step()` takes one outer step, `save` and `resume` make it durable.
 
     With `torch.distributed` initialised, this rank takes its part of every family's particles; their number must be a
-    multiple of the world size. Raises ValueError for a family that does not divide, or a resume that does not fit.
+    multiple of the world size. What ranks add up lies on the host, so `group`, by default that of all ranks, must be
+    able to send from there (gloo). Raises ValueError for a family that does not divide, or a resume that does not fit.
     """
 
     def __init__(
@@ -90,8 +94,10 @@ class OuterTrainer:
         device: torch.device | None = None,
         compiled: bool = True,
         backend: str = "torch",
+        group: dist.ProcessGroup | None = None,
     ) -> None:
         self.recipe, self.seed = recipe, seed
+        self._group = group
         self.device = device or torch.device("cpu")
         self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         self.family = TaskMix(data_sets, seed=seed, particles=recipe.particles, scale_range=recipe.scale_range)
@@ -134,9 +140,20 @@ class OuterTrainer:
     def _sum_over_ranks(self, values: NDArray[np.float64]) -> NDArray[np.float64]:
         if self.world == 1:
             return values
-        tensor = torch.from_numpy(values.copy()).to(self.device)
-        dist.all_reduce(tensor)
-        return tensor.cpu().numpy()
+        sums = values.copy()
+        dist.all_reduce(torch.from_numpy(sums), group=self._group)
+        return sums
+
+    # compilation
+
+    def count_regions(self) -> int:
+        """Return how many regions the inner step compiles: none where the kernel takes all."""
+        return count_regions(self.truncated_step.rehearse)
+
+    def compile(self) -> None:
+        """Compile the inner step ahead, in several processes where that is faster; the trajectories stay."""
+        elsewhere = partial(rehearse, self.recipe, self.truncated_step.rehearsals, self.device)
+        compile_ahead(self.truncated_step.rehearse, elsewhere, processes_for(self.device))
 
     def gradient(self) -> tuple[NDArray[np.float64], dict[str, float]]:
         """Unroll one window; return the gradient [347], averaged over all particles, and the figures of the curve."""
@@ -187,7 +204,7 @@ class OuterTrainer:
         if self.world == 1:
             return arrays
         parts: list[Any] | None = [None] * self.world if self.rank == 0 else None
-        dist.gather_object(arrays, parts)
+        dist.gather_object(arrays, parts, group=self._group)
         if parts is None:
             return {}
         return {name: np.concatenate([part[name] for part in parts], axis=1) for name in arrays}

@@ -4,7 +4,8 @@
     torchrun --standalone --nproc-per-node 2 -m celo2.meta.train --recipe celo2
 
 Leaves in `--out-dir`: the last two checkpoints, one theta a checkpoint, `curve.jsonl` and `curve.png`, and at the end
-`theta.safetensors` with its card. SIGHUP saves and goes on; SIGTERM, SIGUSR1 and SIGINT save and stop.
+`theta.safetensors` with its card. SIGHUP saves and goes on; SIGTERM, SIGUSR1 and SIGINT save and stop, while it
+compiles at once.
 """
 
 from __future__ import annotations
@@ -14,8 +15,9 @@ import json
 import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +26,7 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 
 from celo2.files import remove_temporary, write_atomic
+from celo2.meta.compilation import descendants, end_descendants
 from celo2.meta.images import load_image_sets
 from celo2.meta.network import Examples
 from celo2.meta.outer_trainer import CURVE, OuterTrainer
@@ -34,7 +37,7 @@ from celo2.pretrain import options, require
 from celo2.pretrain.device import device_name
 from celo2.pretrain.failures import explain, require_compiler
 from celo2.pretrain.folder_lock import locked
-from celo2.pretrain.interruption import HELP, Interruption, signals_restored
+from celo2.pretrain.interruption import HELP, Interruption, Stop, signals_restored
 from celo2.pretrain.parallel import World
 from celo2.pretrain.runlog import duration, versions, write_png
 from celo2.pretrain.terminal import attempt, printable, unfailing_streams
@@ -186,6 +189,7 @@ def train(arguments: argparse.Namespace, held: ExitStack) -> int:
         device=device,
         compiled=compiled,
         backend=backend,
+        group=world.control,
     )
     out_dir: Path = arguments.out_dir or Path("runs/meta") / recipe.name
     held.enter_context(locked(out_dir, world))
@@ -212,11 +216,11 @@ def train(arguments: argparse.Namespace, held: ExitStack) -> int:
             f"outer steps {trainer.outer_step}/{total} | {trainer.inner_steps_per_outer:,} inner steps each | "
             f"{trainer.world} rank(s) | {device_name(device)} | backend {backend}"
         )
-        if compiled and trainer.outer_step < total:
-            print("compiling the inner step: minutes, unless it is in the cache; --no-compile goes without")
         sys.stdout.flush()
     interruption = Interruption(world)
     started = time.perf_counter()
+    if compiled and trainer.outer_step < total and trainer.count_regions():
+        compile_ahead(trainer, world, interruption)
     measured: tuple[int, float] | None = None
     saved_at = trainer.outer_step
     # disable=None: no bar unless standard error is a terminal
@@ -228,7 +232,7 @@ def train(arguments: argparse.Namespace, held: ExitStack) -> int:
             figures = trainer.step()
             bar.update()
             if measured is None:
-                # the first step compiles
+                # the first step is slower than the others
                 measured = (trainer.outer_step, time.perf_counter())
             step = trainer.outer_step
             if main and (step % arguments.log_every == 0 or step == total):
@@ -250,6 +254,46 @@ def train(arguments: argparse.Namespace, held: ExitStack) -> int:
         write_curve(trainer, out_dir)
         print(f"{theta!r} after {duration(seconds)} -> {out_dir / THETA}")
     return 0
+
+
+def compile_ahead(trainer: OuterTrainer, world: World, interruption: Interruption) -> None:
+    """Compile the inner step; a signal to stop for ends that at once, with `Stop` on every rank.
+
+    On a CPU the first rank of a machine compiles, with all its processors, and the others load what it has compiled.
+    """
+    began = time.perf_counter()
+    if world.main:
+        print(
+            f"compiling {trainer.count_regions()} regions of the inner step: a minute or more, unless they are in the "
+            "cache; --no-compile goes without",
+            flush=True,
+        )
+    try:
+        # a compiler that is ended first leaves no temporary files; one that Stop finds is killed
+        with interruption.at_once(partial(end_descendants, [*descendants()])):
+            if trainer.device.type == "cpu":
+                wait_for([world.rank - world.local_rank] if world.local_rank else [], world)
+            trainer.compile()
+            world.announce(f"compiled {world.rank}")
+            wait_for(range(world.ranks), world)
+    except Stop as stop:
+        world.announce("stopped", str(stop.signal))
+        if world.main:
+            name = signal.Signals(stop.signal).name
+            print(f"{name} while it compiled: stops at outer step {trainer.outer_step}, checkpoints are as they were")
+        raise
+    if world.main:
+        print(f"compiled in {duration(time.perf_counter() - began)}", flush=True)
+
+
+def wait_for(ranks: Iterable[int], world: World) -> None:
+    """Wait until these ranks have compiled, open to signals. Raises Stop as soon as a rank has announced one."""
+    for rank in ranks:
+        while world.ranks > 1 and world.announced(f"compiled {rank}") is None:
+            number = world.announced("stopped")
+            if number is not None:
+                raise Stop(int(number))
+            time.sleep(0.1)
 
 
 def load_tasks(recipe: Recipe, images: str) -> list[Examples]:
@@ -318,6 +362,8 @@ def _train(arguments: argparse.Namespace) -> int:
             # a rank that leaves while another still works may abort in gloo's teardown
             dist.barrier()
         return status
+    except Stop as stop:
+        return 128 + stop.signal
     except KeyboardInterrupt:
         print("interrupted; checkpoints are as they were", file=sys.stderr)
         return 128 + signal.SIGINT

@@ -106,6 +106,10 @@ class Transformer(Network):
         weights["wide"][1::2] /= math.sqrt(4)
         return {name: w.astype(np.float32) for name, w in weights.items()}
 
+    def blank(self, particles: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        windows = torch.zeros(2, particles, BATCH, CONTEXT, dtype=torch.uint8, device=device)
+        return windows[0], windows[1]
+
     def loss_and_gradients(self, wrap: Wrap) -> LossAndGradients:
         forward = wrap(loss)
 

@@ -21,7 +21,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from celo2.meta.inner_optimizer import InnerOptimizer, State
+from celo2.meta.inner_optimizer import InnerOptimizer, Rehearsal, State
 from celo2.meta.learned_rule import ThetaBatch
 from celo2.meta.network import MLP
 from celo2.meta.randomness import Purpose, generator
@@ -168,6 +168,16 @@ class TruncatedStep:
     def prefix(self) -> str:
         """What the names of its arrays in a checkpoint begin with: the network's, of the MLP nothing."""
         return f"{self.network.name}/" if self.network.name else ""
+
+    @property
+    def rehearsals(self) -> list[Rehearsal]:
+        """What `torch.compile` compiles for its windows: nothing where they are the kernel's."""
+        return [] if self._fused is not None else [Rehearsal(self.network, 2 * len(self.particles))]
+
+    def rehearse(self) -> None:
+        """Take a step on zeros, which compiles what windows need; the trajectories stay."""
+        for _, problems in self.rehearsals:
+            self.optimizer.rehearse(problems, self.device)
 
     @property
     def parts(self) -> dict[str, slice]:

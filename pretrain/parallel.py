@@ -35,6 +35,11 @@ def _variable(name: str, default: int) -> int:
         raise ValueError(f"{name}={text!r} in the environment is no number: start with torchrun") from None
 
 
+def _store() -> torch._C._distributed_c10d.Store:
+    """What the processes found each other by: it answers without the others' doing anything."""
+    return dist.distributed_c10d._get_default_store()
+
+
 @dataclass(frozen=True)
 class World:
     """The processes of a run. Methods with several processes are collective: every rank calls them alike."""
@@ -55,12 +60,20 @@ class World:
         """Join the processes that the environment names (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT).
 
         `device` is a name for `select_device`; with several GPUs in a machine each process takes its own. Raises
-        ValueError for a device that is not there, and for one GPU named to several processes of a machine.
+        ValueError for a device that is not there, for one GPU named to several processes of a machine, and for more
+        processes of a machine than it has GPUs.
         """
         ranks, rank = _variable("WORLD_SIZE", 1), _variable("RANK", 0)
         local_rank = _variable("LOCAL_RANK", rank)
         local_ranks = _variable("LOCAL_WORLD_SIZE", ranks)
         if ranks > 1 and torch.cuda.is_available() and device in ("auto", "cuda"):
+            gpus = torch.cuda.device_count()
+            # all ranks of the machine raise, or some would wait for the others
+            if max(local_rank + 1, _variable("LOCAL_WORLD_SIZE", 1)) > gpus:
+                raise ValueError(
+                    f"{local_ranks} processes on this machine, and each sees {gpus} GPU(s): start one for each GPU, "
+                    "let each see all of them, or give --device cpu"
+                )
             device = f"cuda:{local_rank}"
         elif local_ranks > 1 and device.startswith("cuda:"):
             raise ValueError(
@@ -122,6 +135,20 @@ class World:
         """Wait for all ranks."""
         if self.control is not None:
             dist.barrier(group=self.control)
+
+    def announce(self, name: str, value: str = "") -> None:
+        """Leave a word for the other ranks, who may look for it when they like. Not collective."""
+        if self.control is not None:
+            _store().set(f"celo2/{name}", value)
+
+    def announced(self, name: str) -> str | None:
+        """What some rank has announced by this name, or None; ConnectionError when the one that keeps it has left."""
+        try:
+            if self.control is None or not _store().check([f"celo2/{name}"]):
+                return None
+            return _store().get(f"celo2/{name}").decode()
+        except dist.DistError as error:
+            raise ConnectionError("another rank has left") from error
 
     def gather(self, value: Any, *, background: bool = False) -> list[Any]:
         """All ranks' values, by rank."""

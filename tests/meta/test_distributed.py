@@ -81,3 +81,44 @@ def test_figures_count_every_particle(image_sets, small_recipe):
     assert figures["non_finite"] == 5 and figures["horizon"] == np.mean([5, 6, 7, 8])
     assert trainer.curve[0, 5] == 5 and np.isfinite(trainer.curve).all()
     assert np.isfinite(trainer._parameter.detach().numpy()).all()
+
+
+FAKE = """
+import sys
+import numpy as np
+import torch.distributed as dist
+from celo2.meta.images import load_image_sets
+from celo2.meta.outer_trainer import OuterTrainer
+from celo2.meta.recipes import get_recipe
+from dataclasses import replace
+rank = int(sys.argv[1])
+store = dist.FileStore(sys.argv[2], 2)
+# as NCCL's group on GPUs: it does not add up what lies on the host
+dist.init_process_group("fake", rank=rank, world_size=2, store=store)
+group = dist.new_group(backend="gloo")
+fields = dict(particles=2, window=5, length_range=(8, 16), initial_iterations=16, outer_steps=8, outer_warmup=2)
+recipe = replace(get_recipe("celo2-elo"), **fields)
+trainer = OuterTrainer(recipe, load_image_sets(sys.argv[3])[:1], compiled=False, group=group)
+for _ in range(2):
+    trainer.step()
+from pathlib import Path
+trainer.save(Path(sys.argv[4]))
+"""
+
+
+def test_sums_of_ranks_go_over_the_group_of_the_host(tmp_path, image_sets, small_recipe):
+    image_sets = image_sets[:1]
+    arrays = {f"{s.name}_images": (s.images.reshape(-1, 8, 8) * 65535).astype(np.uint16) for s in image_sets}
+    np.savez(tmp_path / "images.npz", **arrays, **{f"{s.name}_labels": s.labels for s in image_sets})
+    (tmp_path / "run.py").write_text(FAKE)
+    command = [sys.executable, str(tmp_path / "run.py")]
+    rest = [str(tmp_path / "store"), str(tmp_path / "images.npz"), str(tmp_path)]
+    ranks = [subprocess.Popen([*command, rank, *rest], stderr=subprocess.PIPE, text=True) for rank in "01"]
+    errors = [process.communicate(timeout=120)[1] for process in ranks]
+    assert [process.returncode for process in ranks] == [0, 0], errors
+    recipe = small_recipe("celo2-elo", outer_steps=8)
+    two, one = (OuterTrainer(recipe, load_image_sets(str(tmp_path / "images.npz")), compiled=False) for _ in range(2))
+    assert two.resume(tmp_path) is not None
+    for _ in range(2):
+        one.step()
+    np.testing.assert_allclose(two.curve, one.curve, rtol=1e-3)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -20,6 +21,7 @@ from celo2.meta.outer_trainer import CURVE
 from celo2.pretrain.folder_lock import locked
 from celo2.pretrain.parallel import World
 from celo2.theta import Theta
+from scenarios.regions import processes_with
 
 pytestmark = pytest.mark.needs("matplotlib", "tqdm", "skimage")
 
@@ -152,32 +154,23 @@ def test_a_killed_run_resumes_to_the_bit(data, tmp_path):
 
 @pytest.fixture
 def start(data, tmp_path):
-    """Start the program, compiling with an empty cache, and wait until it says so; the process and its folder."""
+    """Start the program, compiling with an empty cache in two processes, and wait until it says so."""
     processes = []
+    two = "import celo2.meta.outer_trainer\ncelo2.meta.outer_trainer.processes_for = lambda device: 2\n"
 
-    def begin():
-        (tmp_path / "run.py").write_text(PATCHED)
-        out = tmp_path / "run"
-        command = [
-            sys.executable,
-            str(tmp_path / "run.py"),
-            "--data",
-            str(data),
-            "--device",
-            "cpu",
-            "--outer-steps",
-            "2",
-        ]
-        command += ["--save-every", "1000", "--out-dir", str(out)]
-        environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
+    def begin(*launcher):
+        (tmp_path / "run.py").write_text(two + PATCHED)
+        (tmp_path / "tmp").mkdir()
+        command = [sys.executable, *launcher, str(tmp_path / "run.py"), "--data", str(data), "--device", "cpu"]
+        command += ["--outer-steps", "2", "--save-every", "1000", "--out-dir", str(tmp_path / "run")]
+        places = {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache"), "TMPDIR": str(tmp_path / "tmp")}
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-        process = subprocess.Popen(command, env=environment, **pipes)
+        process = subprocess.Popen(command, env=os.environ | places, start_new_session=True, **pipes)
         processes.append(process)
-        while (line := process.stdout.readline()) and not line.startswith("compiling the inner step: minutes"):
+        while (line := process.stdout.readline()) and not line.startswith("compiling 1"):
             pass
         assert line, process.communicate()
-        time.sleep(2)  # into the compilation
-        return process, out
+        return process
 
     yield begin
     for process in processes:
@@ -185,19 +178,80 @@ def start(data, tmp_path):
         process.communicate()
 
 
-@pytest.mark.parametrize(
-    ("number", "status"), [(signal.SIGINT, -signal.SIGINT), (signal.SIGTERM, 128 + signal.SIGTERM)]
-)
-def test_a_second_signal_during_compilation_leaves_at_once(start, number, status):
-    process, out = start()
+def left_by(process, tmp_path):
+    """What the program printed before it ended, which takes seconds; nothing else is left of it."""
+    printed, errors = process.communicate(timeout=25)
+    assert "Traceback" not in errors, errors
+    deadline = time.monotonic() + 5
+    while (others := processes_with(str(tmp_path))) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not others, [Path(f"/proc/{other}/cmdline").read_text() for other in others]
+    assert not list((tmp_path / "run").glob("*")) and not (tmp_path / "run" / ".lock").exists()
+    # the compiler's caches alone
+    assert not [name for name in os.listdir(tmp_path / "tmp") if not name.startswith("torchinductor_")]
+    return printed, errors
+
+
+def until_a_compiler_runs(tmp_path):
+    deadline = time.monotonic() + 100
+    while time.monotonic() < deadline:
+        for process in processes_with(str(tmp_path)):
+            with contextlib.suppress(OSError):
+                if "cc1plus" in Path(f"/proc/{process}/cmdline").read_text():
+                    return
+        time.sleep(0.02)
+    pytest.fail("no compiler was seen")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_during_compilation_ends_it(start, tmp_path, number):
+    """As it begins, in the C++ compiler, and while two processes compile."""
+    process = start()
+    if number == signal.SIGTERM:
+        until_a_compiler_runs(tmp_path)
+    elif number == signal.SIGINT:
+        deadline = time.monotonic() + 100
+        while not any((tmp_path / "tmp").glob("celo2-regions-*/*")) or len(processes_with(str(tmp_path))) < 2:
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        time.sleep(3)
     process.send_signal(number)
-    time.sleep(1.5)
+    printed, errors = left_by(process, tmp_path)
+    assert process.returncode == 128 + number, errors
+    name = signal.Signals(number).name
+    assert f"{name} while it compiled: stops at outer step 0, checkpoints are as they were" in printed
+
+
+def test_a_second_interrupt_leaves_at_once_and_a_hangup_does_not_stop(start, tmp_path):
+    process = start()
+    process.send_signal(signal.SIGHUP)
+    time.sleep(2)
     assert process.poll() is None
-    process.send_signal(number)
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == status, errors
-    assert "at once" in errors and "Traceback" not in errors
-    assert not list(out.glob("checkpoint-*"))
+    process.send_signal(signal.SIGINT)
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=25)
+    assert process.returncode in (128 + signal.SIGINT, -signal.SIGINT)
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("to", ["torchrun", "rank 0", "rank 1"])
+def test_a_signal_during_the_compilation_of_two_ranks(start, tmp_path, to):
+    """Rank 0 compiles and rank 1 waits for it."""
+    process = start("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+    until_a_compiler_runs(tmp_path)
+    ranks = {}
+    for other in processes_with(str(tmp_path)):
+        variables = Path(f"/proc/{other}/environ").read_bytes().split(b"\0")
+        if b"run.py" in Path(f"/proc/{other}/cmdline").read_bytes():
+            ranks |= {int(v.removeprefix(b"RANK=")): other for v in variables if v.startswith(b"RANK=")}
+    assert sorted(ranks) == [0, 1]
+    os.kill(process.pid if to == "torchrun" else ranks[int(to[-1])], signal.SIGTERM)
+    printed, errors = process.communicate(timeout=40)
+    assert process.returncode != 0
+    assert "SIGTERM while it compiled: stops at outer step 0" in printed or to == "rank 1", errors
+    # the launcher has a traceback of its own
+    assert f'File "{tmp_path}' not in errors, errors
+    assert not processes_with(str(tmp_path)) and not list((tmp_path / "run").glob("*"))
 
 
 def test_a_hangup_saves_and_the_run_goes_on(data, tmp_path):

@@ -30,6 +30,15 @@ def test_select_device() -> None:
     assert "threads" in device_name(torch.device("cpu"))
 
 
+def test_a_gpu_by_its_kind_alone(monkeypatch) -> None:
+    """One process with `--device cuda` takes the current GPU, and with a number that one."""
+    taken = []
+    monkeypatch.setattr(torch, "empty", lambda *_, **__: None)
+    monkeypatch.setattr(torch._C, "_cuda_setDevice", taken.append, raising=False)
+    assert select_device("cuda") == torch.device("cuda") and taken == []
+    assert select_device("cuda:1") == torch.device("cuda:1") and taken == [1]
+
+
 def test_precision() -> None:
     x = torch.ones(2, 2)
     with precision(torch.device("cpu"), "bfloat16"):

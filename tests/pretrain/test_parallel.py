@@ -47,11 +47,26 @@ def test_each_process_takes_its_own_gpu(program, device, taken, tmp_path, monkey
         raise ValueError(f"took {name}")
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     monkeypatch.setattr(parallel_module, "select_device", choose)
     assert importlib.import_module(program).main(["--device", device, "--out-dir", str(tmp_path / "out")]) > 0
     error = capsys.readouterr().err
     refused = "--device cuda:0: each of 4 processes would take it; give cuda, which gives each its own"
     assert (refused if taken is None else f"took {taken}\n") in error
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("local_rank", [0, 3])
+@pytest.mark.parametrize("program", ["celo2.pretrain.train_gpt", "celo2.meta.train"])
+def test_more_processes_than_gpus(program, local_rank, tmp_path, monkeypatch, capsys) -> None:
+    """Those that have one say it too, instead of waiting for the others."""
+    places = {"RANK": local_rank, "WORLD_SIZE": 4, "LOCAL_RANK": local_rank, "LOCAL_WORLD_SIZE": 4}
+    for name, value in places.items():
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert importlib.import_module(program).main(["--out-dir", str(tmp_path / "out")]) == 2
+    assert "4 processes on this machine, and each sees 2 GPU(s): start one for each GPU" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 
