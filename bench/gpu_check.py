@@ -60,6 +60,7 @@ SECTIONS = (
     Section("sanitizer", 60, 20, "compute-sanitizer on small steps"),
     Section("ncu", 60, 20, "hardware counters of each kernel"),
     Section("meta", 75, 20, "windows a second of meta-training"),
+    Section("meta_train", 120, 40, "the paper's meta-training by the kernel, as far as time goes: thetas"),
     Section("language_model", 90, 30, "the 30m model on the embedded text: celo2, muon, adamw"),
 )
 

@@ -29,6 +29,7 @@ TITLES = {
     "sanitizer": "compute-sanitizer",
     "ncu": "Hardware counters",
     "meta": "Meta-training",
+    "meta_train": "The paper's meta-training",
     "language_model": "A language model on the embedded text",
 }
 NOTES = {
