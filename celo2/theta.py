@@ -39,7 +39,7 @@ CLOSED_FORMS = {
     "adam": {"w0__5": 1.0},
 }
 # names of the bundled files, and of the variants they hold
-TRAINED = VARIANTS
+TRAINED = (*VARIANTS, "celo2-lm")
 BUNDLED = Path(__file__).parent / "weights"
 
 
@@ -223,8 +223,8 @@ def closed_form(name: str) -> Theta:
 def load_weights(weights: str | os.PathLike[str] | Theta) -> Theta:
     """Resolve what the `weights=` argument of `FusedCelo2` accepts.
 
-    A `Theta`; a name (`"celo2"` and `"celo2-base"`, the bundled trained weights; `"momentum"`, `"nesterov"` and
-    `"adam"`, closed forms); the path of a file, or of a folder that holds one (a run of meta-training); or a hub id
+    A `Theta`; a name (`"celo2"`, `"celo2-lm"` and `"celo2-base"`, the bundled trained weights; `"momentum"`,
+    `"nesterov"` and `"adam"`, closed forms); the path of a file, or of a folder that holds one (a run of meta-training); or a hub id
     `owner/name` or `owner/name@revision`, without a network from the cache. A path that exists wins over a hub id of
     the same spelling; `~` is the home folder.
     Raises ValueError, FileNotFoundError, ImportError or OSError, each naming `weights` and the fix.

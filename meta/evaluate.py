@@ -39,7 +39,7 @@ from celo2.pretrain.terminal import unfailing_streams
 from celo2.theta import load_weights
 
 Record = dict[str, Any]
-BUNDLED = ("celo2", "celo2-base")
+BUNDLED = ("celo2", "celo2-lm", "celo2-base")
 PARTS = ("horizon", "language-model", "report")
 
 

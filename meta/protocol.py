@@ -113,7 +113,8 @@ def contenders() -> list[Contender]:
 
     return [
         learned("celo2", "celo2", "celo2", "the bundled theta, with Newton-Schulz"),
-        learned("start", "celo2", start_of_celo2(), "where the meta-training of `celo2` began: Muon's direction"),
+        learned("celo2-lm", "celo2", "celo2-lm", "bundled beside it: meta-trained on a small byte transformer"),
+        learned("start", "celo2", start_of_celo2(), "where the meta-training of both began: Muon's direction"),
         learned("nesterov", "celo2", "nesterov", "the same direction as a closed form"),
         Contender(Method("muon", "muon"), MUON, "`torch.optim.Muon`, and AdamW for the rest"),
         learned("celo2-base", "celo2-base", "celo2-base", "the bundled theta, without Newton-Schulz"),

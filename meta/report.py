@@ -22,7 +22,7 @@ from celo2.theta import Theta
 Record = dict[str, Any]
 CURVES = "curves.png"
 # what each trained theta is compared with: its start, and the tuned optimizer that it would replace
-OPPONENTS = {"celo2": ("start", "muon"), "celo2-base": ("adam", "adamw")}
+OPPONENTS = {"celo2": ("start", "muon"), "celo2-lm": ("start", "celo2", "muon"), "celo2-base": ("adam", "adamw")}
 
 
 @dataclass(frozen=True)

@@ -170,8 +170,9 @@ def test_load_weights_names(random_theta, tmp_path):
 @pytest.mark.parametrize("name", TRAINED)
 def test_bundled_weights_are_trained_and_say_how(name):
     theta = load_weights(name)
-    assert theta.name == theta.variant == name and theta.num_parameters == 347
-    assert theta.orthogonalize == (name == "celo2")
+    assert theta.name == name and theta.num_parameters == 347
+    assert theta.variant == ("celo2-base" if name == "celo2-base" else "celo2")
+    assert theta.orthogonalize == (theta.variant == "celo2")
     for key in (
         "recipe",
         "data_sha256",

@@ -196,7 +196,16 @@ def _splits(shards, tmp_path):
 
 def test_every_method_has_as_many_runs_and_all_that_its_users_tune() -> None:
     rows = protocol.contenders()
-    assert [row.name for row in rows] == ["celo2", "start", "nesterov", "muon", "celo2-base", "adam", "adamw"]
+    assert [row.name for row in rows] == [
+        "celo2",
+        "celo2-lm",
+        "start",
+        "nesterov",
+        "muon",
+        "celo2-base",
+        "adam",
+        "adamw",
+    ]
     options = {row.name: [axis.option for axis in row.lattice.axes] for row in rows}
     assert options["muon"] == ["lr", "momentum", "adam_lr"] and options["adamw"] == ["lr", "beta2", "weight_decay"]
     assert options["celo2"] == options["start"] == options["nesterov"] == ["lr", "adam_lr_mult"]
