@@ -224,9 +224,9 @@ def load_weights(weights: str | os.PathLike[str] | Theta) -> Theta:
     """Resolve what the `weights=` argument of `FusedCelo2` accepts.
 
     A `Theta`; a name (`"celo2"`, `"celo2-lm"` and `"celo2-base"`, the bundled trained weights; `"momentum"`,
-    `"nesterov"` and `"adam"`, closed forms); the path of a file, or of a folder that holds one (a run of meta-training); or a hub id
-    `owner/name` or `owner/name@revision`, without a network from the cache. A path that exists wins over a hub id of
-    the same spelling; `~` is the home folder.
+    `"nesterov"` and `"adam"`, closed forms); the path of a file, or of a folder that holds one (a run of
+    meta-training); or a hub id `owner/name` or `owner/name@revision`, without a network from the cache. A path that
+    exists wins over a hub id of the same spelling; `~` is the home folder.
     Raises ValueError, FileNotFoundError, ImportError or OSError, each naming `weights` and the fix.
     """
     if isinstance(weights, Theta):
