@@ -92,6 +92,13 @@ def test_a_window_on_another_device(image_sets, small_recipe, name, monkeypatch)
     """On the meta device, which refuses what lies on the host as a GPU does; what comes back from it are zeros."""
     real = torch.Tensor.cpu
     monkeypatch.setattr(torch.Tensor, "cpu", lambda x: torch.zeros(x.shape, dtype=x.dtype) if x.is_meta else real(x))
+    select = torch.Tensor.index_select
+
+    def strict(x, dim, index):
+        assert index.device == x.device
+        return select(x, dim, index)
+
+    monkeypatch.setattr(torch.Tensor, "index_select", strict)
     trainer = OuterTrainer(small_recipe(name), image_sets, device=torch.device("meta"), compiled=False)
     trainer._rehearse()
     for _ in range(3):
