@@ -218,7 +218,7 @@ def end_descendants(but: Collection[int]) -> None:
 
 
 def descendants() -> dict[int, bool]:
-    """Return whether each process that this one or its own have started has started none; nothing without /proc."""
+    """Return the processes below this one, and whether each has started none itself; nothing without a /proc."""
     children: dict[int, list[int]] = {}
     for path in Path("/proc").glob("[0-9]*/stat"):
         with contextlib.suppress(OSError):

@@ -165,7 +165,7 @@ def _mlp(
     h, k = hidden.shape[1:]
     spread = (-1, *(1,) * (columns[0].ndim - 1))
 
-    # the weights at once instead of one by one: a compiler traces a third of the operations
+    # the weights at once instead of one by one: a compiler traces fewer operations
     def scalars(weights: Tensor) -> tuple[Tensor, ...]:
         return weights.reshape(*spread, weights[0].numel()).unbind(-1)
 
