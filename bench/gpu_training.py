@@ -6,21 +6,21 @@ import statistics
 import tempfile
 import time
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import torch
 from gpu_lab import CUDA, DEVICE, Lab, Work, milliseconds, sync, whole
 from gpu_speed import free, tried
 
-from celo2.meta.images import EMBEDDED, load_npz
-from celo2.meta.outer_trainer import OuterTrainer
-from celo2.meta.recipes import get_recipe
-from celo2.meta.train import card
 from celo2.pretrain.device import peak_flops
 from celo2.pretrain.machines import MACHINES
 from celo2.pretrain.model import GPT, GPTConfig, model_config
 from celo2.pretrain.optimizers import Optimizers
 from celo2.pretrain.recipes import Recipe, learning_rate, recipe_for
 from celo2.theta import Theta
+
+if TYPE_CHECKING:
+    from celo2.meta.outer_trainer import OuterTrainer
 
 
 def predicted_rate(opt: str, model: GPT, tokens: int) -> float | None:
@@ -84,6 +84,11 @@ def training(lab: Lab) -> None:
 
 def trainer_of(lab: Lab, recipe: str, kind: str) -> OuterTrainer:
     """Return a meta-training of the paper on the embedded images: `kernel`, or PyTorch `eager` or `compiled`."""
+    # its imports take seconds, which other sections need
+    from celo2.meta.images import EMBEDDED, load_npz
+    from celo2.meta.outer_trainer import OuterTrainer
+    from celo2.meta.recipes import get_recipe
+
     changes = {"particles": 1, "window": 2} if lab.dry else {}
     sets = list(load_npz(EMBEDDED).values())[: 1 if lab.dry else None]
     backend = "triton" if kind == "kernel" else "torch"
@@ -131,6 +136,8 @@ def meta(lab: Lab) -> None:
 
 def meta_train(lab: Lab) -> None:
     """The paper's recipe by the kernel, each variant for half of the time: as many outer steps as there are; thetas."""
+    from celo2.meta.train import card
+
     torch.set_flush_denormal(True)
     share = lab.left / 2
     for number, recipe in enumerate(("celo2", "celo2-base"), start=1):
