@@ -202,8 +202,9 @@ TEXT = WARM | {
     "loss_tail": 0.2,
     "length_range": (200, 4000),
 }
-# the same with the transformer, and with nothing else; an eighth of its batch is one window of 32 bytes. Beyond these
-# scales its trajectories stand still or diverge, and neither has a gradient
+# the same with the transformer, and with nothing else; an eighth of its batch is one window of 32 bytes. From Muon's
+# direction, 1,000 steps (one window, one seed) end at 2.78 nats at a scale of 0.03, 2.53 at 0.1, 2.09 at 3, 2.15 at 10,
+# and at 2.37 at 100, after a loss of 17: the paper's range is mostly steps too small or too large for it
 TRANSFORMER = TEXT | {
     "tasks": ("images", "text", "memory", "transformer"),
     "batch_range": (0.125, 1.0),
