@@ -38,8 +38,8 @@ CLOSED_FORMS = {
     "nesterov": {"w0__3": NESTEROV["momentum"], "w0__0": NESTEROV["gradient"]},
     "adam": {"w0__5": 1.0},
 }
-# names of the bundled files, and of the variants they hold
-TRAINED = (*VARIANTS, "celo2-lm")
+# names of the bundled files
+TRAINED = ("celo2", "celo2-lm", "celo2-base")
 BUNDLED = Path(__file__).parent / "weights"
 
 

@@ -36,10 +36,9 @@ from celo2.pretrain import options
 from celo2.pretrain.device import device_name
 from celo2.pretrain.runlog import versions
 from celo2.pretrain.terminal import unfailing_streams
-from celo2.theta import load_weights
+from celo2.theta import TRAINED, load_weights
 
 Record = dict[str, Any]
-BUNDLED = ("celo2", "celo2-lm", "celo2-base")
 PARTS = ("horizon", "language-model", "report")
 
 
@@ -253,7 +252,7 @@ def run_horizon(path: Path, images: str, steps: int) -> list[Record]:
     """Unroll the bundled thetas and return their records, from the file where they are there."""
     sets = load_image_sets(images)
     names = [image_set.name for image_set in sets]
-    wanted = {load_weights(name).sha256: name for name in BUNDLED}
+    wanted = {load_weights(name).sha256: name for name in TRAINED}
     records = [r for r in read_records(path) if r["sha256"] in wanted and r["steps"] == steps and r["task"] in names]
     for sha256, name in wanted.items():
         if any(record["sha256"] == sha256 for record in records):
@@ -290,10 +289,10 @@ def evaluate(arguments: argparse.Namespace) -> int:
             for name in models.wanted
             for text in splits
         ]  # fmt: skip
-        current = {load_weights(name).sha256 for name in BUNDLED}
+        current = {load_weights(name).sha256 for name in TRAINED}
         horizons = [r for r in read_records(horizon_path) if r["sha256"] in current]
         facts = {"machine": device_name(torch.device("cpu")).split(",")[0], **versions()}
-        thetas = [load_weights(name) for name in BUNDLED]
+        thetas = [load_weights(name) for name in TRAINED]
         report.write(arguments.out, folder, tables, horizons, thetas, facts)
         print(f"-> {arguments.out}")
     return 0

@@ -23,8 +23,6 @@ from celo2.meta.transformer import ByteWindows, Transformer
 
 # the network that a kind of data set trains
 NETWORKS: dict[type[Any], Network] = {ImageSet: MLP(), ByteWindows: Transformer()}
-# where the normalised loss of the MLP is clipped
-LOSS_CLIP = MLP().loss_clip
 
 
 class Task:

@@ -9,8 +9,10 @@ import pytest
 
 from celo2.meta import images as images_module
 from celo2.meta.images import ImageSet, load_image_sets, load_npz, load_official, photo_patches, shrink, small_subset
-from celo2.meta.network import SHAPES, initial_weights
-from celo2.meta.tasks import LOSS_CLIP, Task, TaskFamily, normalised_loss
+from celo2.meta.network import MLP, SHAPES, initial_weights
+from celo2.meta.tasks import Task, TaskFamily, normalised_loss
+
+LOSS_CLIP = MLP().loss_clip
 
 
 def test_batches_are_shuffled_epochs_by_seed(image_sets):
