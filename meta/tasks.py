@@ -64,8 +64,8 @@ def network_of(data_set: Examples) -> Network:
     return NETWORKS[type(data_set)]
 
 
-def normalised_loss(loss: NDArray[np.float64], clip: float = LOSS_CLIP) -> NDArray[np.float64]:
-    """Clip a loss to [0, clip], by default 1.5 ln 10; NaN and infinity become the upper bound."""
+def normalised_loss(loss: NDArray[np.float64], clip: float) -> NDArray[np.float64]:
+    """Clip a loss to [0, clip]; NaN and infinity become the upper bound."""
     return np.clip(np.nan_to_num(loss, nan=clip, posinf=clip), 0.0, clip)
 
 

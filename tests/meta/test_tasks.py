@@ -57,7 +57,7 @@ def test_starts_are_truncated_normals_over_a_log_uniform_scale(image_sets):
 
 
 def test_normalised_loss_is_clipped_and_finite():
-    values = normalised_loss(np.array([-1.0, 0.5, 5.0, np.nan, np.inf, -np.inf]))
+    values = normalised_loss(np.array([-1.0, 0.5, 5.0, np.nan, np.inf, -np.inf]), LOSS_CLIP)
     np.testing.assert_allclose(values, [0, 0.5, LOSS_CLIP, LOSS_CLIP, LOSS_CLIP, 0])
     assert pytest.approx(3.45388, abs=1e-5) == LOSS_CLIP
 
