@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import statistics
 import tempfile
 import time
@@ -21,6 +22,8 @@ from celo2.theta import Theta
 
 if TYPE_CHECKING:
     from celo2.meta.outer_trainer import OuterTrainer
+# processes that make draws ahead of the kernel
+AHEAD = max(1, min(4, (os.cpu_count() or 1) - 1))
 
 
 def predicted_rate(opt: str, model: GPT, tokens: int) -> float | None:
@@ -91,9 +94,14 @@ def trainer_of(lab: Lab, recipe: str, kind: str) -> OuterTrainer:
 
     changes = {"particles": 1, "window": 2} if lab.dry else {}
     sets = list(load_npz(EMBEDDED).values())[: 1 if lab.dry else None]
-    backend = "triton" if kind == "kernel" else "torch"
+    kernel = kind == "kernel"
     return OuterTrainer(
-        replace(get_recipe(recipe), **changes), sets, device=DEVICE, compiled=kind == "compiled", backend=backend
+        replace(get_recipe(recipe), **changes),
+        sets,
+        device=DEVICE,
+        compiled=kind == "compiled",
+        backend="triton" if kernel else "torch",
+        ahead=AHEAD if kernel else 0,
     )
 
 
@@ -126,6 +134,7 @@ def meta(lab: Lab) -> None:
                 trainer.step()
                 sync()
                 times.append(time.perf_counter() - start)
+            trainer.close()
             rate = 1 / statistics.median(times)
             record = {"inner_steps": whole(trainer.inner_steps_per_outer * rate), "pairs": trainer.total}
             record |= {"first_s": whole(first), "full_recipe_minutes": whole(100_001 / rate / 60)}
@@ -148,6 +157,7 @@ def meta_train(lab: Lab) -> None:
             steps = 2 if lab.dry else trainer.recipe.outer_steps
             while trainer.outer_step < steps and lab.left > max(3.0, until):
                 trainer.step()
+            trainer.close()
             seconds = time.perf_counter() - start
             theta = Theta.from_arrays(trainer.theta.arrays, card(trainer, "embedded", seconds))
             theta.save(lab.out / f"theta-{recipe}-{trainer.outer_step}.safetensors")

@@ -45,7 +45,7 @@ _FOREIGN_KEYS = frozenset(
 )
 
 
-BACKENDS = ("auto", "triton", "torch")
+BACKENDS = ("auto", "triton", "torch", "compiled")
 COMM_DTYPES = ("auto", "bfloat16", "float32")
 
 
@@ -80,7 +80,9 @@ class FusedCelo2(Optimizer):
             but the first are rounded stochastically.
         backend: `"triton"` steps the learned rule by the kernels of `celo2.kernels`, `"torch"` by `celo2.phases`;
             `"auto"` takes the kernels for parameters on a GPU where Triton is installed. On a CPU `"triton"` needs
-            `TRITON_INTERPRET=1` in the environment, for tests.
+            `TRITON_INTERPRET=1` in the environment, for tests. `"compiled"` is `"torch"` with phases 2 and 3 of whole
+            float32 matrices on a CPU through `torch.compile`: half of their time, after a minute of compilation the
+            first time on a machine; without a C++ compiler it says so in the log, and is `"torch"`.
         comm_dtype: what directions of sharded parameters travel in to the rank that orthogonalises them and back:
             `"bfloat16"`, `"float32"`, or `"auto"`: bfloat16 on a GPU, where the kernels keep directions in it anyway,
             and float32 on a CPU. What rounding it does that one process would not, Newton-Schulz amplifies.
@@ -164,8 +166,10 @@ class FusedCelo2(Optimizer):
         self.comm_dtype, self.ns_over_replicas = comm_dtype, ns_over_replicas
         if ns_dtype not in NS_DTYPES:
             raise ValueError(f"ns_dtype={ns_dtype!r}, allowed: {', '.join(NS_DTYPES)}")
-        if ns_dtype == "bfloat16" and backend == "torch":
-            raise ValueError("ns_dtype='bfloat16' with backend='torch': the kernels alone iterate in it; use 'auto'")
+        if ns_dtype == "bfloat16" and backend in ("torch", "compiled"):
+            raise ValueError(
+                f"ns_dtype='bfloat16' with backend={backend!r}: the kernels alone iterate in it; use 'auto'"
+            )
         self.ns_dtype = ns_dtype
         if backend not in BACKENDS:
             raise ValueError(f"backend={backend!r}, allowed: {', '.join(BACKENDS)}")

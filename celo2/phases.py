@@ -280,6 +280,16 @@ class MatrixStep:
         row, column = vector_sums(self.row_factor), vector_sums(self.column_factor)
         return torch.rsqrt(row / m + NORM_EPS), torch.rsqrt(column / n + NORM_EPS)
 
+    def vector_terms(self, vector_scales: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
+        """What the first layer takes from rows [h, B, m] and from columns [h, B, n], to which the bias is added."""
+        theta = self.theta
+        rows_are_short = self.shape[0] <= self.shape[1]
+        row_weights, column_weights = (theta.short, theta.long) if rows_are_short else (theta.long, theta.short)
+        row_scale, column_scale = self.vector_scales() if vector_scales is None else vector_scales
+        row_term = _vector_contribution(self.row_factor, row_scale, row_weights)
+        column_term = _vector_contribution(self.column_factor, column_scale, column_weights)
+        return row_term, column_term.add_(theta.bias0[:, None, None])
+
     def learned_update(self, scales: Tensor, vector_scales: tuple[Tensor, Tensor] | None = None) -> Tensor:
         """Phase 3: write momenta and second moment, return the direction d [B, m, n] (scratch, valid until reused).
 
@@ -287,12 +297,7 @@ class MatrixStep:
         """
         source, theta, take = self.matrices, self.theta, self.workspace.take
         batch, m, n = source.p.shape
-        rows_are_short = self.shape[0] <= self.shape[1]
-        row_weights, column_weights = (theta.short, theta.long) if rows_are_short else (theta.long, theta.short)
-        row_scale, column_scale = self.vector_scales() if vector_scales is None else vector_scales
-        row_term = _vector_contribution(self.row_factor, row_scale, row_weights)
-        column_term = _vector_contribution(self.column_factor, column_scale, column_weights)
-        column_term += theta.bias0[:, None, None]
+        row_term, column_term = self.vector_terms(vector_scales)
         direction = take("direction", batch, m, n)
         h, k = theta.element.shape[1], theta.hidden.shape[0]
         for index, where in enumerate(iterate_blocks(source.p.shape, self.block)):

@@ -259,7 +259,7 @@ class Planner:
     def step(self, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
         """Step all parameters that have gradients; collective where ranks step some together."""
         ranks = self._take_ranks()
-        kernels = None if self.host.backend == "torch" else self.take_kernels(ranks)
+        kernels = None if self.host.backend in ("torch", "compiled") else self.take_kernels(ranks)
         if kernels is not None and kernels.backend is not None:
             self._step_with_kernels(kernels, kernels.backend, ranks, grad_scale, found_inf)
         else:
@@ -299,7 +299,8 @@ class Planner:
             self.grad_norm = None
             return
         device = slots[0].shard.device if ranks is None else ranks.device
-        backend = TorchBackend(None if ranks is None else ranks.plan, collected.whole, self.memory, device)
+        plan, compiled = None if ranks is None else ranks.plan, self.host.backend == "compiled"
+        backend = TorchBackend(plan, collected.whole, self.memory, device, compiled=compiled)
         inputs = self._inputs(ranks, backend.vectors, collected.adam, grad_scale, found_inf)
 
         def step_adam() -> None:

@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from celo2.meta.draws import Drawn, Draws
 from celo2.meta.mixed_step import Trajectories
-from celo2.meta.randomness import Purpose, generator
 from celo2.meta.recipes import Recipe
 from celo2.meta.truncated_step import Arrays, Unroll
 
@@ -63,23 +63,25 @@ class PES:
     ) -> None:
         self.recipe, self.truncated_step = recipe, truncated_step
         self.accumulator = np.zeros((len(truncated_step.particles), dimension))
+        self.own_draws = Draws(
+            seed=truncated_step.family.seed,
+            particles=tuple(truncated_step.particles),
+            dimension=dimension,
+            std=recipe.std,
+            window=recipe.window,
+            families=truncated_step.batches,
+        )
+        self.draws: Callable[[int], Drawn] = self.own_draws
+        """What an outer step draws; `celo2.meta.draws.Ahead` gives the same, sooner."""
         # sums over ranks; only the imitation needs it, whose scale is a task's
         self._reduce = reduce or (lambda x: x)
 
-    def _perturbations(self, outer_step: int) -> NDArray[np.float64]:
-        seed, dimension = self.truncated_step.family.seed, self.accumulator.shape[1]
-        draws = [
-            generator(seed, Purpose.PERTURBATION, particle, outer_step).standard_normal(dimension)
-            for particle in self.truncated_step.particles
-        ]
-        # rounded to float32, so that what multiplies the difference is what moved theta
-        return (self.recipe.std * np.stack(draws)).astype(np.float32).astype(np.float64)
-
     def estimate(self, theta: NDArray[np.float32], outer_step: int) -> Estimate:
         """Advance every trajectory by one window with theta +- its perturbation; return the sums of this rank."""
-        xi = self._perturbations(outer_step)
+        drawn = self.draws(outer_step)
+        xi = drawn.perturbations.astype(np.float64)
         signed = np.concatenate([theta + xi, theta - xi]).astype(np.float32)
-        unroll = self.truncated_step.unroll(torch.from_numpy(signed), outer_step)
+        unroll = self.truncated_step.unroll(torch.from_numpy(signed), outer_step, drawn.batches)
         deltas = self._deltas(unroll, outer_step)
         plan = unroll.plan
         gradients, self.accumulator = pes_gradients(deltas, plan.mask, plan.done, self.accumulator, xi, self.recipe.std)

@@ -51,10 +51,11 @@ def unroll(
     average = np.full(2 * n, np.nan)
     lowest, drawup = np.full(2 * n, np.inf), np.zeros(2 * n)
     non_finite, total = np.zeros(2 * n, int), np.zeros(2 * n)
-    # blocks of batches, so that a long unroll holds no more than one of them
+    batches = family.batches(range(n))
+    # blocks of them, so that a long unroll holds no more than one of them
     for first in range(0, steps, recipe.window):
         count = min(recipe.window, steps - first)
-        indices = torch.from_numpy(family.batches(first, count, range(n)))
+        indices = torch.from_numpy(batches.of(first, count))
         for t in range(count):
             picked = indices[t].flatten()
             loss_P, _ = optimizer.step(

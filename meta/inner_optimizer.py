@@ -13,12 +13,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from celo2.elementwise import advance_moments, matrix_direction
 from celo2.meta.compilation import region
 from celo2.meta.learned_rule import (
     ThetaBatch,
-    advance_moments,
     factor_moments,
-    matrix_direction,
     theta_size,
     vector_contribution,
     vector_direction,

@@ -13,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from celo2.meta.draws import Batches
 from celo2.meta.inner_optimizer import Rehearsal
 from celo2.meta.recipes import Recipe
 from celo2.meta.tasks import TaskFamily, TaskMix
@@ -47,12 +48,21 @@ class MixedStep:
         ends = np.cumsum([len(step.particles) for step in self.steps]).tolist()
         return {step.prefix: slice(end - len(step.particles), end) for step, end in zip(self.steps, ends, strict=True)}
 
-    def unroll(self, theta: Tensor, outer_step: int) -> Unroll:
-        """Advance every trajectory by one window under `theta` [2 n, 347], the + perturbations first."""
+    @property
+    def batches(self) -> tuple[Batches, ...]:
+        """The batches of each family."""
+        return tuple(batches for step in self.steps for batches in step.batches)
+
+    def unroll(self, theta: Tensor, outer_step: int, batches: Sequence[NDArray[np.int32]] | None = None) -> Unroll:
+        """Advance every trajectory by one window under `theta` [2 n, 347], the + perturbations first.
+
+        `batches` are those of each family, where they have been made.
+        """
+        drawn = [None] * len(self.steps) if batches is None else [[some] for some in batches]
         signed = theta.view(2, len(self.particles), -1)
         unrolls = [
-            step.unroll(signed[:, part].flatten(0, 1), outer_step)
-            for step, part in zip(self.steps, self.parts.values(), strict=True)
+            step.unroll(signed[:, part].flatten(0, 1), outer_step, some)
+            for step, part, some in zip(self.steps, self.parts.values(), drawn, strict=True)
         ]
         imitations = [unroll.imitation for unroll in unrolls if unroll.imitation is not None]
         return Unroll(

@@ -26,6 +26,7 @@ from safetensors.numpy import save as save_safetensors
 
 from celo2.files import write_atomic
 from celo2.meta.compilation import compile_ahead, count_regions, processes_for
+from celo2.meta.draws import Ahead
 from celo2.meta.gradient_estimator import PES
 from celo2.meta.inner_optimizer import rehearse
 from celo2.meta.learned_rule import COLUMNS, flatten, unflatten
@@ -82,7 +83,8 @@ class OuterTrainer:
 
     With `torch.distributed` initialised, this rank takes its part of every family's particles; their number must be a
     multiple of the world size. What ranks add up lies on the host, so `group`, by default that of all ranks, must be
-    able to send from there (gloo). Raises ValueError for a family that does not divide, or a resume that does not fit.
+    able to send from there (gloo). With `ahead`, so many processes make the draws of the steps that follow, until
+    `close`. Raises ValueError for a family that does not divide, or a resume that does not fit.
     """
 
     def __init__(
@@ -95,6 +97,7 @@ class OuterTrainer:
         compiled: bool = True,
         backend: str = "torch",
         group: dist.ProcessGroup | None = None,
+        ahead: int = 0,
     ) -> None:
         self.recipe, self.seed = recipe, seed
         self._group = group
@@ -122,11 +125,28 @@ class OuterTrainer:
             foreach=False,
         )
         self.estimator = PES(recipe, self.truncated_step, start.numel(), self._sum_over_ranks)
+        self._ahead = Ahead(self.estimator.own_draws, ahead) if ahead else None
+        if self._ahead is not None:
+            self.estimator.draws = self._ahead
         self.outer_step = 0
         self.notes: list[str] = []
         """What of the setting was another when the checkpoint was written that this run goes on from."""
         self._compiled = compiled
-        self.curve: NDArray[np.float64] = np.zeros((0, len(CURVE)))
+        self._curve: list[tuple[float, ...]] = []
+
+    def close(self) -> None:
+        """End the processes that make draws ahead; a further step starts others."""
+        if self._ahead is not None:
+            self._ahead.close()
+
+    @property
+    def curve(self) -> NDArray[np.float64]:
+        """What each outer step left, [steps, figures], in the order of `CURVE`."""
+        return self.recent(len(self._curve))
+
+    def recent(self, steps: int) -> NDArray[np.float64]:
+        """Return the last rows of the curve, at most `steps`."""
+        return np.array(self._curve[-steps:], dtype=np.float64).reshape(-1, len(CURVE))
 
     @property
     def theta(self) -> Theta:
@@ -181,7 +201,7 @@ class OuterTrainer:
         self._adamw.param_groups[0]["lr"] = figures["lr"]
         self._adamw.step()
         self.outer_step += 1
-        self.curve = np.concatenate([self.curve, [[figures[name] for name in CURVE]]])
+        self._curve.append(tuple(figures[name] for name in CURVE))
         return figures
 
     # checkpoints
@@ -255,7 +275,7 @@ class OuterTrainer:
         self._parameter.data.copy_(torch.from_numpy(arrays["theta"]))
         moments = {name: torch.from_numpy(arrays[f"adamw/{name}"]) for name in ("step", "exp_avg", "exp_avg_sq")}
         self._adamw.state[self._parameter] = moments
-        self.curve = arrays["curve"].astype(np.float64)
+        self._curve = [tuple(row) for row in arrays["curve"].astype(np.float64).tolist()]
         self.outer_step = int(card["outer_step"])
 
     def resume(self, out_dir: Path) -> Path | None:

@@ -37,8 +37,8 @@ class Setting:
 
 SETTINGS = {
     "short": Setting(SELECTION, 12),
-    "medium": Setting(Settings(), 12, "short"),
-    "long": Setting(Settings(steps=2400, eval_every=200), 6, "medium"),
+    "medium": Setting(Settings(eval_every=200), 6, "short"),
+    "long": Setting(Settings(steps=2400, eval_every=600), 6, "medium"),
 }
 
 
@@ -77,16 +77,17 @@ def _rates(start: float) -> tuple[float, ...]:
     return tuple(start if abs(rate / start - 1) < 1e-2 else rate for rate in rates)
 
 
-def _celo2(lr: float) -> Lattice:
-    """Options of the learned rule: its rate, and the AdamW side's as a multiple."""
-    return Lattice((Axis("lr", _rates(lr), lr), Axis("adam_lr_mult", (2.5, 5.0, 10.0, 20.0, 40.0, 80.0), 20.0)))
-
-
-LATTICES = {"celo2": _celo2(1.8e-3), "celo2-base": _celo2(5e-4)}
+LATTICES = {
+    "celo2": Lattice(
+        (Axis("lr", _rates(1.8e-3), 1.8e-3), Axis("adam_lr_mult", (2.5, 5.0, 10.0, 20.0, 40.0, 80.0), 20.0))
+    ),
+    # it has no AdamW side
+    "celo2-base": Lattice((Axis("lr", _rates(5e-4), 5e-4), Axis("weight_decay", (0.0, 0.1, 0.3, 1.0, 3.0), 0.0))),
+}
 ADAMW = Lattice(
     (
         Axis("lr", _rates(3e-3), 3e-3),
-        Axis("beta2", (0.9, 0.95, 0.98, 0.99, 0.995, 0.999), 0.95),
+        Axis("beta2", (0.7, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995, 0.999), 0.95),
         Axis("weight_decay", (0.0, 0.01, 0.03, 0.1, 0.3), 0.0),
     )
 )

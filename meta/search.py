@@ -49,11 +49,11 @@ class Lattice:
         return tuple(axis.values.index(value) for axis, (_, value) in zip(self.axes, point, strict=True))
 
     def at_edge(self, point: Point) -> list[str]:
-        """Return the options of a point that are at an end of their axis."""
+        """Return the options of a point that are at an end of their axis; 0 is no end, for nothing lies below it."""
         return [
             axis.option
             for axis, here in zip(self.axes, self.indices(point), strict=True)
-            if len(axis.values) > 1 and here in (0, len(axis.values) - 1)
+            if len(axis.values) > 1 and here in (0, len(axis.values) - 1) and axis.values[here] != 0
         ]
 
 

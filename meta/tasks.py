@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Sequence
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -16,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from celo2.meta.draws import Batches, Stream, batches_of
 from celo2.meta.images import ImageSet
 from celo2.meta.network import MLP, Examples, Network, Weights
 from celo2.meta.randomness import Purpose, generator
@@ -26,37 +26,24 @@ NETWORKS: dict[type[Any], Network] = {ImageSet: MLP(), ByteWindows: Transformer(
 
 
 class Task:
-    """One data set and the order of its batches: shuffled epochs of whole batches, one stream for all particles.
+    """One data set and the stream of its batches (`celo2.meta.draws`).
 
-    At inner step `t` of a run, particle `i` of `n` takes batch `n t + i` of the stream. The order is a function of the
-    seed and of the task's place in the run. Raises ValueError when the set is smaller than a batch.
+    Raises ValueError when the set is smaller than a batch.
     """
 
     def __init__(self, data_set: Examples, index: int, seed: int) -> None:
-        self.data_set, self.index, self.seed = data_set, index, seed
-        self.size, self.batch = len(data_set.inputs), network_of(data_set).batch
-        if self.size < self.batch:
-            raise ValueError(f"data set {self.name!r} has {self.size} examples, a batch needs {self.batch}")
-        self.batches_per_epoch = self.size // self.batch
-        self._epoch = lru_cache(maxsize=2)(self._shuffle)
+        self.data_set, self.index = data_set, index
+        self.stream = Stream(len(data_set.inputs), network_of(data_set).batch, index, seed)
+        if self.size < self.stream.batch:
+            raise ValueError(f"data set {self.name!r} has {self.size} examples, a batch needs {self.stream.batch}")
+
+    @property
+    def size(self) -> int:
+        return self.stream.size
 
     @property
     def name(self) -> str:
         return self.data_set.name
-
-    def _shuffle(self, epoch: int) -> NDArray[np.int64]:
-        order = generator(self.seed, Purpose.DATA_ORDER, self.index, epoch).permutation(self.size)
-        return order[: self.batches_per_epoch * self.batch].reshape(-1, self.batch)
-
-    def batches(self, start: int, count: int) -> NDArray[np.int64]:
-        """Return the example indices [count, B] of batches `start` .. `start + count - 1` of the stream."""
-        pieces = []
-        while count > 0:
-            epoch, position = divmod(start, self.batches_per_epoch)
-            piece = self._epoch(epoch)[position : position + count]
-            pieces.append(piece)
-            start, count = start + len(piece), count - len(piece)
-        return np.concatenate(pieces)
 
 
 def network_of(data_set: Examples) -> Network:
@@ -113,16 +100,10 @@ class TaskFamily:
         targets = np.concatenate([task.data_set.targets for task in self.tasks])
         return torch.from_numpy(inputs).to(device), torch.from_numpy(targets).to(device)
 
-    def batches(self, first_step: int, steps: int, particles: Sequence[int]) -> NDArray[np.int64]:
-        """Return indices into the bank, [steps, len(particles), B], for the steps from `first_step` on."""
-        columns = []
-        for task, offset in zip(self.tasks, self._offsets, strict=True):
-            mine = [p - task.index * self.particles for p in particles if p // self.particles == task.index]
-            if mine:
-                stream = task.batches(first_step * self.particles, steps * self.particles)
-                stream = stream.reshape(steps, self.particles, task.batch)[:, mine]
-                columns.append(stream + offset)
-        return np.concatenate(columns, axis=1)
+    def batches(self, particles: Sequence[int]) -> Batches:
+        """Return the batches of some of its particles: rows of the bank."""
+        streams = [(task.stream, int(offset)) for task, offset in zip(self.tasks, self._offsets, strict=True)]
+        return batches_of(streams, particles, self.particles)
 
     def sample(self, particle: int, occasion: int) -> tuple[float, Weights]:
         """Draw the scale s and the start w0 / s of the trajectory that `particle` begins at outer step `occasion`."""

@@ -127,6 +127,7 @@ class TruncatedStep:
         backend: str = "torch",
     ) -> None:
         self.recipe, self.family, self.particles, self.device = recipe, family, particles, device
+        self.batches = (family.batches(particles),)
         self.network = family.network
         self.optimizer = InnerOptimizer(recipe, self.network, compiled=compiled)
         if device.type == "cpu":
@@ -155,8 +156,8 @@ class TruncatedStep:
         for i, particle in enumerate(particles):
             # occasion 0 is the start of the run, u + 1 a restart in outer step u
             fresh = self._start(particle, 0)
-            for name, x in self.state.items():
-                x[self._rows(i)] = fresh[name]
+            for name, start in fresh.items():
+                self.state[name][self._rows(i)] = start
         # one snapshot a particle to resume from, and the running draw-up of the current trajectory
         self.snapshot = {name: x[:n].clone() for name, x in self.state.items()} if recipe.resume_probability else {}
         self.snapshot_iteration = np.full(n, -1)
@@ -194,11 +195,15 @@ class TruncatedStep:
     def _draw_rate(self, particle: int, outer_step: int) -> float:
         """What the rate of the trajectory that begins at an outer step is multiplied by."""
         low, high = np.log(self.recipe.inner_lr_range)
+        if low == high:
+            return self.recipe.inner_lr_range[0]
         return float(np.exp(generator(self.family.seed, Purpose.RATE, particle, outer_step).uniform(low, high)))
 
     def _draw_batch(self, particle: int, outer_step: int) -> int:
         """How many examples of a batch count in the trajectory that begins at an outer step."""
         low, high = np.log(self.recipe.batch_range)
+        if low == high:
+            return max(1, round(self.network.batch * self.recipe.batch_range[0]))
         part = np.exp(generator(self.family.seed, Purpose.BATCH, particle, outer_step).uniform(low, high))
         return max(1, round(self.network.batch * float(part)))
 
@@ -206,41 +211,51 @@ class TruncatedStep:
         return [i, len(self.particles) + i]
 
     def _start(self, particle: int, occasion: int) -> State:
-        """Return a fresh trajectory of a particle, without the problem axis."""
+        """Return what is not zero in a fresh trajectory of a particle: weights and scale, without the problem axis."""
         scale, weights = self.family.sample(particle, occasion)
-        start = {name: torch.zeros_like(x[0]) for name, x in self.state.items()}
-        start |= {name: torch.from_numpy(w).to(self.device) for name, w in weights.items()}
-        return start | {"scale": torch.full_like(start["scale"], scale)}
+        start = {name: torch.from_numpy(w).to(self.device) for name, w in weights.items()}
+        return start | {"scale": torch.full_like(self.state["scale"][0], scale)}
 
     def plan(self, outer_step: int) -> Plan:
         """Advance counters, lengths and ends over the window of `outer_step`, and say what happens in it."""
         slots, n = self.recipe.window, len(self.particles)
-        mask, done = np.ones((slots, n), bool), np.zeros((slots, n), bool)
+        slot_K1 = np.arange(slots)[:, None]
+        # the slot that ends a trajectory, and the one after it, which its restart takes; beyond the window: none
+        last = np.where(self.done, -1, np.maximum(self.length - self.iteration - 1, 0))
+        restart = last + 1
+        done = slot_K1 == last
+        lengths, rates, batches = self.length.copy(), self.rate.copy(), self.batch.copy()
+        first, resumed = np.zeros(n, np.int64), np.zeros(n, bool)
         restarts: dict[int, list[int]] = {}
-        resumed = np.zeros(n, bool)
-        lr = np.full((slots, n), self.recipe.inner_lr, np.float32)
-        batch, weight = np.zeros((slots, n), np.int64), np.ones((slots, n))
-        for t in range(slots):
-            progress = np.minimum(1.0, self.iteration / self.length)
-            lr[t] *= self.rate * self._schedule(progress)
-            batch[t] = self.batch
-            weight[t] = (progress >= 1 - self.recipe.loss_tail) / self.recipe.loss_tail
-            ended = np.flatnonzero(self.done).tolist()
-            self.iteration[~self.done] += 1
-            for i in ended:
-                restarts.setdefault(t, []).append(i)
-                mask[t, i] = False
-                rng = generator(self.family.seed, Purpose.RESUME, self.particles[i], outer_step)
-                resumed[i] = self.snapshot_iteration[i] >= 0 and rng.uniform() < self.recipe.resume_probability
-                self.iteration[i] = self.snapshot_iteration[i] if resumed[i] else 0
-                self.length[i] += self.iteration[i]
-                self.rate[i] = self._draw_rate(self.particles[i], outer_step + 1)
-                self.batch[i] = self._draw_batch(self.particles[i], outer_step + 1)
-            self.done = (self.iteration >= self.length) & mask[t]
-            done[t] = self.done
-            for i in np.flatnonzero(self.done).tolist():
-                self.length[i] = self._draw_length(Purpose.LENGTH, self.particles[i], outer_step)
-        return Plan(mask, done, restarts, resumed, lr, batch, weight)
+        for i in np.flatnonzero(restart <= slots).tolist():
+            particle = self.particles[i]
+            if not self.done[i]:
+                lengths[i] = self._draw_length(Purpose.LENGTH, particle, outer_step)
+            if restart[i] == slots:
+                continue
+            restarts.setdefault(int(restart[i]), []).append(i)
+            if self.snapshot_iteration[i] >= 0:
+                rng = generator(self.family.seed, Purpose.RESUME, particle, outer_step)
+                resumed[i] = rng.uniform() < self.recipe.resume_probability
+            first[i] = self.snapshot_iteration[i] if resumed[i] else 0
+            lengths[i] += first[i]
+            rates[i] = self._draw_rate(particle, outer_step + 1)
+            batches[i] = self._draw_batch(particle, outer_step + 1)
+        mask = slot_K1 != restart
+        begun = slot_K1 > restart
+        # a trajectory's counter before each slot's step
+        counter = np.where(begun, first + slot_K1 - restart - 1, self.iteration + slot_K1)
+        progress = np.minimum(1.0, counter / np.where(begun, lengths, self.length))
+        lr = np.float32(self.recipe.inner_lr) * (np.where(begun, rates, self.rate) * self._schedule(progress))
+        weight = (progress >= 1 - self.recipe.loss_tail) / self.recipe.loss_tail
+        batch = np.where(begun, batches, self.batch)
+        ended, begins = restart <= slots, restart < slots
+        self.iteration = np.where(
+            begins, first + slots - restart - 1, np.where(ended, self.iteration + restart, self.iteration + slots)
+        )
+        self.done = restart == slots
+        self.length, self.rate, self.batch = lengths, rates, batches
+        return Plan(mask, done, dict(sorted(restarts.items())), resumed, lr.astype(np.float32), batch, weight)
 
     def _schedule(self, progress: NDArray[np.float64]) -> NDArray[np.float64]:
         """What the rate is multiplied by where trajectories are, from 0 at their start to 1 at their end."""
@@ -252,14 +267,17 @@ class TruncatedStep:
         falling = np.maximum(0.0, progress - warmup) / (1 - warmup)
         return np.asarray(rising * 0.5 * (1 + np.cos(np.pi * falling)))
 
-    def unroll(self, theta: Tensor, outer_step: int) -> Unroll:
-        """Advance every trajectory by one window under `theta` [2 n, 347], the + perturbations first."""
+    def unroll(self, theta: Tensor, outer_step: int, batches: Sequence[NDArray[np.int32]] | None = None) -> Unroll:
+        """Advance every trajectory by one window under `theta` [2 n, 347], the + perturbations first.
+
+        `batches` has those of the window, [K, n, B], where they have been made.
+        """
         recipe, n = self.recipe, len(self.particles)
         before = {name: x.clone() for name, x in self.state.items()} if self.snapshot else {}
         before_average = self.average.copy()
         weights = ThetaBatch.from_vectors(theta.to(self.device), self.recipe.hidden)
         plan = self.plan(outer_step)
-        window = self._window(plan, outer_step)
+        window = self._window(plan, outer_step, None if batches is None else batches[0])
         losses, imitations = self.advance(window, weights, recipe.expert_weight(outer_step))
         raw = losses.view(recipe.window, 2, n).double().cpu().numpy()
         mask = plan.mask[:, None]
@@ -274,10 +292,10 @@ class TruncatedStep:
             self._store(before, before_average, result)
         return result
 
-    def _window(self, plan: Plan, outer_step: int) -> Window:
+    def _window(self, plan: Plan, outer_step: int, indices: NDArray[np.int32] | None = None) -> Window:
         """Bring a plan to the device: its batches, rates, shares and the states of its restarts."""
-        recipe = self.recipe
-        indices = self.family.batches(outer_step * recipe.window, recipe.window, self.particles)
+        if indices is None:
+            indices = self.batches[0].of(outer_step * self.recipe.window, self.recipe.window)
         share = None
         if (plan.batch < self.network.batch).any():
             counts = np.arange(self.network.batch) < plan.batch[..., None]
@@ -285,10 +303,15 @@ class TruncatedStep:
         for i in (i for particles in plan.restarts.values() for i in particles):
             # a snapshot is of the + trajectory and both signs continue it: they start equal, as PES's accumulator at a
             # restart supposes
-            resumed = bool(plan.resumed[i])
-            start = {} if resumed else self._start(self.particles[i], outer_step + 1)
-            for name, x in self.fresh.items():
-                x[i] = self.snapshot[name][i] if resumed else start[name]
+            if plan.resumed[i]:
+                start = {name: x[i] for name, x in self.snapshot.items()}
+            else:
+                start = self._start(self.particles[i], outer_step + 1)
+                # without snapshots all else stays as it was made
+                for name in self.snapshot.keys() - start.keys():
+                    self.fresh[name][i] = 0
+            for name, x in start.items():
+                self.fresh[name][i] = x
         return Window(
             index_KNB=torch.from_numpy(indices).to(self.device),
             lr_KP=torch.from_numpy(np.tile(plan.lr, 2)).to(self.device),

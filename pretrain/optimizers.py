@@ -35,8 +35,8 @@ class Optimizers:
 
     `num_steps`, of the whole training, is what velo needs, beside `weights`. `views` are the matrices that parameters
     split into, by name; those of a GPT are known. Every group carries `initial_lr`, its peak learning rate; `set_lr`
-    scales them all. The model may be sharded by `fully_shard`; `comm_dtype` is then celo2's, and so is `zero1_mesh`, a
-    mesh of the ranks that have a model whole.
+    scales them all. The model may be sharded by `fully_shard`; `comm_dtype` is then celo2's, and so are `zero1_mesh`, a
+    mesh of the ranks that have a model whole, and `backend`.
     Raises ValueError for an unknown `opt`, and for `weights` or `zero1_mesh` given to an optimizer that has none.
     """
 
@@ -51,6 +51,7 @@ class Optimizers:
         views: Mapping[str, MatrixView] | None = None,
         comm_dtype: str = "auto",
         zero1_mesh: DeviceMesh | None = None,
+        backend: str = "auto",
     ) -> None:
         if opt not in OPTS:
             raise ValueError(f"unknown optimizer {opt!r}: choose one of {', '.join(OPTS)}")
@@ -87,6 +88,7 @@ class Optimizers:
                     max_grad_norm=tuning.max_grad_norm,
                     comm_dtype=comm_dtype,
                     zero1_mesh=zero1_mesh,
+                    backend=backend,
                 )
             )
         elif opt == "velo":

@@ -18,6 +18,7 @@ PROGRAMS = {
     "sweep": ["-m", "celo2.pretrain.sweep"],
     "meta.train": ["-m", "celo2.meta.train"],
     "meta.select": ["-m", "celo2.meta.select"],
+    "meta.average": ["-m", "celo2.meta.average"],
     "meta.evaluate": ["-m", "celo2.meta.evaluate"],
     "report": ["-m", "celo2.kernels.report"],
     "gpu_check.py": [str(ROOT / "bench" / "gpu_check.py")],

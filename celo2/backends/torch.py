@@ -13,6 +13,7 @@ from collections.abc import Sequence
 import torch
 
 from celo2 import reference
+from celo2.backends import compiled
 from celo2.backends.slices import Memory, Slices, vector_state, write_vector_state
 from celo2.comm import Comm
 from celo2.norms import foreach_norm, global_norm
@@ -50,10 +51,20 @@ def matrices_of(slot: Slot) -> Matrices:
 class TorchBackend:
     """One step in PyTorch of the entries of `plan` (None: there are none) and of `whole` slots.
 
+    With `compiled` those of the whole that can be go through `celo2.backends.compiled`.
     Raises ValueError, with its name, for a parameter that is no batch of matrices in memory.
     """
 
-    def __init__(self, plan: Plan | None, whole: Sequence[Slot], memory: Memory, device: torch.device) -> None:
+    def __init__(
+        self,
+        plan: Plan | None,
+        whole: Sequence[Slot],
+        memory: Memory,
+        device: torch.device,
+        *,
+        compiled: bool = False,
+    ) -> None:
+        self.compiled = compiled
         self.plan, self.memory, self.device = plan, memory, device
         self.vectors = [slot for slot in whole if slot.is_vector]
         self.matrices: list[tuple[Slot, Matrices]] = []
@@ -180,7 +191,10 @@ class TorchBackend:
             fast, medium, slow = (slot.view.matrices(value) for value in values)
             matrices = dataclasses.replace(matrices, momenta=(fast, medium, slow))
         step = MatrixStep(matrices, moments, self.memory.folded(slot), workspace, scale=scale, clip=clip, seed=seed)
-        direction = step.learned_update(step.feature_scales())
+        if self.compiled and compiled.takes(matrices):
+            direction = compiled.learned_update(step)
+        else:
+            direction = step.learned_update(step.feature_scales())
         step.commit_factors()
         if values is not None:
             write_momenta(state, slot.view, values, seed)

@@ -209,6 +209,7 @@ def test_every_method_has_as_many_runs_and_all_that_its_users_tune() -> None:
     options = {row.name: [axis.option for axis in row.lattice.axes] for row in rows}
     assert options["muon"] == ["lr", "momentum", "adam_lr"] and options["adamw"] == ["lr", "beta2", "weight_decay"]
     assert options["celo2"] == options["start"] == options["nesterov"] == ["lr", "adam_lr_mult"]
+    assert options["celo2-base"] == options["adam"] == ["lr", "weight_decay"]
     assert {0.85, 0.9, 0.95} <= set(protocol.MUON.axes[1].values)
     assert [setting.settings.steps for setting in protocol.SETTINGS.values()] == [300, 800, 2400]
     start = next(row.method.weights for row in rows if row.name == "start")

@@ -67,7 +67,7 @@ def test_estimate_is_the_sum_of_the_particles_gradients(image_sets, small_recipe
     estimator, again = _estimator(recipe, image_sets), _estimator(recipe, image_sets)
     theta = flatten(random_theta())
     for outer_step in range(4):
-        xi = again._perturbations(outer_step)
+        xi = again.draws(outer_step).perturbations.astype(np.float64)
         assert xi.std() == pytest.approx(recipe.std, rel=0.1)
         signed = np.concatenate([theta + xi, theta - xi]).astype(np.float32)
         unroll = again.truncated_step.unroll(torch.from_numpy(signed), outer_step)
@@ -85,7 +85,7 @@ def test_estimate_is_the_sum_of_the_particles_gradients(image_sets, small_recipe
 def test_imitation_has_the_scale_it_is_given(image_sets, small_recipe, random_theta):
     recipe = small_recipe(expert="muon", direction_weight=1.0, direction_floor=1.0)
     estimator = _estimator(recipe, image_sets)
-    xi = estimator._perturbations(0)
+    xi = estimator.draws(0).perturbations
     theta = flatten(random_theta())
     signed = np.concatenate([theta + xi, theta - xi]).astype(np.float32)
     unroll = estimator.truncated_step.unroll(torch.from_numpy(signed), 0)

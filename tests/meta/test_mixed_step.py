@@ -63,7 +63,7 @@ def test_the_gradient_is_the_sum_over_both_networks(mixed_sets, small_recipe, ra
     estimator, again = (PES(recipe, start(recipe, mixed_sets), 347) for _ in range(2))
     theta = flatten(random_theta())
     for outer_step in range(3):
-        xi = again._perturbations(outer_step)
+        xi = again.draws(outer_step).perturbations.astype(np.float64)
         signed = np.concatenate([theta + xi, theta - xi]).astype(np.float32)
         unroll = again.truncated_step.unroll(torch.from_numpy(signed), outer_step)
         deltas = (unroll.losses[:, 0] - unroll.losses[:, 1]) * unroll.plan.weight

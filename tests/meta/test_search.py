@@ -88,3 +88,6 @@ def test_edges_are_told() -> None:
     assert LATTICE.at_edge((("lr", 1e-4), ("momentum", 0.9))) == ["lr"]
     assert LATTICE.at_edge((("lr", 1e-3), ("momentum", 0.95))) == ["momentum"]
     assert Lattice((Axis("lr", (1.0,), 1.0),)).at_edge((("lr", 1.0),)) == []
+    # nothing lies below no weight decay
+    decay = Lattice((Axis("weight_decay", (0.0, 0.1), 0.0),))
+    assert decay.at_edge((("weight_decay", 0.0),)) == [] and decay.at_edge((("weight_decay", 0.1),)) == ["weight_decay"]

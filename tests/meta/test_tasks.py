@@ -17,25 +17,25 @@ LOSS_CLIP = MLP().loss_clip
 
 def test_batches_are_shuffled_epochs_by_seed(image_sets):
     task = Task(image_sets[0], 0, seed=3)
-    stream = task.batches(0, 9)
-    assert task.batches_per_epoch == 3 and stream.shape == (9, 64)
+    stream = task.stream.batches(0, 9)
+    assert task.stream.batches_per_epoch == 3 and stream.shape == (9, 64)
     for epoch in stream.reshape(3, -1):
         assert len(set(epoch.tolist())) == 3 * 64  # nothing twice in an epoch, the remainder is dropped
     assert not np.array_equal(stream[:3], stream[3:6])
-    np.testing.assert_array_equal(task.batches(2, 5), stream[2:7])
-    np.testing.assert_array_equal(Task(image_sets[0], 0, seed=3).batches(0, 9), stream)
-    assert not np.array_equal(Task(image_sets[0], 0, seed=4).batches(0, 9), stream)
-    assert not np.array_equal(Task(image_sets[0], 1, seed=3).batches(0, 9), stream)
+    np.testing.assert_array_equal(task.stream.batches(2, 5), stream[2:7])
+    np.testing.assert_array_equal(Task(image_sets[0], 0, seed=3).stream.batches(0, 9), stream)
+    assert not np.array_equal(Task(image_sets[0], 0, seed=4).stream.batches(0, 9), stream)
+    assert not np.array_equal(Task(image_sets[0], 1, seed=3).stream.batches(0, 9), stream)
 
 
 def test_particles_take_the_stream_in_turn_on_any_rank(image_sets):
     family = TaskFamily(image_sets, seed=0, particles=2)
-    whole = family.batches(7, 3, range(4))
-    stream = family.tasks[1].batches(7 * 2, 3 * 2)
+    whole = family.batches(range(4)).of(7, 3)
+    stream = family.tasks[1].stream.batches(7 * 2, 3 * 2)
     for step in range(3):
         for particle in range(2):
             np.testing.assert_array_equal(whole[step, 2 + particle] - 200, stream[2 * step + particle])
-    np.testing.assert_array_equal(family.batches(7, 3, range(1, 3)), whole[:, 1:3])
+    np.testing.assert_array_equal(family.batches(range(1, 3)).of(7, 3), whole[:, 1:3])
     images, labels = family.bank(__import__("torch").device("cpu"))
     np.testing.assert_array_equal(images[200:].numpy(), image_sets[1].images)
     assert labels.shape == (400,)
