@@ -52,6 +52,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         "--settings", choices=protocol.SETTINGS, nargs="+", help="of the language models (default: all)"
     )
     parser.add_argument("--texts", choices=protocol.TEXTS, nargs="+", help="(default: all)")
+    parser.add_argument("--methods", nargs="+", metavar="NAME", help="rows to run (default: all); the page has all")
     parser.add_argument(
         "--also", action="append", default=[], metavar="WEIGHTS", help="a row more: a file, a run's folder, or a hub id"
     )
@@ -132,7 +133,12 @@ class LanguageModels:
         rows: Sequence[Contender],
         settings: Mapping[str, Setting],
         wanted: Sequence[str],
+        methods: Sequence[str] | None = None,
     ) -> None:
+        known = [row.name for row in rows]
+        if unknown := sorted(set(methods or ()) - set(known)):
+            raise ValueError(f"--methods {', '.join(unknown)}: the rows are {', '.join(known)}")
+        self._to_run = [row for row in rows if methods is None or row.name in methods]
         self.path, self.splits, self.rows, self.settings = path, splits, rows, settings
         # a setting's search begins where that of another ended
         self.wanted = [name for name in settings if any(name in self._chain(other) for other in wanted)]
@@ -196,13 +202,13 @@ class LanguageModels:
         """Iterate over the runs that can begin now: setting after setting, searches before seeds."""
         for setting in self.wanted:
             for text in self.splits:
-                for contender in self.rows:
+                for contender in self._to_run:
                     search = self.search(text, setting, contender)
                     for point in search.missing if search is not None else ():
                         yield Job(text, setting, contender, point, SEARCH_SEED)
             for seed in SEEDS:
                 for text in self.splits:
-                    for contender in self.rows:
+                    for contender in self._to_run:
                         search = self.search(text, setting, contender)
                         if search is None or search.best is None:
                             continue
@@ -278,7 +284,7 @@ def evaluate(arguments: argparse.Namespace) -> int:
         shards = protocol.TEXTS[name]()
         splits[name] = Splits(selection_shards(shards, shards.with_name(f"{shards.name}-selection")), shards)
     wanted = arguments.settings or list(protocol.SETTINGS)
-    models = LanguageModels(folder / "language_model.jsonl", splits, rows, protocol.SETTINGS, wanted)
+    models = LanguageModels(folder / "language_model.jsonl", splits, rows, protocol.SETTINGS, wanted, arguments.methods)
     if "language-model" in parts:
         models.run(arguments.workers, arguments.minutes)
     if "report" in parts:

@@ -228,8 +228,8 @@ def test_records_are_kept_resumed_and_bound_to_theta_settings_and_data(shards, t
     path = tmp_path / "language_model.jsonl"
     splits = _splits(shards, tmp_path)
 
-    def models(rows=rows, settings=SETTINGS, wanted=("long",), splits=splits):
-        return evaluate.LanguageModels(path, splits, rows, settings, wanted)
+    def models(rows=rows, settings=SETTINGS, wanted=("long",), splits=splits, methods=None):
+        return evaluate.LanguageModels(path, splits, rows, settings, wanted, methods)
 
     def finish(jobs, final=lambda point: dict(point)["lr"]) -> None:
         """Record what a run of each job would."""
@@ -245,6 +245,9 @@ def test_records_are_kept_resumed_and_bound_to_theta_settings_and_data(shards, t
         ("short", "adamw", LATTICE.start, 0),
         ("short", "celo2", LATTICE.start, 0),
     ]
+    assert [job.contender.name for job in models(methods=["celo2"]).missing()] == ["celo2"]
+    with pytest.raises(ValueError, match="--methods celo3: the rows are adamw, celo2"):
+        models(methods=["celo3"])
     finish(first)
     path.write_text(path.read_text() + '{"method": "ad')  # cut off by a crash
     finish(models().missing())
