@@ -84,7 +84,8 @@ class OuterTrainer:
     With `torch.distributed` initialised, this rank takes its part of every family's particles; their number must be a
     multiple of the world size. What ranks add up lies on the host, so `group`, by default that of all ranks, must be
     able to send from there (gloo). With `ahead`, so many processes make the draws of the steps that follow, until
-    `close`. Raises ValueError for a family that does not divide, or a resume that does not fit.
+    `close`. `start` is where theta starts in place of what the recipe says. Raises ValueError for a family that does
+    not divide, a start of another size, or a resume that does not fit.
     """
 
     def __init__(
@@ -98,6 +99,7 @@ class OuterTrainer:
         backend: str = "torch",
         group: dist.ProcessGroup | None = None,
         ahead: int = 0,
+        start: Theta | None = None,
     ) -> None:
         self.recipe, self.seed = recipe, seed
         self._group = group
@@ -114,8 +116,14 @@ class OuterTrainer:
             compiled=compiled,
             backend=backend,
         )
-        start = torch.from_numpy(flatten(initial_theta(seed, recipe.start, recipe.hidden)))
-        self._parameter = torch.nn.Parameter(start)
+        self.start = start
+        units = {recipe.hidden} if start is None else {len(start.arrays["b0"]), len(start.arrays["b1"])}
+        if units != {recipe.hidden}:
+            raise ValueError(
+                f"start {start and start.label} has {sorted(units)} hidden units, the recipe {recipe.hidden}"
+            )
+        first = torch.from_numpy(flatten(start or initial_theta(seed, recipe.start, recipe.hidden)))
+        self._parameter = torch.nn.Parameter(first)
         self._adamw = torch.optim.AdamW(
             [self._parameter],
             lr=recipe.outer_lr,
@@ -124,7 +132,7 @@ class OuterTrainer:
             weight_decay=recipe.outer_weight_decay,
             foreach=False,
         )
-        self.estimator = PES(recipe, self.truncated_step, start.numel(), self._sum_over_ranks)
+        self.estimator = PES(recipe, self.truncated_step, first.numel(), self._sum_over_ranks)
         self._ahead = Ahead(self.estimator.own_draws, ahead) if ahead else None
         if self._ahead is not None:
             self.estimator.draws = self._ahead
@@ -207,8 +215,9 @@ class OuterTrainer:
     # checkpoints
 
     def identity(self) -> dict[str, Any]:
-        """What a checkpoint must agree with: recipe, seed and data."""
-        return {"recipe": self.recipe.identity, "seed": self.seed, "data": self.family.fingerprint}
+        """What a checkpoint must agree with: recipe, seed, data, and the theta that it starts from, if it is given."""
+        identity = {"recipe": self.recipe.identity, "seed": self.seed, "data": self.family.fingerprint}
+        return identity if self.start is None else identity | {"start": self.start.sha256}
 
     def setting(self) -> dict[str, Any]:
         """What changes the numbers of a run by rounding alone."""
@@ -260,7 +269,7 @@ class OuterTrainer:
         theirs, mine = json.loads(card["identity"]), json.loads(json.dumps(self.identity()))
         if theirs != mine:
             differing = sorted(
-                {key for key in mine if key != "recipe" and theirs.get(key) != mine[key]}
+                {key for key in mine.keys() | theirs.keys() if key != "recipe" and theirs.get(key) != mine.get(key)}
                 | {key for key in mine["recipe"] if theirs.get("recipe", {}).get(key) != mine["recipe"][key]}
             )
             raise ValueError(

@@ -42,7 +42,7 @@ from celo2.pretrain.interruption import HELP, Interruption, Stop, signals_restor
 from celo2.pretrain.parallel import World
 from celo2.pretrain.runlog import duration, versions, write_png
 from celo2.pretrain.terminal import attempt, printable, unfailing_streams
-from celo2.theta import Theta
+from celo2.theta import Theta, load_weights
 
 THETA = "theta.safetensors"
 # outer steps that the meta-loss of a progress line is averaged over; one window is noise of its scales and ages
@@ -67,6 +67,12 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         default=[],
         metavar="NAME",
         help=f"ablations: {' | '.join(ABLATIONS)}",
+    )
+    parser.add_argument(
+        "--start",
+        type=options.given,
+        metavar="WEIGHTS",
+        help="a theta to start from, not where the recipe does: a name, a file, a run's folder, or a hub id",
     )
     parser.add_argument("--outer-steps", type=int, metavar="N", help="outer steps; the schedule stretches with them")
     parser.add_argument(
@@ -148,7 +154,8 @@ def write_curve(trainer: OuterTrainer, out_dir: Path) -> None:
 def card(trainer: OuterTrainer, data: str, seconds: float) -> dict[str, str]:
     """Return what a theta's file says of its making."""
     recipe, software = trainer.recipe, versions()
-    return {
+    start = {} if trainer.start is None else {"start": printable(trainer.start.label)}
+    return start | {
         "name": recipe.variant,
         "variant": recipe.variant,
         "orthogonalize": "true" if recipe.variant == "celo2" else "false",
@@ -176,6 +183,7 @@ def train(arguments: argparse.Namespace, held: ExitStack) -> int:
     recipe = get_recipe(arguments.recipe).ablated(arguments.ablate)
     if arguments.outer_steps is not None:
         recipe = recipe.with_outer_steps(arguments.outer_steps)
+    start = None if arguments.start is None else load_weights(arguments.start)
     world = World.start(arguments.device)
     device, main, compiled = world.device, world.main, not arguments.no_compile
     if compiled:
@@ -194,6 +202,7 @@ def train(arguments: argparse.Namespace, held: ExitStack) -> int:
         backend=backend,
         group=world.control,
         ahead=processes_ahead(device, backend, world),
+        start=start,
     )
     held.callback(trainer.close)
     out_dir: Path = arguments.out_dir or Path("runs/meta") / recipe.name

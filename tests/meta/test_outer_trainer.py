@@ -164,6 +164,23 @@ def test_a_checkpoint_of_another_run_is_refused(image_sets, small_recipe, tmp_pa
         np.testing.assert_array_equal(flatten(other.theta), before)
 
 
+def test_a_run_may_start_from_a_theta(image_sets, small_recipe, random_theta, tmp_path):
+    theta = random_theta()
+    run = OuterTrainer(small_recipe(), image_sets, compiled=False, start=theta)
+    assert run.theta == theta
+    run.step()
+    assert run.theta != theta
+    path = run.save(tmp_path)
+    again = OuterTrainer(small_recipe(), image_sets, compiled=False, start=theta)
+    again.load(path)
+    assert again.theta == run.theta
+    for start in (None, random_theta(1)):
+        with pytest.raises(ValueError, match="belongs to another run: start differ"):
+            OuterTrainer(small_recipe(), image_sets, compiled=False, start=start).load(path)
+    with pytest.raises(ValueError, match="hidden units, the recipe 8"):
+        OuterTrainer(small_recipe(), image_sets, compiled=False, start=random_theta(hidden=5))
+
+
 def test_a_full_disk_leaves_the_last_checkpoint(image_sets, small_recipe, tmp_path, monkeypatch):
     run = trainer(small_recipe(), image_sets)
     run.step()

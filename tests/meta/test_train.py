@@ -93,6 +93,7 @@ def test_a_run_goes_on_only_when_asked(command, tmp_path, capsys):
     [
         (["--data", "nowhere.npz"], "nowhere.npz: no such image file"),
         (["--device", "abacus"], "--device abacus: not usable here"),
+        (["--start", "celo3"], "celo3"),
     ],
 )
 def test_mistakes_of_the_user(command, tmp_path, capsys, options, message):
