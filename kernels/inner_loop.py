@@ -26,6 +26,7 @@ HIDDEN = tl.constexpr(32)
 CLASSES = tl.constexpr(10)
 CLASS_BLOCK = tl.constexpr(16)
 BATCH = tl.constexpr(64)
+CHUNK = tl.constexpr(16)
 
 # rows of the table of addresses: a trajectory's tensors, and those of the trajectories that begin in the window
 STATE = tl.constexpr(0)
@@ -53,8 +54,8 @@ NAN = tl.constexpr(tl.PropagateNan.ALL)
 
 @triton.jit
 def address(table_ptr, row, TENSOR: tl.constexpr):
-    """Load an address of the table as a pointer to float32."""
-    return tl.load(table_ptr + row * TENSORS + TENSOR).to(tl.pointer_type(tl.float32))
+    """Load an address of the table, a multiple of 16 bytes, as a pointer to float32."""
+    return tl.multiple_of(tl.load(table_ptr + row * TENSORS + TENSOR).to(tl.pointer_type(tl.float32)), 16)
 
 
 @triton.jit
@@ -81,18 +82,48 @@ def normaliser(x, own, COUNT: tl.constexpr):
 
 
 @triton.jit
+def row_totals(vectors, COUNT: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):
+    """Return the sums of COUNT vectors [rows] as scalars, in the layout of a tile [rows, columns].
+
+    Rows lie in different warps. One sum over a tile that has the vectors as columns crosses them once; each sum of its
+    own would leave a register that only some threads write, which the compiler keeps over the whole loop.
+    """
+    o = tl.arange(0, COLS)
+    tile = tl.zeros([ROWS, COLS], tl.float32)
+    for k in tl.static_range(COUNT):
+        tile = tl.where((o == k)[None, :], vectors[k][:, None], tile)
+    sums = tl.sum(tile, 0)
+    result = ()
+    for k in tl.static_range(COUNT):
+        result = result + (tl.sum(tl.where(o == k, sums, 0.0), 0),)
+    return result
+
+
+@triton.jit
 def average(x, new, DECAY: tl.constexpr):
     return x + (new - x) * (1 - DECAY)
 
 
 @triton.jit
-def contributions(units, f0, f1, f2, own, theta_ptr, FIRST: tl.constexpr, UNITS: tl.constexpr, COUNT: tl.constexpr):
-    """Add to the units [length] what three factors [length] and their inverse roots give them in the first layer."""
-    factors = (f0, f1, f2)
+def contributions(units, columns, squares, theta_ptr, FIRST: tl.constexpr, UNITS: tl.constexpr, COUNT: tl.constexpr):
+    """Add to the units [length] what the six columns of `factor_columns`, with sums of squares, give them."""
     for k in tl.static_range(6):
-        x = factors[k] if k < 3 else tl.rsqrt(factors[k - 3] + layout.RMS_EPS)
-        units = first_layer(units, x * normaliser(x, own, COUNT), theta_ptr, FIRST + k, UNITS)
+        norm = tl.rsqrt(squares[k] / COUNT + layout.NORM_EPS)
+        units = first_layer(units, columns[k] * norm, theta_ptr, FIRST + k, UNITS)
     return units
+
+
+@triton.jit
+def factor_columns(f0, f1, f2):
+    """Return three factors [length] and their inverse roots: what a row or a column adds to the first layer."""
+    return (
+        f0,
+        f1,
+        f2,
+        tl.rsqrt(f0 + layout.RMS_EPS),
+        tl.rsqrt(f1 + layout.RMS_EPS),
+        tl.rsqrt(f2 + layout.RMS_EPS),
+    )
 
 
 @triton.jit
@@ -144,9 +175,9 @@ def matrix_moments(g, state, own, rows_own, ROWS: tl.constexpr, COLS: tl.constex
 
 
 @triton.jit
-def row_scale(f, ROWS: tl.constexpr):
-    """Return rsqrt(R / mean(R)) of a factor of rows, which are zero outside."""
-    return tl.rsqrt(tl.maximum(f / (tl.sum(f, 0) / ROWS + layout.FACTOR_EPS), layout.FACTOR_EPS, NAN))
+def row_scale(f, whole, ROWS: tl.constexpr):
+    """Return rsqrt(R / mean(R)) of a factor of rows and its sum."""
+    return tl.rsqrt(tl.maximum(f / (whole / ROWS + layout.FACTOR_EPS), layout.FACTOR_EPS, NAN))
 
 
 @triton.jit
@@ -155,50 +186,90 @@ def column_scale(f):
 
 
 @triton.jit
-def matrix_direction(g, state, own, rows_own, theta_ptr, UNITS: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):
+def element_column(k: tl.constexpr, g, state, q, row_scales, column_scales):
+    """Return column k of the 18 an element, in the order of `celo2.folded.ELEMENT_ROWS`."""
+    linear = (g, state[1], state[2], state[3])
+    if k < 4:
+        x = linear[k]
+    elif k < 8:
+        x = linear[k - 4] * q
+    elif k < 11:
+        x = g * (row_scales[k - 8][:, None] * column_scales[k - 8][None, :])
+    elif k < 14:
+        x = linear[k - 10] * (row_scales[k - 11][:, None] * column_scales[k - 11][None, :])
+    elif k == 14:
+        x = tl.clamp(g, -layout.FEATURE_CLIP, layout.FEATURE_CLIP, NAN)
+    elif k == 15:
+        x = state[0]
+    elif k == 16:
+        x = state[4]
+    else:
+        x = q
+    return x
+
+
+@triton.jit
+def row_sums_of(state, rows_own, BLOCK: tl.constexpr, COLS: tl.constexpr):
+    """Return nine sums over rows: of squares of the six columns of `factor_columns`, and of the three factors."""
+    columns = factor_columns(state[5], state[6], state[7])
+    vectors = ()
+    for k in tl.static_range(6):
+        vectors = vectors + (tl.where(rows_own, columns[k] * columns[k], 0.0),)
+    return row_totals(vectors + (state[5], state[6], state[7]), 9, BLOCK, COLS)
+
+
+@triton.jit
+def factors_of(state, own, row_sums, ROWS: tl.constexpr):
+    """Return q [rows, columns], and the three scales of rows and of columns."""
+    rows = ()
+    columns = ()
+    for k in tl.static_range(3):
+        rows = rows + (row_scale(state[5 + k], row_sums[6 + k], ROWS),)
+        columns = columns + (column_scale(state[8 + k]),)
+    return tl.where(own, tl.rsqrt(state[4] + layout.RMS_EPS), 0.0), rows, columns
+
+
+@triton.jit
+def matrix_normalisers(g, state, own, row_sums, BLOCK: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):
+    """Return rsqrt(mean(x^2) + eps) of the 18 columns."""
+    g = tl.clamp(g, -layout.GRADIENT_CLIP, layout.GRADIENT_CLIP, NAN)
+    q, row_scales, column_scales = factors_of(state, own, row_sums, ROWS)
+    squares = ()
+    for k in tl.static_range(18):
+        x = element_column(k, g, state, q, row_scales, column_scales)
+        squares = squares + (tl.sum(x * x, 1),)
+    totals = row_totals(squares, 18, BLOCK, COLS)
+    normalisers = ()
+    for k in tl.static_range(18):
+        normalisers = normalisers + (tl.rsqrt(totals[k] / (ROWS * COLS) + layout.NORM_EPS),)
+    return normalisers
+
+
+@triton.jit
+def matrix_direction(
+    g, state, own, row_sums, normalisers, theta_ptr, UNITS: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr
+):
     """Return the direction [rows, columns] of theta's MLP from the advanced tensors of a matrix, zero outside."""
-    p, m0, m1, m2, v, r0, r1, r2, c0, c1, c2 = state
+    r0, r1, r2, c0, c1, c2 = state[5], state[6], state[7], state[8], state[9], state[10]
     g = tl.clamp(g, -layout.GRADIENT_CLIP, layout.GRADIENT_CLIP, NAN)
     nothing = ()
     of_row = ()
     for unit in tl.static_range(UNITS):
         nothing = nothing + (c0 * 0.0,)
         of_row = of_row + (r0 * 0.0 + tl.load(theta_ptr + FIRST_BIAS * UNITS + unit),)
-    of_row = contributions(of_row, r0, r1, r2, rows_own, theta_ptr, SHORT, UNITS, ROWS)
-    of_column = contributions(nothing, c0, c1, c2, c0 == c0, theta_ptr, LONG, UNITS, COLS)
+    of_row = contributions(of_row, factor_columns(r0, r1, r2), row_sums, theta_ptr, SHORT, UNITS, ROWS)
+    columns = factor_columns(c0, c1, c2)
+    squares = ()
+    for k in tl.static_range(6):
+        squares = squares + (tl.sum(columns[k] * columns[k], 0),)
+    of_column = contributions(nothing, columns, squares, theta_ptr, LONG, UNITS, COLS)
     units = ()
     for unit in tl.static_range(UNITS):
         units = units + (of_row[unit][:, None] + of_column[unit][None, :],)
-
-    momenta = (m0, m1, m2)
-    row_scales = (row_scale(r0, ROWS), row_scale(r1, ROWS), row_scale(r2, ROWS))
-    column_scales = (column_scale(c0), column_scale(c1), column_scale(c2))
-    q = tl.where(own, tl.rsqrt(v + layout.RMS_EPS), 0.0)
-    clipped = tl.clamp(g, -layout.FEATURE_CLIP, layout.FEATURE_CLIP, NAN)
-    # the order of `celo2.folded.ELEMENT_ROWS`, one column at a time, so that few values live at once
+    q, row_scales, column_scales = factors_of(state, own, row_sums, ROWS)
     for k in tl.static_range(18):
-        if k == 0:
-            x = g
-        elif k < 4:
-            x = momenta[k - 1]
-        elif k == 4:
-            x = g * q
-        elif k < 8:
-            x = momenta[k - 5] * q
-        elif k < 11:
-            x = g * (row_scales[k - 8][:, None] * column_scales[k - 8][None, :])
-        elif k < 14:
-            x = momenta[k - 11] * (row_scales[k - 11][:, None] * column_scales[k - 11][None, :])
-        elif k == 14:
-            x = clipped
-        elif k == 15:
-            x = p
-        elif k == 16:
-            x = v
-        else:
-            x = q
-        norm = tl.rsqrt(total(x * x) / (ROWS * COLS) + layout.NORM_EPS)
-        units = first_layer(units, x * norm, theta_ptr, k, UNITS)
+        x = element_column(k, g, state, q, row_scales, column_scales)
+        units = first_layer(units, x * normalisers[k], theta_ptr, k, UNITS)
     return tl.where(own, other_layers(units, theta_ptr, UNITS), 0.0)
 
 
@@ -290,31 +361,38 @@ def network(
     PRECISION: tl.constexpr,
 ):
     """Return the loss of f(scale w) over a batch and its gradients; classes outside have none."""
-    picked = tl.load(index_ptr + tl.arange(0, BATCH))
-    x = tl.load(images_ptr + picked[:, None] * PIXELS + tl.arange(0, PIXELS)[None, :])  # [BATCH, PIXELS]
-    label = tl.load(labels_ptr + picked)
-    hidden = tl.dot(w1, tl.trans(x), input_precision=PRECISION)  # [HIDDEN, BATCH]
-    hidden = tl.maximum(scale * (hidden + b1[:, None]), 0.0, NAN)
-    logits = scale * (tl.dot(w2, hidden, input_precision=PRECISION) + b2[:, None])  # [CLASS_BLOCK, BATCH]
-    logits = tl.where(classes_own[:, None], logits, float("-inf"))
-    logits = logits - tl.max(logits, 0)[None, :]
-    power = tl.exp(logits)
-    sums = tl.sum(power, 0)
-    target = tl.arange(0, CLASS_BLOCK)[:, None] == label[None, :]
-    chosen = tl.sum(tl.where(target, logits, 0.0), 0) - tl.log(sums)
-    share = tl.load(share_ptr + tl.arange(0, BATCH)) if SHARED else tl.full([BATCH], 1 / BATCH, tl.float32)
-    loss = -tl.sum(chosen * share, 0)
-    g_logits = (power / sums[None, :] - tl.where(target, 1.0, 0.0)) * (scale * share)[None, :]
-    g_logits = tl.where(classes_own[:, None], g_logits, 0.0)
-    g_hidden = tl.dot(tl.trans(w2), g_logits, input_precision=PRECISION)
-    g_hidden = tl.where(hidden > 0, g_hidden, g_hidden * 0.0) * scale
-    return (
-        loss,
-        tl.dot(g_hidden, x, input_precision=PRECISION),
-        tl.sum(g_hidden, 1),
-        tl.dot(g_logits, tl.trans(hidden), input_precision=PRECISION),
-        tl.sum(g_logits, 1),
-    )
+    loss = 0.0
+    g_w1 = tl.zeros_like(w1)
+    g_b1 = tl.zeros_like(b1)
+    g_w2 = tl.zeros_like(w2)
+    g_b2 = tl.zeros_like(b2)
+    o_example = tl.arange(0, CHUNK)
+    o_class = tl.arange(0, CLASS_BLOCK)
+    # some examples at a time: a product holds a thread's rows and columns of both factors in registers
+    for start in range(0, BATCH, CHUNK):
+        picked = tl.load(index_ptr + start + o_example)
+        x = tl.load(images_ptr + picked[:, None] * PIXELS + tl.arange(0, PIXELS)[None, :])  # [CHUNK, PIXELS]
+        label = tl.load(labels_ptr + picked)
+        hidden = tl.dot(w1, tl.trans(x), input_precision=PRECISION)  # [HIDDEN, CHUNK]
+        hidden = tl.maximum(scale * (hidden + b1[:, None]), 0.0, NAN)
+        logits = scale * (tl.dot(w2, hidden, input_precision=PRECISION) + b2[:, None])  # [CLASS_BLOCK, CHUNK]
+        logits = tl.where(classes_own[:, None], logits, float("-inf"))
+        logits = logits - tl.max(logits, 0)[None, :]
+        power = tl.exp(logits)
+        sums = tl.sum(power, 0)
+        target = o_class[:, None] == label[None, :]
+        chosen = tl.sum(tl.where(target, logits, 0.0), 0) - tl.log(sums)
+        share = tl.load(share_ptr + start + o_example) if SHARED else tl.full([CHUNK], 1 / BATCH, tl.float32)
+        loss -= tl.sum(chosen * share, 0)
+        g_logits = (power / sums[None, :] - tl.where(target, 1.0, 0.0)) * (scale * share)[None, :]
+        g_logits = tl.where(classes_own[:, None], g_logits, 0.0)
+        g_hidden = tl.dot(tl.trans(w2), g_logits, input_precision=PRECISION)
+        g_hidden = tl.where(hidden > 0, g_hidden, g_hidden * 0.0) * scale
+        g_w1 += tl.dot(g_hidden, x, input_precision=PRECISION)
+        g_b1 += tl.sum(g_hidden, 1)
+        g_w2 += tl.dot(g_logits, tl.trans(hidden), input_precision=PRECISION)
+        g_b2 += tl.sum(g_logits, 1)
+    return loss, g_w1, g_b1, g_w2, g_b2
 
 
 @triton.jit
@@ -386,7 +464,12 @@ def step_matrix(
     state = load_matrix(table_ptr, row, number, own, o_row, o_column, FIRST, ROWS, COLS)
     state = matrix_moments(g, state, own, o_row < ROWS, ROWS, COLS)
     put_matrix(state, table_ptr, problem, own, True, o_row, o_column, FIRST, ROWS, COLS)
-    d = matrix_direction(g, state, own, o_row < ROWS, theta_ptr, UNITS, ROWS, COLS)
+    row_sums = row_sums_of(state, o_row < ROWS, o_row.shape[0], COLS)
+    normalisers = matrix_normalisers(g, state, own, row_sums, o_row.shape[0], ROWS, COLS)
+    # read again: no compiler then keeps the 18 columns of every element from one pass to the next
+    tl.debug_barrier()
+    state = load_matrix(table_ptr, STATE, problem, own, o_row, o_column, FIRST, ROWS, COLS)
+    d = matrix_direction(g, state, own, row_sums, normalisers, theta_ptr, UNITS, ROWS, COLS)
     if ORTHOGONALIZE:
         d = orthogonalize(d, PRECISION)
     d = of_unit_rms(d, NORMALIZE, ROWS * COLS)
@@ -484,7 +567,7 @@ def inner_loop_kernel(
     o1 = o_hidden[:, None] * PIXELS + o_pixel[None, :]
     o2 = o_class[:, None] * HIDDEN + o_hidden[None, :]
 
-    for slot in range(slots):
+    for slot in tl.range(0, slots, disable_licm=True):
         # after a restart the state is where the new trajectory begins
         fresh = slot == restart + 1
         row = tl.where(fresh, FRESH, STATE)

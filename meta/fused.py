@@ -41,6 +41,8 @@ class FusedLoop:
         self.labels = labels.to(torch.int32)
         self.problems, self.device = len(state["scale"]), images.device
         addresses = [[x[name].data_ptr() if name in x else 0 for name in TABLE] for x in (state, fresh)]
+        # the kernel reads four elements at once
+        assert not any(address % 16 for row in addresses for address in row), "tensors begin at multiples of 16 bytes"
         self._table = torch.tensor(addresses, dtype=torch.int64, device=self.device)
 
     def __call__(

@@ -83,7 +83,8 @@ def test_windows_are_those_of_pytorch(device, case):
     changes = dict(CASES[case])
     recipe = replace(get_recipe(changes.pop("name")), **(SMALL | changes))
     plain, fused = pair_of_steps(recipe, device)
-    rng = torch.Generator().manual_seed(0)
+    # with seed 0 a unit of `adam` comes within 1e-7 of its ReLU's kink, and rounding decides on which side
+    rng = torch.Generator().manual_seed(1)
     # a small MLP: a random one of unit weights has directions of every sign, which is the same to both
     theta = 0.3 * torch.randn(2 * recipe.particles, theta_size(recipe.hidden), generator=rng)
     restarts = 0
