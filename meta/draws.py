@@ -6,12 +6,14 @@ trajectories: with the kernel they take several times as long as the window itse
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import multiprocessing
 import signal
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
 from typing import NamedTuple
 
@@ -107,6 +109,10 @@ class Draws:
         return Drawn(self.perturbations(outer_step), batches)
 
 
+# what a terminal, torchrun or a scheduler sends to all processes: it is for the run, which ends the others itself
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+
+
 class Ahead:
     """The same draws, made by processes for the steps that follow the one that is asked for.
 
@@ -135,10 +141,19 @@ class Ahead:
 
     def _start(self, first: int) -> None:
         spawn = multiprocessing.get_context("spawn")
+        # before `multiprocessing` ends with its processes, which do not listen to signals
+        atexit.register(self.close)
+        # its start unblocks signals
+        resource_tracker.ensure_running()
         for _ in range(self._processes):
             here, there = spawn.Pipe()
             process = spawn.Process(target=_draw, args=(self.draws, there), daemon=True)
-            process.start()
+            # blocked from its first moment on: it imports for seconds
+            blocked = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+            try:
+                process.start()
+            finally:
+                signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
             # the process sees the end of the pipe when this one, whose end is the only one left, is gone
             there.close()
             self._workers.append((process, here))
@@ -151,14 +166,12 @@ class Ahead:
             connection.close()
         for process, _ in self._workers:
             process.join()
+        atexit.unregister(self.close)
         self._workers, self._next = [], None
 
 
 def _draw(draws: Draws, connection: Connection) -> None:
     """Be one of the processes: a step comes in, what it draws goes out."""
-    # signals are for the run, which ends this by closing the pipe
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_IGN)
     with contextlib.suppress(EOFError, OSError):
         while True:
             connection.send(draws(connection.recv()))

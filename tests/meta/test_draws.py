@@ -110,6 +110,33 @@ def running(pid: int) -> bool:
         return False
 
 
+PROGRAM = """
+import os, signal, sys
+from celo2.meta.draws import Ahead, Draws
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, lambda *_: None)
+    signal.signal(signal.SIGTERM, lambda *_: None)
+    draws = Draws(0, (0,), 347, 0.01, 5, ())
+    ahead = Ahead(draws, 2)
+    ahead._start(0)
+    ahead._next = 0
+    # as Ctrl-C does, while the processes are importing
+    os.killpg(0, signal.SIGINT)
+    os.killpg(0, signal.SIGTERM)
+    for step in range(4):
+        assert (ahead(step).perturbations == draws.perturbations(step)).all()
+    print("drawn", flush=True)
+    # and it ends without a word to them
+"""
+
+
+def test_signals_are_for_the_run_and_its_end_is_theirs(tmp_path: Path):
+    (tmp_path / "run.py").write_text(PROGRAM)
+    command = [sys.executable, str(tmp_path / "run.py")]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=120, start_new_session=True)
+    assert (run.returncode, run.stdout, run.stderr) == (0, "drawn\n", "")
+
+
 def test_other_particles_draw_the_same(draws):
     part = replace(draws, particles=(1, 2), families=(batches_of([(Stream(200, 64, 0, 3), 0)], (1,), each=2),))
     np.testing.assert_array_equal(part(7).perturbations, draws(7).perturbations[1:3])
