@@ -37,10 +37,10 @@ def parameters(shapes: list[tuple[int, int]]) -> list[torch.nn.Parameter]:
 @pytest.fixture
 def celo2_is_correct(theta: Theta) -> None:
     """The gate: two steps of FusedCelo2 agree with the float64 oracle, or nothing is timed."""
-    for orthogonalize in (False, True):
+    for orthogonalize, backend in ((False, "torch"), (True, "torch"), (False, "compiled")):
         # several blocks, and wide: five float32 Newton-Schulz iterations on a square matrix are off by more than 3e-5
         (p,) = parameters([(96, 2304)])
-        optimizer = FusedCelo2([p], lr=1.0, weights=theta, orthogonalize=orthogonalize)
+        optimizer = FusedCelo2([p], lr=1.0, weights=theta, orthogonalize=orthogonalize, backend=backend)
         state = MatrixState.zeros_like(p.detach().double())
         for _ in range(2):
             before = p.detach().double()
@@ -55,6 +55,9 @@ def celo2_is_correct(theta: Theta) -> None:
 def test_step_time(theta: Theta, benchmark: BenchmarkFixture, report: list[str]) -> None:
     optimizers: dict[str, Optimizer] = {
         "FusedCelo2": FusedCelo2(parameters(SHAPES), lr=1e-4, weights=theta, orthogonalize=False),
+        "FusedCelo2, compiled": FusedCelo2(
+            parameters(SHAPES), lr=1e-4, weights=theta, orthogonalize=False, backend="compiled"
+        ),
         "FusedCelo2, Newton-Schulz": FusedCelo2(parameters(SHAPES), lr=1e-4, weights=theta, orthogonalize=True),
         BASELINE: AdamW(parameters(SHAPES), lr=1e-4, fused=True),
     }
