@@ -81,7 +81,7 @@ class FusedCelo2(Optimizer):
         backend: `"triton"` steps the learned rule by the kernels of `celo2.kernels`, `"torch"` by `celo2.phases`;
             `"auto"` takes the kernels for parameters on a GPU where Triton is installed. On a CPU `"triton"` needs
             `TRITON_INTERPRET=1` in the environment, for tests. `"compiled"` is `"torch"` with phases 2 and 3 of whole
-            float32 matrices on a CPU through `torch.compile`: half of their time, after a minute of compilation the
+            float32 matrices on a CPU through `torch.compile`: less time, after a minute of compilation the
             first time on a machine; without a C++ compiler it says so in the log, and is `"torch"`.
         comm_dtype: what directions of sharded parameters travel in to the rank that orthogonalises them and back:
             `"bfloat16"`, `"float32"`, or `"auto"`: bfloat16 on a GPU, where the kernels keep directions in it anyway,

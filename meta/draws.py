@@ -1,7 +1,7 @@
 """What an outer step draws beforehand: perturbations of theta, and the examples of every batch of its window.
 
 Both are functions of the seed and the outer step alone, so that other processes can make them while this one advances
-trajectories: with the kernel they take several times as long as the window itself.
+trajectories: they take several times as long as a window is predicted to take the kernel.
 """
 
 from __future__ import annotations

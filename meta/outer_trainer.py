@@ -117,12 +117,11 @@ class OuterTrainer:
             backend=backend,
         )
         self.start = start
-        units = {recipe.hidden} if start is None else {len(start.arrays["b0"]), len(start.arrays["b1"])}
-        if units != {recipe.hidden}:
-            raise ValueError(
-                f"start {start and start.label} has {sorted(units)} hidden units, the recipe {recipe.hidden}"
-            )
-        first = torch.from_numpy(flatten(start or initial_theta(seed, recipe.start, recipe.hidden)))
+        theta = initial_theta(seed, recipe.start, recipe.hidden) if start is None else start
+        units = sorted({len(theta.arrays["b0"]), len(theta.arrays["b1"])})
+        if units != [recipe.hidden]:
+            raise ValueError(f"start {theta.label} has {units} hidden units, the recipe {recipe.hidden}")
+        first = torch.from_numpy(flatten(theta))
         self._parameter = torch.nn.Parameter(first)
         self._adamw = torch.optim.AdamW(
             [self._parameter],

@@ -63,7 +63,9 @@ def test_it_is_what_steps_and_what_it_cannot_take_goes_through_pytorch(random_th
         torch.manual_seed(1)
         for p in some:
             p.grad = 1e-3 * torch.randn(p.shape).to(p.dtype)
-        FusedCelo2([{"params": some, "rule": "celo2"}], lr=1e-2, weights=theta, backend=backend).step()
+        # the norm is above: gradients are scaled
+        group = {"params": some, "rule": "celo2", "max_grad_norm": 1e-3}
+        FusedCelo2([group], lr=1e-2, weights=theta, backend=backend).step()
     assert steps == [(24, 40)]
     for p, other in zip(params, others, strict=True):
         torch.testing.assert_close(p, other, rtol=0, atol=1e-6 if p.dtype == torch.float32 else 0)
