@@ -1,4 +1,8 @@
-"""Newton-Schulz on batches of directions: symmetric products by the kernel for large matrices, the rest by PyTorch."""
+"""Newton-Schulz on batches of directions on a GPU: who computes what, by shape.
+
+A matrix whose shorter side is at most 128 is taken whole by one program. Of larger ones the symmetric products go
+through the kernel from a size on, below it through PyTorch.
+"""
 
 from __future__ import annotations
 
@@ -6,8 +10,26 @@ import torch
 from torch import Tensor
 
 from celo2.compilation import launch
-from celo2.kernels.newton_schulz import inner_block, symmetric_product_kernel
-from celo2.newton_schulz import COEFFICIENTS, iterate
+from celo2.kernels.newton_schulz import (
+    SMALL,
+    inner_block,
+    small_block,
+    small_orthogonalize_kernel,
+    symmetric_product_kernel,
+)
+from celo2.newton_schulz import (
+    COEFFICIENTS,
+    EPS,
+    FIRST_SEGMENT,
+    SEGMENT,
+    SymmetricProduct,
+    orthogonalize,
+    product,
+    takes_gram_form,
+)
+
+# the shorter side from which half of a symmetric product is worth a kernel of our own
+SYMMETRIC_FROM = 512
 
 
 def orthogonalize_(d: Tensor, starts: Tensor, ns_steps: int, squares: Tensor) -> None:
@@ -15,54 +37,81 @@ def orthogonalize_(d: Tensor, starts: Tensor, ns_steps: int, squares: Tensor) ->
 
     `starts` [B] has 1 / (||d|| + eps).
     """
-    x = d * starts[:, None, None].to(d.dtype)
+    if takes_one_program(d, ns_steps):
+        orthogonalize_small_(d, ns_steps, squares)
+        return
+    # in float32: the start of a matrix of zeros is beyond float16
+    x = torch.mul(d, starts[:, None, None], out=torch.empty_like(d))
     d.copy_(orthogonalize(x, ns_steps))
+    # of what is stored: of the Gram matrix it would cost a product of its own, and have that one's rounding
     norm = torch.linalg.vector_norm(d, dim=-1, dtype=torch.float32).square()
     torch.sum(norm, dim=-1, out=squares)
 
 
-# the shorter side from which half of a symmetric product is worth a kernel of our own
-SYMMETRIC_FROM = 512
+def takes_one_program(d: Tensor, ns_steps: int) -> bool:
+    """Whether directions [B, m, n] are taken whole, a program each: in float16, on a GPU."""
+    small = min(d.shape[-2:]) <= SMALL and FIRST_SEGMENT < ns_steps <= FIRST_SEGMENT + SEGMENT
+    return small and d.dtype == torch.float16 and d.device.type != "cpu"
 
 
-def orthogonalize(x: Tensor, steps: int, symmetric_from: int = SYMMETRIC_FROM, block: int = 128) -> Tensor:
-    """Newton-Schulz on `x` [B, m, n], of a norm of at most 1 each, in its dtype; small ones and CPUs by PyTorch."""
-    if x.shape[-2] > x.shape[-1]:
-        return orthogonalize(x.mT, steps, symmetric_from, block).mT
-    if not takes_symmetric_products(x, symmetric_from):
-        return iterate(x, steps)
+def orthogonalize_small_(d: Tensor, ns_steps: int, squares: Tensor) -> None:
+    """Replace `d` [B, m, n], the shorter side at most `SMALL`, by one program a matrix; write sums of squares."""
+    x = d.mT if d.shape[-2] > d.shape[-1] else d
+    batch, m, n = x.shape
     a, b, c = COEFFICIENTS
-    for _ in range(steps):
-        gram = symmetric_product(x, block=block)
-        x = torch.baddbmm(x, symmetric_product(gram, alpha=c, add=gram, beta=b, block=block), x, beta=a)
-    return x
+    if batch:
+        launch(small_orthogonalize_kernel, (batch,),
+            x, squares, m, n, *x.stride(), A=a, B=b, C=c, EPS=EPS, FIRST=FIRST_SEGMENT,
+            REST=ns_steps - FIRST_SEGMENT,
+            **small_block(m),
+        )  # fmt: skip
+
+
+def product_for(x: Tensor) -> SymmetricProduct:
+    """Return what computes the symmetric products of `x` [B, m, n], m <= n."""
+    return symmetric_product if takes_symmetric_products(x) else product
 
 
 def takes_symmetric_products(x: Tensor, symmetric_from: int = SYMMETRIC_FROM) -> bool:
     """Whether the products of `x` [B, m, n] go through the kernel of symmetric ones."""
-    return min(x.shape[-2:]) >= symmetric_from and (x.device.type != "cpu" or symmetric_from != SYMMETRIC_FROM)
+    return min(x.shape[-2:]) >= symmetric_from and x.device.type != "cpu"
 
 
-def rehearse_products(d: Tensor) -> None:
-    """Launch the symmetric products of `orthogonalize(d, ...)` once each, in every layout that they see."""
+def rehearse_products(d: Tensor, ns_steps: int, squares: Tensor) -> None:
+    """Launch the kernels of `orthogonalize_(d, ...)` once each, in every layout that they see."""
+    if takes_one_program(d, ns_steps):
+        orthogonalize_small_(d, ns_steps, squares)
     if not takes_symmetric_products(d):
         return
-    _, b, c = COEFFICIENTS
-    # a tall matrix is transposed storage in the first iteration alone
+    a, b, c = COEFFICIENTS
+    # a tall matrix is transposed storage at the start alone
     for x in (d.mT, d.mT.contiguous()) if d.shape[-2] > d.shape[-1] else (d,):
-        gram = symmetric_product(x)
-        symmetric_product(gram, alpha=c, add=gram, beta=b)
+        gram = symmetric_product(x, x)
+        symmetric_product(gram, gram, alpha=c, add=gram, beta=b)
+        if takes_gram_form(x):
+            symmetric_product(gram, gram)
+            if x.itemsize == 2:
+                symmetric_product(x, x, low=torch.empty_like(gram))
+                symmetric_product(gram, gram, add=gram, beta=a)
 
 
 def symmetric_product(
-    x: Tensor, *, alpha: float = 1.0, add: Tensor | None = None, beta: float = 0.0, block: int = 128
+    x: Tensor,
+    y: Tensor,
+    *,
+    add: Tensor | None = None,
+    alpha: float = 1.0,
+    beta: float = 1.0,
+    low: Tensor | None = None,
+    block: int = 128,
 ) -> Tensor:
-    """Return alpha X X^T + beta add, [B, m, m], for X [B, m, n] and a symmetric `add` [B, m, m]."""
+    """Return a symmetric product by the kernel, as `celo2.newton_schulz.SymmetricProduct`; `add` is contiguous."""
     batch, size, inner = x.shape
     out = x.new_empty(batch, size, size)
     tiles = -(-size // block)
+    scales = {"ALPHA": 1.0, "BETA": 0.0} if add is None else {"ALPHA": alpha, "BETA": beta}
     launch(symmetric_product_kernel, (tiles * (tiles + 1) // 2, batch),
-        x, x if add is None else add, out, size, inner, *x.stride(), ALPHA=alpha, BETA=beta, PRECISION="ieee",
-        BLOCK=block, BLOCK_INNER=inner_block(x.element_size()), num_warps=8,
+        x, y, out if add is None else add, out, out if low is None else low, size, inner, *x.stride(), *y.stride(),
+        **scales, LOW=low is not None, PRECISION="ieee", BLOCK=block, BLOCK_INNER=inner_block(x.element_size()), num_warps=8,
     )  # fmt: skip
     return out

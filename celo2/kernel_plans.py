@@ -24,7 +24,7 @@ from celo2.state import is_dtensor, local
 if TYPE_CHECKING:
     from celo2.backends.triton import TritonBackend
 
-NS_DTYPES = {"auto": None, "bfloat16": torch.bfloat16, "float32": torch.float32}
+NS_DTYPES = {"auto": None, "float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 # backends of an optimizer, each with about 600 bytes a matrix of its own, and 12 a tile or chunk
 KEPT = 8
 # of a group, that decide what its parameters' kernels are
@@ -211,7 +211,7 @@ class KernelPlans:
         from celo2.backends.triton import TritonBackend
 
         self.move(device)
-        dtype = NS_DTYPES[ns_dtype] or (torch.bfloat16 if device.type == "cuda" else torch.float32)
+        dtype = NS_DTYPES[ns_dtype] or (torch.float16 if device.type == "cuda" else torch.float32)
         taken = []
         for slot in slots:
             reason = unsupported_reason(slot)

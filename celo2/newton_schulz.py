@@ -1,6 +1,25 @@
-"""Newton-Schulz orthogonalisation: the five quintic iterations that Celo2 shares with Muon."""
+"""Newton-Schulz orthogonalisation: the five quintic iterations that Celo2 shares with Muon, in two forms.
+
+    A = X X^T        P = a I + b A + c A A        X <- P X
+
+Every iterate is a polynomial of A times X, so the iterations can stay among m x m matrices (the Gram form):
+
+    R = X X^T        Q = I        then        P = a I + b R + c R R,   Q <- P Q,   R <- P R P        and  X <- Q X
+
+Rounding grows in R, so it is formed anew from X after two iterations. The long axis is then touched 4 times in five
+iterations instead of 10, and nearly all else is symmetric: half of such a product is enough. In units of m^3 multiply-
+adds, with n = r m columns: 7.5 r + 2.5 for the standard form, 3 r + 8 for the Gram form, which pays from r = 2 on.
+
+What keeps its digits in float16, where a matrix has one direction far above all others (`docs/newton-schulz.md`):
+segments of 2 and 3 iterations, not 3 and 2; R P R as P (R P), whose halves mirror each other but for one rounding,
+while (R P) P has that of P against R; Q as a whole in a segment of 3; and for such a segment what rounding took from R.
+Sources: Celo2 (arXiv 2602.19142); Muon (Keller Jordan, 2024).
+"""
 
 from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -8,51 +27,151 @@ from torch import Tensor
 # quintic coefficients of Muon (https://kellerjordan.github.io/posts/muon/), used unchanged by Celo2
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 EPS = 1e-8
-# rows computed at once of a symmetric product: few enough to skip most of the half above the diagonal, enough for
+# iterations among m x m matrices before R is formed anew for the first time, and afterwards at most
+FIRST_SEGMENT, SEGMENT = 2, 3
+# columns over rows from which the Gram form takes less work, by a fifth at once
+GRAM_FROM = 2.0
+# rows of a symmetric product computed at once: few enough to skip most of the half above the diagonal, enough for
 # matrix products at full speed
 STRIP = 128
 
 
-def _symmetric_baddbmm(add: Tensor, x: Tensor, y: Tensor, *, beta: float, alpha: float) -> Tensor:
-    """Return beta * add + alpha * x @ y, [B, m, m], known to be symmetric: strips up to the diagonal, mirrored.
+class SymmetricProduct(Protocol):
+    """X Y^T, or alpha X Y^T + beta add: [B, m, m] and known to be symmetric, of X and Y [B, m, k], `add` [B, m, m].
 
-    `x` is [B, m, n], `y` [B, n, m]; `add` is [B, m, m], or anything of three axes when beta is 0.
+    `low`, [B, m, m], is written what rounding took from X Y^T.
     """
-    m = x.shape[-2]
-    if m <= STRIP:
-        return torch.baddbmm(add, x, y, beta=beta, alpha=alpha)
-    out = x.new_empty(x.shape[0], m, m)
-    for start in range(0, m, STRIP):
-        stop = min(start + STRIP, m)
-        term = add[:, start:stop, :stop] if beta else add
-        out[:, start:stop, :stop] = torch.baddbmm(term, x[:, start:stop], y[..., :stop], beta=beta, alpha=alpha)
-        out[:, :start, start:stop] = out[:, start:stop, :start].mT
-    return out
+
+    def __call__(
+        self,
+        x: Tensor,
+        y: Tensor,
+        *,
+        add: Tensor | None = None,
+        alpha: float = 1.0,
+        beta: float = 1.0,
+        low: Tensor | None = None,
+    ) -> Tensor: ...
 
 
 def newton_schulz(direction: Tensor, steps: int = 5) -> Tensor:
     """Approximately orthogonalise each matrix of `direction`.
 
     `direction` is `[..., rows, columns]` in float32 or float64, and so is the result (a new tensor, or a transposed
-    view of one). Works on the shorter side: a tall matrix is transposed first. An all-zero matrix stays zero.
-    Source: Celo2 (arXiv 2602.19142); the iteration is Muon's (Keller Jordan, 2024).
+    view of one). Works on the shorter side: a tall matrix is taken transposed. An all-zero matrix stays zero. Not
+    differentiable; `celo2.reference` is.
     """
     shape = direction.shape
     x = direction.reshape(-1, *shape[-2:])
     # row by row: a norm over all elements at once is one long float32 sum, which loses digits
     norm = torch.linalg.vector_norm(torch.linalg.vector_norm(x, dim=-1, keepdim=True), dim=-2, keepdim=True)
-    return iterate(x / (norm + EPS), steps).reshape(shape)
+    return orthogonalize(x / (norm + EPS), steps).reshape(shape)
 
 
-def iterate(x: Tensor, steps: int) -> Tensor:
-    """Return `x` [B, m, n], of a norm of at most 1 each, after the iterations; a tall matrix is taken transposed."""
-    tall = x.shape[-2] > x.shape[-1]
-    if tall:
-        x = x.mT
+def orthogonalize(x: Tensor, steps: int) -> Tensor:
+    """Return `x` [B, m, n], of a norm of at most 1 each and of any dtype, after the iterations, in the form that pays.
+
+    On a GPU the symmetric products of large matrices are a kernel of our own (`batched_newton_schulz`).
+    """
+    if x.shape[-2] > x.shape[-1]:
+        return orthogonalize(x.mT, steps).mT
+    if x.device.type == "cpu":
+        return in_best_form(x, steps, product_by_strips if x.itemsize >= 4 else product)
+    from celo2.batched_newton_schulz import product_for
+
+    return in_best_form(x, steps, product_for(x))
+
+
+def takes_gram_form(x: Tensor) -> bool:
+    """Whether matrices [B, m, n], m <= n, are iterated in the Gram form; bfloat16 has too few digits for it."""
+    return x.shape[-1] >= GRAM_FROM * x.shape[-2] and x.dtype != torch.bfloat16
+
+
+def segments(steps: int) -> Iterator[int]:
+    """Iterate over the numbers of iterations between which R is formed anew: 2 and 3 of five."""
+    length = FIRST_SEGMENT
+    while steps > 0:
+        yield min(length, steps)
+        steps, length = steps - length, SEGMENT
+
+
+def in_best_form(x: Tensor, steps: int, symmetric: SymmetricProduct) -> Tensor:
+    """Return `x` [B, m, n], m <= n, after the iterations, with symmetric products by a function."""
+    form = _gram_form if takes_gram_form(x) else _standard_form
+    return form(x, steps, symmetric)
+
+
+def _standard_form(x: Tensor, steps: int, symmetric: SymmetricProduct) -> Tensor:
     a, b, c = COEFFICIENTS
-    nothing = x.new_zeros(1, 1, 1)
     for _ in range(steps):
-        gram = _symmetric_baddbmm(nothing, x, x.mT, beta=0, alpha=1)
-        polynomial = _symmetric_baddbmm(gram, gram, gram, beta=b, alpha=c)
-        x = torch.baddbmm(x, polynomial, x, beta=a)
-    return x.mT if tall else x
+        gram = symmetric(x, x)
+        x = torch.baddbmm(x, symmetric(gram, gram, alpha=c, add=gram, beta=b), x, beta=a)
+    return x
+
+
+def _gram_form(x: Tensor, steps: int, symmetric: SymmetricProduct) -> Tensor:
+    a, b, c = COEFFICIENTS
+    for length in segments(steps):
+        is_long, low = length > FIRST_SEGMENT, None
+        if is_long and x.itemsize == 2:
+            low = x.new_empty(x.shape[0], x.shape[1], x.shape[1])
+        r, q = symmetric(x, x, low=low), None
+        for left in reversed(range(length)):
+            # polynomials of one R commute
+            p = symmetric(r, r, alpha=c, add=r, beta=b)
+            p.diagonal(dim1=-2, dim2=-1).add_(a)
+            # in a long segment rounding takes too much of the symmetry of P Q
+            q = p if q is None else p @ q if is_long else symmetric(p, q)
+            if left:
+                # P is near a I where R is small, and what rounding took counts
+                half = symmetric(r, p) if low is None else symmetric(r, p, add=low, beta=a)
+                r, low = symmetric(p, half), None
+        assert q is not None
+        x = q @ x
+    return x
+
+
+def product(
+    x: Tensor,
+    y: Tensor,
+    *,
+    add: Tensor | None = None,
+    alpha: float = 1.0,
+    beta: float = 1.0,
+    low: Tensor | None = None,
+) -> Tensor:
+    """Return a symmetric product, computed as a whole."""
+    if low is not None:
+        wide = torch.bmm(x.float(), y.float().mT)
+        out = wide.to(x.dtype)
+        low.copy_(wide - out)
+        return out
+    return torch.bmm(x, y.mT) if add is None else torch.baddbmm(add, x, y.mT, beta=beta, alpha=alpha)
+
+
+def product_by_strips(
+    x: Tensor,
+    y: Tensor,
+    *,
+    add: Tensor | None = None,
+    alpha: float = 1.0,
+    beta: float = 1.0,
+    low: Tensor | None = None,
+) -> Tensor:
+    """Return a symmetric product in float32 or wider by strips of rows up to the diagonal, mirrored."""
+    assert low is None
+    m = x.shape[-2]
+    if m <= STRIP:
+        return product(x, y, add=add, alpha=alpha, beta=beta)
+    out = x.new_empty(x.shape[0], m, m)
+    for matrix in range(x.shape[0]):
+        left, right, whole = x[matrix], y[matrix].mT, out[matrix]
+        for start in range(0, m, STRIP):
+            strip, stop = slice(start, start + STRIP), min(start + STRIP, m)
+            here = whole[strip, :stop]
+            if add is None:
+                torch.mm(left[strip], right[:, :stop], out=here)
+            else:
+                torch.addmm(add[matrix, strip, :stop], left[strip], right[:, :stop], beta=beta, alpha=alpha, out=here)
+            whole[:start, strip] = here[:, :start].mT
+    return out

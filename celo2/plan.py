@@ -38,7 +38,12 @@ if TYPE_CHECKING:
 # the first entries of the message of gradients: squared norm, and whether a rank asks to skip the step; a flag for each
 # entry of the plan follows, 1 where it has a gradient
 HEADER = 2
-COMM_DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+COMM_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+
+
+def resolved_comm_dtype(name: str, device: torch.device) -> str:
+    """Return what directions travel in: of "auto", float16 on a GPU, float32 on a CPU."""
+    return name if name != "auto" else "float32" if device.type == "cpu" else "float16"
 
 
 def padded(length: int) -> int:

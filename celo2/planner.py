@@ -19,7 +19,7 @@ from celo2.comm import Local, Ranks
 from celo2.groups import check_gradient, group_view, named_parameters
 from celo2.kernel_plans import KernelPlan, KernelPlans, Signature, Watch, kernels_run_on
 from celo2.parameters import Host, Parameters
-from celo2.plan import Plan, Slot
+from celo2.plan import Plan, Slot, resolved_comm_dtype
 from celo2.skips import SkipWatch
 from celo2.state import follow_parameter, is_dtensor, local, shard_spec_of
 from celo2.step import Inputs, take_step
@@ -149,9 +149,7 @@ class Planner:
         # a rank that clips makes a message more than one that does not
         options = [[_plain(group[key]) for key in COMPARED] for group in self.host.param_groups]
         agree(options, process_group, "an option of the parameter groups")
-        comm_dtype = self.host.comm_dtype
-        if comm_dtype == "auto":
-            comm_dtype = "float32" if device.type == "cpu" else "bfloat16"
+        comm_dtype = resolved_comm_dtype(self.host.comm_dtype, device)
         return Ranks(Plan(slots, team, comm_dtype, self.host.ns_over_replicas), process_group, device, mesh)
 
     def _unsupported_shards(self, ranks: Ranks) -> str | None:

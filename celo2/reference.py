@@ -20,7 +20,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from celo2.newton_schulz import newton_schulz
+from celo2.newton_schulz import COEFFICIENTS, EPS
 
 GRADIENT_CLIP = 1000.0
 FEATURE_CLIP = 0.1
@@ -138,9 +138,21 @@ def matrix_update(
     columns, new_state = matrix_columns(p, g, state)
     direction = mlp(theta, _normalise(columns, (-3, -2)))
     if orthogonalize:
-        direction = newton_schulz(direction, ns_steps)
+        direction = _orthogonalize(direction, ns_steps)
     direction = torch.where(had_gradient(new_state.row_factor), direction, 0.0)
     return _normalise(direction, (-2, -1)), new_state
+
+
+def _orthogonalize(direction: Tensor, steps: int) -> Tensor:
+    """Newton-Schulz as it is defined; `celo2.newton_schulz` has forms of less work."""
+    if direction.shape[-2] > direction.shape[-1]:
+        return _orthogonalize(direction.mT, steps).mT
+    x = direction / (torch.linalg.vector_norm(direction, dim=(-2, -1), keepdim=True) + EPS)
+    a, b, c = COEFFICIENTS
+    for _ in range(steps):
+        gram = x @ x.mT
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    return x
 
 
 def vector_columns(p: Tensor, g: Tensor, state: VectorState) -> tuple[Tensor, VectorState]:

@@ -20,6 +20,9 @@ import triton.language as tl
 from celo2.kernels import layout, rounding
 
 
+HALF_MAX = tl.constexpr(65504.0)  # of float16
+
+
 @triton.jit
 def accumulate(units, x, WEIGHTS: tl.constexpr, ROW: tl.constexpr):
     """Return the units plus column `x` [rows, columns] times row ROW of the weights, [inputs * units] in a tuple."""
@@ -153,6 +156,8 @@ def learned_update_kernel(
         d = tl.full([STEP_ROWS, BLOCK_COLUMNS], OUTPUT_BIAS, tl.float32)
         for j in tl.static_range(len(BIAS)):
             d += tl.maximum(hidden[j], 0.0) * OUTPUT[j]
+        if d_like.dtype.element_ty == tl.float16:
+            d = tl.clamp(d, -HALF_MAX, HALF_MAX)
         d = d.to(d_like.dtype.element_ty)
         tl.store(d_ptr + first * columns + (o_row * columns.to(tl.int32) + o_column), d, mask=mask)
         written = tl.where(mask, d.to(tl.float32), 0.0)

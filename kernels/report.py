@@ -32,7 +32,13 @@ from celo2.kernels.gradient_moments import control_kernel, factors_kernel, gradi
 from celo2.kernels.inner_loop import WARPS as INNER_WARPS
 from celo2.kernels.inner_loop import inner_loop_kernel
 from celo2.kernels.learned_update import learned_update_kernel
-from celo2.kernels.newton_schulz import inner_block, symmetric_product_kernel
+from celo2.kernels.newton_schulz import (
+    SMALL,
+    inner_block,
+    small_block,
+    small_orthogonalize_kernel,
+    symmetric_product_kernel,
+)
 from celo2.kernels.reductions import sum_directions_kernel, sum_gradients_kernel, sum_moments_kernel
 from celo2.kernels.roofline import ADAMW_BYTES, BYTES, DTYPES, GPUS, Dtypes, phase_bytes, roofline
 from celo2.kernels.rounding import round_kernel
@@ -147,8 +153,13 @@ def specialisations(
         yield Specialisation(kernel, dtypes, values, options)
     for beta in (0.0, -4.775):
         inner = inner_block(BYTES[dtypes.d])
-        product = {"ALPHA": 1.0, "BETA": beta, "PRECISION": "ieee", "BLOCK": 128, "BLOCK_INNER": inner}
+        product = {"ALPHA": 1.0, "BETA": beta, "LOW": False, "PRECISION": "ieee", "BLOCK": 128, "BLOCK_INNER": inner}
         yield Specialisation(symmetric_product_kernel, dtypes, product, {"num_warps": 8})
+    if dtypes.d == "fp16":
+        for rows in (SMALL, SMALL // 2):
+            small = {"A": 3.4445, "B": -4.775, "C": 2.0315, "EPS": 1e-8, "FIRST": 2, "REST": 3, **small_block(rows)}
+            warps = {"num_warps": small.pop("num_warps")}
+            yield Specialisation(small_orthogonalize_kernel, dtypes, small, warps)
 
 
 def inner_loop(variant: str, units: int = UNITS, precision: str = "ieee") -> Specialisation:
@@ -178,7 +189,7 @@ def compile_for(specialisation: Specialisation, target: GPUTarget) -> Any:
         "d_like": dtypes.d,
     }
     short |= {"x_ptr": dtypes.d, "add_ptr": dtypes.d, "out_ptr": dtypes.d, "target_ptr": dtypes.p}
-    short |= {"directions_ptr": dtypes.d, "matrices_ptr": dtypes.d}
+    short |= {"directions_ptr": dtypes.d, "matrices_ptr": dtypes.d, "d_ptr": dtypes.d, "y_ptr": dtypes.d, "low_ptr": dtypes.d}
     tables = {"table_ptr": "i64", "gradients_ptr": "i64", "skipped_ptr": "i64", "tiles_ptr": "i32", "chunks_ptr": "i32"}
     tables |= {"labels_ptr": "i32", "index_ptr": "i32", "restart_ptr": "i32"}
     if kernel is move_parts_kernel:
@@ -196,13 +207,14 @@ def compile_for(specialisation: Specialisation, target: GPUTarget) -> Any:
             signature[name] = "fp32"
         else:
             signature[name] = "i32"
-            if name in ("size", "inner", "x_batch", "x_row"):
+            if name in ("size", "inner", "x_batch", "x_row", "y_batch", "y_row", "m", "n", "d_batch", "d_row"):
                 attributes[(index,)] = [["tt.divisibility", 16]]
     values = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
-    if "x_column" in signature:
-        signature["x_column"] = "constexpr"
-        values[(kernel.arg_names.index("x_column"),)] = 1
-        attributes.pop((kernel.arg_names.index("x_column"),), None)
+    # of contiguous rows
+    for name in {"x_column", "y_column", "d_column"} & set(signature):
+        signature[name] = "constexpr"
+        values[(kernel.arg_names.index(name),)] = 1
+        attributes.pop((kernel.arg_names.index(name),), None)
     options = {"num_warps": THREADS // target.warp_size, **options}
     if target.backend == "hip":
         options.pop("maxnreg", None)

@@ -35,7 +35,7 @@ class Dtypes(NamedTuple):
 DTYPES = {
     "float32": Dtypes(),
     # what a GPU takes by default where Newton-Schulz follows
-    "float32-ns": Dtypes(d="bf16"),
+    "float32-ns": Dtypes(d="fp16"),
     # a bfloat16 state and the float32 gradients that autocast leaves
     "bfloat16-state-wide": Dtypes("fp32", "fp32", "bf16", "bf16", "fp32"),
     "bfloat16-state": Dtypes("fp32", "bf16", "bf16", "bf16", "bf16"),

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from celo2.plan import resolved_comm_dtype
 from celo2.pretrain.device import peak_flops
 from celo2.pretrain.hellaswag import Score
 from celo2.pretrain.model import GPT
@@ -72,9 +73,7 @@ def describe(
 def setting_of(arguments: argparse.Namespace, parallel: Parallel, device: torch.device, where: str) -> dict[str, Any]:
     """What changes a run's numbers by rounding alone, besides the batch's split: None where it does not matter."""
     several = parallel.mode != "none"
-    comm_dtype = arguments.comm_dtype
-    if comm_dtype == "auto":
-        comm_dtype = "float32" if device.type == "cpu" else "bfloat16"
+    comm_dtype = resolved_comm_dtype(arguments.comm_dtype, device)
     return {
         "device": where,
         "torch": str(torch.__version__),

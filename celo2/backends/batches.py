@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,7 +14,7 @@ from celo2.backends.parts import PARAMETER_DTYPES, Part, addresses, fill, row_st
 from celo2.batched_newton_schulz import orthogonalize_, rehearse_products
 from celo2.blocks import NARROWEST, VECTOR_BLOCK, WIDEST, Blocks
 from celo2.compilation import launch
-from celo2.folded import KernelTheta
+from celo2.folded import KernelTheta, direction_scale
 from celo2.kernels import layout, sharing
 from celo2.kernels.apply_update import apply_update_kernel
 from celo2.kernels.feature_moments import feature_moments_kernel, normalisers_kernel
@@ -77,7 +77,8 @@ class MatrixBatch:
         first, device = parts[0].slot, totals.device
         self.orthogonalize, self.ns_steps, self.clips = first.orthogonalize, first.ns_steps, first.clips
         self.blocks, self.aligned, self.totals, self.directions = blocks, aligned, totals, directions
-        self.constants = KernelTheta.of(first.theta)
+        scale = direction_scale(first.theta) if directions.dtype == torch.float16 else 1.0
+        self.constants = KernelTheta.of(first.theta, scale)
         self.units = len(self.constants.first_bias)
         # they only name a dtype: no gradient or state is kept alive by them
         self.p_like, self.g_like, self.m_like, self.v_like, self.d_like = (
@@ -300,19 +301,21 @@ class MatrixBatch:
             self.sum_directions(control)
         self.apply(control, rates)
         if self.orthogonalize and not shared:
-            element = 0
-            for batch, m, n in self.shapes:
-                rehearse_products(self.directions[element : element + batch * m * n].view(batch, m, n))
-                element += batch * m * n
+            for d, here in self._directions():
+                rehearse_products(d, self.ns_steps, self.matrix_squares[here])
 
-    def _orthogonalize(self) -> None:
-        """Replace the directions by their orthogonalised form, and note each matrix's sum of squares."""
+    def _directions(self) -> Iterator[tuple[Tensor, slice]]:
+        """Iterate over the directions [B, m, n] of equal shapes, with the numbers of their matrices."""
         matrix = element = 0
         for batch, m, n in self.shapes:
             d = self.directions[element : element + batch * m * n].view(batch, m, n)
-            here = slice(matrix, matrix + batch)
-            orthogonalize_(d, self.starts[here], self.ns_steps, self.matrix_squares[here])
+            yield d, slice(matrix, matrix + batch)
             matrix, element = matrix + batch, element + batch * m * n
+
+    def _orthogonalize(self) -> None:
+        """Replace the directions by their orthogonalised form, and note each matrix's sum of squares."""
+        for d, here in self._directions():
+            orthogonalize_(d, self.starts[here], self.ns_steps, self.matrix_squares[here])
 
 
 def batches_of(parts: Sequence[Part], device: torch.device) -> list[tuple[Blocks, bool, list[Part]]]:

@@ -69,8 +69,8 @@ class Owner:
     def rehearse(self, message: Tensor) -> None:
         for back in (False, True):
             self._move(message, back)
-        for x, _, _ in self.groups:
-            rehearse_products(x)
+        for x, squares, ns_steps in self.groups:
+            rehearse_products(x, ns_steps, squares)
 
     def orthogonalize(self, message: Tensor) -> None:
         """Replace the parts of directions in a message by those of updates, of an RMS of 1 over each matrix."""

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from celo2 import reference
-from celo2.folded import FoldedTheta
+from celo2.folded import FoldedTheta, direction_scale
 from celo2.matrices import MatrixView
 from celo2.newton_schulz import newton_schulz
 from celo2.phases import (
@@ -302,6 +302,9 @@ class Slices:
                     quantise_(levels, sliced.scales[number][..., k], step.matrices.momenta[k], seed)
                 step.matrices = replace(step.matrices, momenta=sliced.stored[number])
             if slot.orthogonalize:
+                if self.plan.comm_dtype == torch.float16:
+                    limit = torch.finfo(torch.float16).max
+                    direction = (direction * direction_scale(slot.theta)).clamp_(-limit, limit)
                 for transfer, values in self._sent(index, number):
                     values.copy_(direction[transfer.matrix - piece.matrix])
             else:

@@ -1,56 +1,116 @@
+"""Both forms of Newton-Schulz against the polynomial of the singular values, which float64 gives to ten digits."""
+
 from __future__ import annotations
 
 import pytest
 import torch
+from torch import Tensor
 
-from celo2.newton_schulz import COEFFICIENTS, STRIP, newton_schulz
+from celo2 import reference
+from celo2.newton_schulz import (
+    COEFFICIENTS,
+    GRAM_FROM,
+    STRIP,
+    newton_schulz,
+    orthogonalize,
+    product,
+    product_by_strips,
+    takes_gram_form,
+)
 
 
-@pytest.mark.parametrize("shape", [(8, 8), (5, 17), (17, 5), (3, 6, 4), (2, 2, 4, 7), (2, 290, 640)])
-def test_equals_the_polynomial_of_the_singular_values(shape):
-    d = torch.randn(shape, dtype=torch.float64)
+def polynomial(d: Tensor, steps: int = 5) -> Tensor:
+    """What the iterations do, from the singular values."""
     u, s, vh = torch.linalg.svd(d, full_matrices=False)
     a, b, c = COEFFICIENTS
     s = s / (torch.linalg.vector_norm(d, dim=(-2, -1))[..., None] + 1e-8)
-    for _ in range(5):
+    for _ in range(steps):
         s = a * s + b * s**3 + c * s**5
-    torch.testing.assert_close(newton_schulz(d), (u * s[..., None, :]) @ vh, rtol=0, atol=1e-10)
-    assert s.min() > 0.3 and s.max() < 1.3
+    return (u * s[..., None, :]) @ vh
+
+
+def of_singular_values(m: int, n: int, decades: float) -> Tensor:
+    """A matrix whose singular values lie in so many decades, evenly spaced in their logarithms."""
+    u, _ = torch.linalg.qr(torch.randn(m, m, dtype=torch.float64))
+    v, _ = torch.linalg.qr(torch.randn(n, m, dtype=torch.float64))
+    return (u * torch.logspace(0, -decades, m, dtype=torch.float64)) @ v.mT
+
+
+@pytest.mark.parametrize(
+    "shape", [(8, 8), (5, 17), (17, 5), (1, 1), (1, 9), (9, 1), (3, 6, 4), (2, 2, 4, 7), (2, 290, 640), (140, 150)]
+)
+@pytest.mark.parametrize("steps", [0, 1, 2, 3, 4, 5, 6, 7])
+def test_equals_the_polynomial_of_the_singular_values(shape, steps):
+    d = torch.randn(shape, dtype=torch.float64)
+    result = newton_schulz(d, steps)
+    assert result.shape == d.shape
+    torch.testing.assert_close(result, polynomial(d, steps), rtol=0, atol=1e-10)
+
+
+def test_the_oracle_is_the_polynomial_too_and_differentiable():
+    d = torch.randn(2, 7, 12, dtype=torch.float64, requires_grad=True)
+    torch.testing.assert_close(reference._orthogonalize(d, 5), polynomial(d.detach()), rtol=0, atol=1e-12)
+    torch.testing.assert_close(reference._orthogonalize(d.mT, 5), polynomial(d.detach()).mT, rtol=0, atol=1e-12)
+    assert torch.autograd.gradcheck(lambda x: reference._orthogonalize(x, 1), (d,))
+
+
+def test_the_gram_form_begins_at_twice_as_many_columns():
+    assert GRAM_FROM == 2
+    assert not takes_gram_form(torch.zeros(1, 64, 127))
+    assert takes_gram_form(torch.zeros(1, 64, 128))
+    # in which it loses all digits
+    assert not takes_gram_form(torch.zeros(1, 64, 640, dtype=torch.bfloat16))
+
+
+def test_bfloat16_is_near_too():
+    d = of_singular_values(96, 384, 3)
+    x = (d / d.norm()).bfloat16()[None]
+    exact = polynomial(x[0].double())
+    assert float((orthogonalize(x, 5)[0] - exact).norm() / exact.norm()) < 0.1
 
 
 @pytest.mark.parametrize("rows", [STRIP - 1, STRIP, STRIP + 1, 2 * STRIP, 2 * STRIP + 1])
 def test_strips_of_symmetric_products_equal_whole_products(rows):
-    x = torch.randn(2, rows, rows + 50, dtype=torch.float64)
-    x /= torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True)
-    expected = x.clone()
-    for _ in range(2):
-        gram = expected @ expected.mT
-        a, b, c = COEFFICIENTS
-        expected = a * expected + (b * gram + c * gram @ gram) @ expected
-    torch.testing.assert_close(newton_schulz(x, steps=2), expected, rtol=0, atol=1e-6)
+    x = torch.randn(2, rows, 50, dtype=torch.float64)
+    gram = x @ x.mT
+    for arguments in ((x, x), (gram, gram @ gram)):
+        torch.testing.assert_close(product_by_strips(*arguments), product(*arguments))
+    options = {"add": gram, "alpha": 2.0, "beta": -3.0}
+    torch.testing.assert_close(product_by_strips(gram, gram, **options), 2 * gram @ gram - 3 * gram)
 
 
-def test_gradients_flow_through_the_strips():
-    x = torch.randn(STRIP + 2, STRIP + 9, dtype=torch.float64, requires_grad=True)
-    newton_schulz(x, steps=1).square().sum().backward()
-    direction, step = torch.randn_like(x), 1e-4
-    with torch.no_grad():
-        plus, minus = (newton_schulz(x + sign * step * direction, steps=1).square().sum() for sign in (1, -1))
-    torch.testing.assert_close((x.grad * direction).sum(), (plus - minus) / (2 * step), rtol=1e-5, atol=1e-6)
+@pytest.mark.parametrize(
+    "d",
+    [
+        pytest.param(torch.randn(256, 1024), id="noise, Gram"),
+        pytest.param(torch.randn(300, 300), id="noise, standard"),
+        pytest.param(of_singular_values(128, 768, 3).float(), id="three decades, Gram"),
+        pytest.param(of_singular_values(128, 200, 3).float(), id="three decades, standard"),
+        pytest.param(of_singular_values(96, 384, 6).float(), id="six decades, Gram"),
+    ],
+)
+def test_float32_keeps_its_digits(d):
+    for scale in (1.0, 1e-12, 1e12):
+        result, exact = newton_schulz(scale * d).double(), newton_schulz((scale * d).double())
+        assert float((result - exact).norm() / exact.norm()) < 4e-5
 
 
-def test_float32_keeps_its_digits_over_many_elements():
-    d = torch.randn(256, 1024)
-    torch.testing.assert_close(newton_schulz(d).double(), newton_schulz(d.double()), rtol=0, atol=2e-6)
-
-
-def test_zero_stays_zero_and_the_input_is_untouched():
-    d = torch.zeros(4, 3)
+@pytest.mark.parametrize("shape", [(4, 3), (3, 4), (40, 160), (1, 1)])
+def test_zero_stays_zero_and_the_input_is_untouched(shape):
+    d = torch.zeros(shape)
     assert torch.equal(newton_schulz(d), d)
-    d = torch.randn(4, 3)
+    d = torch.randn(shape)
     before = d.clone()
     newton_schulz(d)
     assert torch.equal(d, before)
+
+
+@pytest.mark.parametrize("shape", [(40, 50), (40, 160)])
+def test_rank_one(shape):
+    d = torch.outer(torch.randn(shape[0]), torch.randn(shape[1]))
+    result = newton_schulz(d)
+    torch.testing.assert_close(result.double(), newton_schulz(d.double()), rtol=0, atol=1e-5)
+    assert 0.6 < float(torch.linalg.matrix_norm(result, 2)) < 1.3
 
 
 def test_agrees_with_muon():

@@ -661,8 +661,8 @@ def test_shards_that_cannot_be_stepped_are_refused(tmp_path):
             FusedCelo2([lying], weights="momentum", state_dtype="int8")
     finally:
         destroy_process_group()
-    with pytest.raises(ValueError, match="comm_dtype='float16', allowed: auto, bfloat16, float32"):
-        FusedCelo2([nn.Parameter(torch.zeros(2, 2))], comm_dtype="float16")
+    with pytest.raises(ValueError, match="comm_dtype='float8', allowed: auto, float16, bfloat16, float32"):
+        FusedCelo2([nn.Parameter(torch.zeros(2, 2))], comm_dtype="float8")
 
 
 def test_options_under_their_names_before_warn():

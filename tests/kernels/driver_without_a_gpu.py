@@ -67,7 +67,7 @@ def make(shapes, **options):
         p.grad = torch.zeros_like(p)
     optimizer = FusedCelo2([{"params": params, "rule": "celo2"}], **options)
     slots = optimizer.planner.collect().whole
-    backend = triton_backend.TritonBackend(slots, len(optimizer.param_groups), torch.device("cpu"), torch.bfloat16)
+    backend = triton_backend.TritonBackend(slots, len(optimizer.param_groups), torch.device("cpu"), torch.float16)
     return backend, optimizer
 
 
@@ -85,7 +85,8 @@ def main() -> None:
     choose = Blocks.choose.__func__
     Blocks.choose = classmethod(lambda cls, columns, _: choose(cls, columns, torch.device("cuda")))
     blocks._target = lambda _: "sm_90"
-    batched_newton_schulz.takes_symmetric_products = lambda x, _=None: min(x.shape[-2:]) >= 64
+    batched_newton_schulz.takes_symmetric_products = lambda x, _=None: min(x.shape[-2:]) >= 96
+    batched_newton_schulz.takes_one_program = lambda d, _: min(d.shape[-2:]) < 96
     shapes = [(128, 256), (256, 128), (128, 64), (30, 7), (9,)]
     report = {}
 

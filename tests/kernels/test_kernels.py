@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -16,7 +18,7 @@ import triton
 from celo2 import FusedCelo2, reference
 from celo2.folded import ELEMENT_COLUMNS
 from celo2.kernels.roofline import DTYPES, INSTRUCTIONS, INSTRUCTIONS_BY, phase_bytes
-from celo2.newton_schulz import newton_schulz
+from celo2.newton_schulz import in_best_form, newton_schulz
 
 
 def test_constants_are_the_rules():
@@ -39,22 +41,47 @@ def test_constants_are_the_rules():
 
 @pytest.mark.parametrize("shape", [(2, 70, 100), (1, 64, 64), (3, 100, 33), (1, 1, 5)])
 def test_symmetric_products_and_newton_schulz(shape, device):
-    from celo2.batched_newton_schulz import orthogonalize, symmetric_product
+    from celo2.batched_newton_schulz import symmetric_product
 
     x = torch.randn(shape).to(device)
     x /= torch.linalg.matrix_norm(x, keepdim=True)
     for y in (x, x.mT):
-        gram = symmetric_product(y, block=32)
+        gram = symmetric_product(y, y, block=32)
         torch.testing.assert_close(gram, y @ y.mT, rtol=0, atol=1e-5)
         # tiles below the diagonal are stored twice; within one, the order of sums is that of the matrix product
         mirrored = torch.arange(y.shape[1], device=device) // 32
         off_diagonal = mirrored[:, None] != mirrored[None, :]
         assert torch.equal(gram[:, off_diagonal], gram.mT[:, off_diagonal])
-        mixed = symmetric_product(gram, alpha=2.0, add=gram, beta=-3.0, block=32)
+        mixed = symmetric_product(gram, gram, alpha=2.0, add=gram, beta=-3.0, block=32)
         torch.testing.assert_close(mixed, 2 * gram @ gram - 3 * gram, rtol=0, atol=1e-5)
+        # of two matrices that commute
+        other = gram @ gram
+        torch.testing.assert_close(symmetric_product(gram, other, block=32), gram @ other, rtol=0, atol=1e-5)
     expected = newton_schulz(x.double())
-    result = orthogonalize(x, 5, symmetric_from=1, block=32)
-    torch.testing.assert_close(result.double(), expected, rtol=0, atol=5e-5)
+    wide = x if x.shape[1] <= x.shape[2] else x.mT
+    result = in_best_form(wide, 5, partial(symmetric_product, block=32))
+    torch.testing.assert_close((result if wide is x else result.mT).double(), expected, rtol=0, atol=5e-5)
+
+
+@pytest.mark.parametrize("shape", [(3, 64, 200), (2, 200, 64), (1, 1, 5), (2, 16, 16), (1, 5, 300), (2, 100, 70)])
+def test_one_program_a_matrix(shape, device):
+    """Small matrices, wide, tall and square, of any scale; a matrix of zeros among them stays zero."""
+    from celo2.batched_newton_schulz import orthogonalize_small_
+
+    d = torch.randn(shape)
+    d[-1] *= 1e-3
+    d = torch.cat([d, torch.zeros_like(d[:1])]).to(device, torch.float16)
+    expected = newton_schulz(d.double())
+    squares = d.new_full((d.shape[0],), math.nan, dtype=torch.float32)
+    for steps in (5, 4):
+        result = d.clone()
+        orthogonalize_small_(result, steps, squares)
+        expected = newton_schulz(d.double(), steps)
+        error = (result - expected).norm(dim=(1, 2)) / expected.norm(dim=(1, 2)).clamp(min=1e-9)
+        print(steps, *(f"{value:.1e}" for value in error.tolist()))
+        assert float(error.max()) < 1e-2
+        assert not result[-1].any()
+        torch.testing.assert_close(squares, result.float().square().sum((1, 2)), rtol=1e-5, atol=0)
 
 
 def run_report(*arguments: str) -> str:
