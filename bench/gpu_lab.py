@@ -16,11 +16,11 @@ import torch
 
 from celo2 import FusedCelo2, param_groups
 from celo2.kernels.roofline import ADAMW_BYTES, DTYPES, GPUS, INSTRUCTIONS, Dtypes, Gpu, phase_bytes, roofline
+from celo2.newton_schulz import newton_schulz_flops
 from celo2.pretrain.device import peak_flops
 from celo2.pretrain.model import GPT, model_config
 from celo2.pretrain.optimizers import Optimizers
 from celo2.pretrain.recipes import recipe_for
-from celo2.shard_layout import newton_schulz_flops
 
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if CUDA else "cpu")

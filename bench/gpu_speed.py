@@ -162,8 +162,7 @@ def phases(lab: Lab) -> None:
 def newton_schulz(lab: Lab) -> None:
     """Five iterations by shape: ours, and products of whole matrices by torch.bmm."""
     from celo2.batched_newton_schulz import orthogonalize, symmetric_product, takes_symmetric_products
-    from celo2.newton_schulz import COEFFICIENTS
-    from celo2.shard_layout import newton_schulz_flops
+    from celo2.newton_schulz import COEFFICIENTS, newton_schulz_flops
 
     a, b, c = COEFFICIENTS
     shapes = [(12, 768, 3072), (12, 3072, 768), (432, 64, 768), (144, 768, 64)]

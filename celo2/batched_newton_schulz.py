@@ -9,9 +9,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from celo2 import newton_schulz
 from celo2.compilation import launch
 from celo2.kernels.newton_schulz import (
-    SMALL,
     inner_block,
     small_block,
     small_orthogonalize_kernel,
@@ -21,15 +21,12 @@ from celo2.newton_schulz import (
     COEFFICIENTS,
     EPS,
     FIRST_SEGMENT,
-    SEGMENT,
+    SYMMETRIC_FROM,
     SymmetricProduct,
     orthogonalize,
     product,
     takes_gram_form,
 )
-
-# the shorter side from which half of a symmetric product is worth a kernel of our own
-SYMMETRIC_FROM = 512
 
 
 def orthogonalize_(d: Tensor, starts: Tensor, ns_steps: int, squares: Tensor) -> None:
@@ -50,12 +47,12 @@ def orthogonalize_(d: Tensor, starts: Tensor, ns_steps: int, squares: Tensor) ->
 
 def takes_one_program(d: Tensor, ns_steps: int) -> bool:
     """Whether directions [B, m, n] are taken whole, a program each: in float16, on a GPU."""
-    small = min(d.shape[-2:]) <= SMALL and FIRST_SEGMENT < ns_steps <= FIRST_SEGMENT + SEGMENT
+    small = newton_schulz.takes_one_program(min(d.shape[-2:]), ns_steps)
     return small and d.dtype == torch.float16 and d.device.type != "cpu"
 
 
 def orthogonalize_small_(d: Tensor, ns_steps: int, squares: Tensor) -> None:
-    """Replace `d` [B, m, n], the shorter side at most `SMALL`, by one program a matrix; write sums of squares."""
+    """Replace `d` [B, m, n], the shorter side at most `SMALL`, by one program each; write sums of squares."""
     x = d.mT if d.shape[-2] > d.shape[-1] else d
     batch, m, n = x.shape
     a, b, c = COEFFICIENTS
@@ -86,12 +83,13 @@ def rehearse_products(d: Tensor, ns_steps: int, squares: Tensor) -> None:
     a, b, c = COEFFICIENTS
     # a tall matrix is transposed storage at the start alone
     for x in (d.mT, d.mT.contiguous()) if d.shape[-2] > d.shape[-1] else (d,):
-        gram = symmetric_product(x, x)
-        symmetric_product(gram, gram, alpha=c, add=gram, beta=b)
-        if takes_gram_form(x):
+        gram = symmetric_product(x, x.mT)
+        is_gram = takes_gram_form(x)
+        symmetric_product(gram, gram, alpha=c, add=gram, beta=b, diagonal=a if is_gram else 0.0)
+        if is_gram:
             symmetric_product(gram, gram)
             if x.itemsize == 2:
-                symmetric_product(x, x, low=torch.empty_like(gram))
+                symmetric_product(x, x.mT, low=torch.empty_like(gram))
                 symmetric_product(gram, gram, add=gram, beta=a)
 
 
@@ -102,6 +100,7 @@ def symmetric_product(
     add: Tensor | None = None,
     alpha: float = 1.0,
     beta: float = 1.0,
+    diagonal: float = 0.0,
     low: Tensor | None = None,
     block: int = 128,
 ) -> Tensor:
@@ -109,9 +108,10 @@ def symmetric_product(
     batch, size, inner = x.shape
     out = x.new_empty(batch, size, size)
     tiles = -(-size // block)
-    scales = {"ALPHA": 1.0, "BETA": 0.0} if add is None else {"ALPHA": alpha, "BETA": beta}
+    alpha, beta = (1.0, 0.0) if add is None else (alpha, beta)
     launch(symmetric_product_kernel, (tiles * (tiles + 1) // 2, batch),
         x, y, out if add is None else add, out, out if low is None else low, size, inner, *x.stride(), *y.stride(),
-        **scales, LOW=low is not None, PRECISION="ieee", BLOCK=block, BLOCK_INNER=inner_block(x.element_size()), num_warps=8,
+        ALPHA=alpha, BETA=beta, DIAGONAL=diagonal, LOW=low is not None, PRECISION="ieee", BLOCK=block,
+        BLOCK_INNER=inner_block(x.element_size()), num_warps=8,
     )  # fmt: skip
     return out

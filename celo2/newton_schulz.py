@@ -34,12 +34,16 @@ GRAM_FROM = 2.0
 # rows of a symmetric product computed at once: few enough to skip most of the half above the diagonal, enough for
 # matrix products at full speed
 STRIP = 128
+# rows up to which a GPU takes a matrix whole, in one program
+SMALL = 128
+# rows from which half of a symmetric product is worth a kernel of our own on a GPU
+SYMMETRIC_FROM = 512
 
 
 class SymmetricProduct(Protocol):
-    """X Y^T, or alpha X Y^T + beta add: [B, m, m] and known to be symmetric, of X and Y [B, m, k], `add` [B, m, m].
+    """X Y, or alpha X Y + beta add, [B, m, m] and known to be symmetric, of X [B, m, k], Y [B, k, m], `add` [B, m, m].
 
-    `low`, [B, m, m], is written what rounding took from X Y^T.
+    `diagonal` is added to what lies there; `low`, [B, m, m], is written what rounding took from X Y.
     """
 
     def __call__(
@@ -50,6 +54,7 @@ class SymmetricProduct(Protocol):
         add: Tensor | None = None,
         alpha: float = 1.0,
         beta: float = 1.0,
+        diagonal: float = 0.0,
         low: Tensor | None = None,
     ) -> Tensor: ...
 
@@ -95,6 +100,33 @@ def segments(steps: int) -> Iterator[int]:
         steps, length = steps - length, SEGMENT
 
 
+def newton_schulz_flops(m: int, n: int, steps: int) -> int:
+    """Floating-point operations on one matrix as a GPU takes it in float16, half of a symmetric product left out."""
+    m, n = min(m, n), max(m, n)
+    if takes_one_program(m, steps):
+        # nothing is left out there, and X after the first segment is computed twice
+        return sum(4 * m * m * n + 2 * (4 * k - 3) * m**3 for k in segments(steps)) + 2 * m * m * n
+    if n < GRAM_FROM * m:
+        return steps * (3 * m * m * n + m**3)
+    # R and Q X; of m x m each P, the two products of the next R, and Q
+    of_q = {length: 2 if length > FIRST_SEGMENT else 1 for length in segments(steps)}
+    return sum(3 * m * m * n + (k + (k - 1) * (2 + of_q[k])) * m**3 for k in segments(steps))
+
+
+def passes(m: int, n: int, steps: int) -> int:
+    """How often a matrix is read or written as a GPU takes it in float16."""
+    m, n = min(m, n), max(m, n)
+    if takes_one_program(m, steps):
+        return 4
+    # into the symmetric product, and into and out of the other
+    return 3 * len(list(segments(steps))) if n >= GRAM_FROM * m else 4 * steps
+
+
+def takes_one_program(rows: int, steps: int) -> bool:
+    """Whether a GPU takes matrices with a shorter side of so many rows whole, a program each."""
+    return rows <= SMALL and FIRST_SEGMENT < steps <= FIRST_SEGMENT + SEGMENT
+
+
 def in_best_form(x: Tensor, steps: int, symmetric: SymmetricProduct) -> Tensor:
     """Return `x` [B, m, n], m <= n, after the iterations, with symmetric products by a function."""
     form = _gram_form if takes_gram_form(x) else _standard_form
@@ -104,7 +136,7 @@ def in_best_form(x: Tensor, steps: int, symmetric: SymmetricProduct) -> Tensor:
 def _standard_form(x: Tensor, steps: int, symmetric: SymmetricProduct) -> Tensor:
     a, b, c = COEFFICIENTS
     for _ in range(steps):
-        gram = symmetric(x, x)
+        gram = symmetric(x, x.mT)
         x = torch.baddbmm(x, symmetric(gram, gram, alpha=c, add=gram, beta=b), x, beta=a)
     return x
 
@@ -115,11 +147,10 @@ def _gram_form(x: Tensor, steps: int, symmetric: SymmetricProduct) -> Tensor:
         is_long, low = length > FIRST_SEGMENT, None
         if is_long and x.itemsize == 2:
             low = x.new_empty(x.shape[0], x.shape[1], x.shape[1])
-        r, q = symmetric(x, x, low=low), None
+        r, q = symmetric(x, x.mT, low=low), None
         for left in reversed(range(length)):
-            # polynomials of one R commute
-            p = symmetric(r, r, alpha=c, add=r, beta=b)
-            p.diagonal(dim1=-2, dim2=-1).add_(a)
+            # polynomials of one R commute: in this order, for rounding leaves no matrix symmetric that is not mirrored
+            p = symmetric(r, r, alpha=c, add=r, beta=b, diagonal=a)
             # in a long segment rounding takes too much of the symmetry of P Q
             q = p if q is None else p @ q if is_long else symmetric(p, q)
             if left:
@@ -138,15 +169,21 @@ def product(
     add: Tensor | None = None,
     alpha: float = 1.0,
     beta: float = 1.0,
+    diagonal: float = 0.0,
     low: Tensor | None = None,
 ) -> Tensor:
     """Return a symmetric product, computed as a whole."""
     if low is not None:
-        wide = torch.bmm(x.float(), y.float().mT)
+        wide = torch.bmm(x.float(), y.float())
         out = wide.to(x.dtype)
         low.copy_(wide - out)
         return out
-    return torch.bmm(x, y.mT) if add is None else torch.baddbmm(add, x, y.mT, beta=beta, alpha=alpha)
+    out = torch.bmm(x, y) if add is None else torch.baddbmm(add, x, y, beta=beta, alpha=alpha)
+    if diagonal:
+        there = out.diagonal(dim1=-2, dim2=-1)
+        # in float16 a CPU would round the number that is added, by as much for all
+        there.copy_(there.to(torch.promote_types(out.dtype, torch.float32)) + diagonal)
+    return out
 
 
 def product_by_strips(
@@ -156,16 +193,17 @@ def product_by_strips(
     add: Tensor | None = None,
     alpha: float = 1.0,
     beta: float = 1.0,
+    diagonal: float = 0.0,
     low: Tensor | None = None,
 ) -> Tensor:
     """Return a symmetric product in float32 or wider by strips of rows up to the diagonal, mirrored."""
     assert low is None
     m = x.shape[-2]
     if m <= STRIP:
-        return product(x, y, add=add, alpha=alpha, beta=beta)
+        return product(x, y, add=add, alpha=alpha, beta=beta, diagonal=diagonal)
     out = x.new_empty(x.shape[0], m, m)
     for matrix in range(x.shape[0]):
-        left, right, whole = x[matrix], y[matrix].mT, out[matrix]
+        left, right, whole = x[matrix], y[matrix], out[matrix]
         for start in range(0, m, STRIP):
             strip, stop = slice(start, start + STRIP), min(start + STRIP, m)
             here = whole[strip, :stop]
@@ -174,4 +212,6 @@ def product_by_strips(
             else:
                 torch.addmm(add[matrix, strip, :stop], left[strip], right[:, :stop], beta=beta, alpha=alpha, out=here)
             whole[:start, strip] = here[:, :start].mT
+    if diagonal:
+        out.diagonal(dim1=-2, dim2=-1).add_(diagonal)
     return out

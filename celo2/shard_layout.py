@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from celo2.matrices import MatrixView
+from celo2.newton_schulz import newton_schulz_flops
 
 
 class Cut(NamedTuple):
@@ -230,12 +231,6 @@ def _split(factor: Tensor, slices: Sequence[Slice], lengths: Sequence[int]) -> l
     flat = factor.view(-1, last)
     parts = torch.split(flat, [piece.count * length for piece, length in zip(slices, lengths, strict=True)])
     return [part.view(piece.count, -1, last) for part, piece in zip(parts, slices, strict=True)]
-
-
-def newton_schulz_flops(m: int, n: int, steps: int) -> int:
-    """Floating-point operations of Newton-Schulz on one matrix, the symmetric half of two products left out."""
-    m, n = min(m, n), max(m, n)
-    return steps * (m * m * n + m**3 + 2 * m * m * n)
 
 
 def assign_owners(

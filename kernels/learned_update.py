@@ -19,7 +19,6 @@ import triton.language as tl
 
 from celo2.kernels import layout, rounding
 
-
 HALF_MAX = tl.constexpr(65504.0)  # of float16
 
 

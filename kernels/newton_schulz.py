@@ -2,18 +2,15 @@
 
 `celo2.newton_schulz` has the two forms. A symmetric product computes one tile on or below the diagonal in a program and
 stores it twice, so half of the multiplications are left out. A matrix whose shorter side is at most 128, an attention
-head, is taken whole by one program in the Gram form, in float16: its m x m matrices never leave the chip, and X is read three times
-and written once. Both accumulate in float32. Source: Celo2 (arXiv 2602.19142); coefficients of Muon (Keller Jordan,
-2024).
+head, is taken whole by one program in the Gram form, in float16: its m x m matrices never leave the chip, and X is read
+three times and written once. Both accumulate in float32. Source: Celo2 (arXiv 2602.19142); coefficients of Muon (Keller
+Jordan, 2024).
 """
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
-
-# of the longest shorter side that one program takes
-SMALL = 128
 
 
 def inner_block(element_size: int) -> int:
@@ -25,16 +22,16 @@ def small_block(rows: int) -> dict[str, int]:
     """Return how a program takes a matrix of so many rows: padded rows, columns at a time, and warps."""
     padded = max(16, 1 << (rows - 1).bit_length())
     # more would not fit into registers, on sm_90 and sm_100; sm_80 and gfx942 spill at 128 rows
-    large = padded == SMALL
+    large = padded == 128
     return {"M": padded, "BLOCK": 32 if large else 64, "num_warps": 8 if large else 4}
 
 
 @triton.jit
 def symmetric_product_kernel(
     x_ptr,  # [batch, size, inner]
-    y_ptr,  # [batch, size, inner]
+    y_ptr,  # [batch, inner, size]
     add_ptr,  # [batch, size, size], read when BETA is not 0
-    out_ptr,  # [batch, size, size], contiguous: alpha X Y^T + BETA add, which is symmetric
+    out_ptr,  # [batch, size, size], contiguous: ALPHA X Y + BETA add + DIAGONAL I, which is symmetric
     low_ptr,  # [batch, size, size], contiguous, written when LOW: what rounding took from it
     size,
     inner,
@@ -46,6 +43,7 @@ def symmetric_product_kernel(
     y_column,
     ALPHA: tl.constexpr,
     BETA: tl.constexpr,
+    DIAGONAL: tl.constexpr,
     LOW: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -63,7 +61,7 @@ def symmetric_product_kernel(
     o_j = j * BLOCK + tl.arange(0, BLOCK)
     o_inner = tl.arange(0, BLOCK_INNER)
     left_ptr = x_ptr + batch * x_batch + o_i.to(tl.int64)[:, None] * x_row + o_inner.to(tl.int64)[None, :] * x_column
-    right_ptr = y_ptr + batch * y_batch + o_j.to(tl.int64)[None, :] * y_row + o_inner.to(tl.int64)[:, None] * y_column
+    right_ptr = y_ptr + batch * y_batch + o_j.to(tl.int64)[None, :] * y_column + o_inner.to(tl.int64)[:, None] * y_row
     total = tl.zeros([BLOCK, BLOCK], tl.float32)
     for first in range(0, inner, BLOCK_INNER):
         inside = first + o_inner < inner
@@ -71,13 +69,15 @@ def symmetric_product_kernel(
         right = tl.load(right_ptr, mask=(o_j < size)[None, :] & inside[:, None], other=0.0)
         total = tl.dot(left, right, total, input_precision=PRECISION)
         left_ptr += BLOCK_INNER * x_column
-        right_ptr += BLOCK_INNER * y_column
+        right_ptr += BLOCK_INNER * y_row
     total *= ALPHA
     base = batch * size * size
     mask = (o_i < size)[:, None] & (o_j < size)[None, :]
     here = base + o_i.to(tl.int64)[:, None] * size + o_j[None, :]
     if BETA != 0:
         total += BETA * tl.load(add_ptr + here, mask=mask, other=0.0).to(tl.float32)
+    if DIAGONAL != 0:
+        total += tl.where(o_i[:, None] == o_j[None, :], DIAGONAL, 0.0)
     mirrored = base + o_j.to(tl.int64)[:, None] * size + o_i[None, :]
     rounded = total.to(out_ptr.dtype.element_ty)
     tl.store(out_ptr + here, rounded, mask=mask)
@@ -100,10 +100,7 @@ def gram_polynomial(
     for step in tl.static_range(STEPS):
         p = tl.dot(r, r) * C + r.to(tl.float32) * B
         p = tl.where(identity, p + A, p).to(dtype)
-        if step == 0:
-            q = p
-        else:
-            q = tl.dot(p, q).to(dtype)
+        q = p if step == 0 else tl.dot(p, q).to(dtype)
         if step + 1 < STEPS:
             half = tl.dot(r, p)
             if step == 0 and STEPS > 2:

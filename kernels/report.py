@@ -33,7 +33,6 @@ from celo2.kernels.inner_loop import WARPS as INNER_WARPS
 from celo2.kernels.inner_loop import inner_loop_kernel
 from celo2.kernels.learned_update import learned_update_kernel
 from celo2.kernels.newton_schulz import (
-    SMALL,
     inner_block,
     small_block,
     small_orthogonalize_kernel,
@@ -79,6 +78,8 @@ PHASES = {
 }
 
 
+# lengths and strides that large matrices have as multiples of 16
+DIVISIBLE = ("size", "inner", "x_batch", "x_row", "y_batch", "y_row", "y_column", "m", "n", "d_batch", "d_row")
 # the paper's meta-training: 100,001 windows of 50 slots, 4 tasks with 8 antithetic pairs
 SLOTS = 100_001 * 50
 TRAJECTORIES = 64
@@ -151,13 +152,23 @@ def specialisations(
     ]
     for kernel, values, options in constants:
         yield Specialisation(kernel, dtypes, values, options)
+    # X X^T, and a polynomial of what it is
     for beta in (0.0, -4.775):
         inner = inner_block(BYTES[dtypes.d])
-        product = {"ALPHA": 1.0, "BETA": beta, "LOW": False, "PRECISION": "ieee", "BLOCK": 128, "BLOCK_INNER": inner}
+        product = {"ALPHA": 1.0, "BETA": beta, "DIAGONAL": 0.0, "LOW": False, "PRECISION": "ieee"}
+        product |= {"BLOCK": 128, "BLOCK_INNER": inner}
         yield Specialisation(symmetric_product_kernel, dtypes, product, {"num_warps": 8})
     if dtypes.d == "fp16":
-        for rows in (SMALL, SMALL // 2):
-            small = {"A": 3.4445, "B": -4.775, "C": 2.0315, "EPS": 1e-8, "FIRST": 2, "REST": 3, **small_block(rows)}
+        for rows in (128, 64):
+            small: dict[str, Any] = {
+                "A": 3.4445,
+                "B": -4.775,
+                "C": 2.0315,
+                "EPS": 1e-8,
+                "FIRST": 2,
+                "REST": 3,
+                **small_block(rows),
+            }
             warps = {"num_warps": small.pop("num_warps")}
             yield Specialisation(small_orthogonalize_kernel, dtypes, small, warps)
 
@@ -189,7 +200,7 @@ def compile_for(specialisation: Specialisation, target: GPUTarget) -> Any:
         "d_like": dtypes.d,
     }
     short |= {"x_ptr": dtypes.d, "add_ptr": dtypes.d, "out_ptr": dtypes.d, "target_ptr": dtypes.p}
-    short |= {"directions_ptr": dtypes.d, "matrices_ptr": dtypes.d, "d_ptr": dtypes.d, "y_ptr": dtypes.d, "low_ptr": dtypes.d}
+    short |= dict.fromkeys(("directions_ptr", "matrices_ptr", "d_ptr", "y_ptr", "low_ptr"), dtypes.d)
     tables = {"table_ptr": "i64", "gradients_ptr": "i64", "skipped_ptr": "i64", "tiles_ptr": "i32", "chunks_ptr": "i32"}
     tables |= {"labels_ptr": "i32", "index_ptr": "i32", "restart_ptr": "i32"}
     if kernel is move_parts_kernel:
@@ -207,11 +218,12 @@ def compile_for(specialisation: Specialisation, target: GPUTarget) -> Any:
             signature[name] = "fp32"
         else:
             signature[name] = "i32"
-            if name in ("size", "inner", "x_batch", "x_row", "y_batch", "y_row", "m", "n", "d_batch", "d_row"):
+            if name in DIVISIBLE:
                 attributes[(index,)] = [["tt.divisibility", 16]]
     values = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
-    # of contiguous rows
-    for name in {"x_column", "y_column", "d_column"} & set(signature):
+    # of contiguous rows; X^T has contiguous columns
+    of_gram = kernel is symmetric_product_kernel and constants["BETA"] == 0
+    for name in {"x_column", "y_row" if of_gram else "y_column", "d_column"} & set(signature):
         signature[name] = "constexpr"
         values[(kernel.arg_names.index(name),)] = 1
         attributes.pop((kernel.arg_names.index(name),), None)

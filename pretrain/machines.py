@@ -7,23 +7,22 @@ import math
 from typing import NamedTuple
 
 from celo2.kernels.roofline import ADAMW_BYTES, GPUS, INSTRUCTIONS, Dtypes, Gpu, roofline
+from celo2.newton_schulz import GRAM_FROM, newton_schulz_flops, passes, takes_one_program
 from celo2.pretrain.device import peak_flops
-from celo2.shard_layout import newton_schulz_flops
 
 # of the peak, in model FLOPs; published runs of GPT-2 124M and 1.5B on 8 x H100 have 0.37 to 0.50
 UTILISATION = 0.45
 # of the bfloat16 peak, for a forward pass in float32; H100: 67 of 989 TFLOP/s
 FLOAT32_RATE = 1 / 15
-# of the peak, for symmetric bfloat16 products that are counted by halves; assumed
+# of the peak, for symmetric float16 products that are counted by halves; assumed
 NEWTON_SCHULZ_UTILISATION = 0.4
-# times that an iteration moves X, in bfloat16: into the Gram matrix, twice into the update, and out of it
-NEWTON_SCHULZ_PASSES = 4
 # of the links' data sheet; assumed
 LINK_UTILISATION = 0.8
 # seconds: a collective for each doubling of its ranks, a peer of an all-to-all, a launch; assumed
 HOP, PEER, LAUNCH = 10e-6, 1e-6, 5e-6
-# launches of the learned rule (`celo2.kernels.report.STEP`), and an iteration of Newton-Schulz for each shape
-RULE_LAUNCHES, ITERATION_LAUNCHES = 10, 3
+# launches of the learned rule (`celo2.kernels.report.STEP`), and of Newton-Schulz for each shape: an iteration in the
+# standard form and in the Gram form, and of small matrices all
+RULE_LAUNCHES, ITERATION_LAUNCHES, GRAM_ITERATION_LAUNCHES, SMALL_LAUNCHES = 10, 3, 5, 1
 # of the memory; the rest is the context, the libraries' buffers and fragmentation; assumed
 USABLE = 0.92
 
@@ -48,9 +47,9 @@ class Machine(NamedTuple):
         return self.peak * UTILISATION * (1.0 if dtype == "bfloat16" else FLOAT32_RATE)
 
     def rule_seconds(self, orthogonalize: bool) -> float:
-        """Seconds a float32 parameter of the learned rule, by the kernels' roofline; the direction is bfloat16 where
+        """Seconds a float32 parameter of the learned rule, by the kernels' roofline; the direction is float16 where
         Newton-Schulz follows."""
-        dtypes = Dtypes(d="bf16" if orthogonalize else "fp32")
+        dtypes = Dtypes(d="fp16" if orthogonalize else "fp32")
         return sum(roofline(self.chip, INSTRUCTIONS[self.chip.target], dtypes).values())
 
     def adamw_seconds(self) -> float:
@@ -60,7 +59,15 @@ class Machine(NamedTuple):
     def newton_schulz_seconds(self, m: int, n: int, steps: int) -> float:
         """Seconds of one matrix of a large batch: the longer of its FLOPs and its bytes, which bind thin matrices."""
         flops = newton_schulz_flops(m, n, steps) / (NEWTON_SCHULZ_UTILISATION * self.peak)
-        return max(flops, steps * NEWTON_SCHULZ_PASSES * 2 * m * n / self.chip.bandwidth)
+        return max(flops, passes(m, n, steps) * 2 * m * n / self.chip.bandwidth)
+
+
+def newton_schulz_launches(m: int, n: int, steps: int) -> int:
+    """Launches for matrices of one shape, whatever their number."""
+    m, n = min(m, n), max(m, n)
+    if takes_one_program(m, steps):
+        return SMALL_LAUNCHES
+    return steps * (GRAM_ITERATION_LAUNCHES if n >= GRAM_FROM * m else ITERATION_LAUNCHES)
 
 
 _CHIPS = {chip.name.split()[0].lower(): chip for chip in GPUS}

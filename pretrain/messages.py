@@ -9,12 +9,12 @@ from torch import Tensor
 
 from celo2 import FusedCelo2
 from celo2.groups import group_view, named_parameters
+from celo2.newton_schulz import newton_schulz_flops
 from celo2.plan import Plan
 from celo2.pretrain.device import DTYPES
-from celo2.pretrain.machines import ITERATION_LAUNCHES, Links, Machine
+from celo2.pretrain.machines import Links, Machine, newton_schulz_launches
 from celo2.pretrain.model import GPT
 from celo2.pretrain.parallel import Parallel
-from celo2.shard_layout import newton_schulz_flops
 from celo2.state import local
 from celo2.zero1 import BUCKET_BYTES, plan_buckets
 
@@ -89,15 +89,15 @@ class Loads:
     def launches(self) -> int:
         """Of the rank with most shapes."""
         launches = Counter[int]()
-        for rank, _, _, steps in self.batches:
-            launches[rank] += ITERATION_LAUNCHES * steps
+        for rank, *shape in self.batches:
+            launches[rank] += newton_schulz_launches(*shape)
         return max(launches.values(), default=0)
 
     @property
     def workspace(self) -> int:
         """Bytes: the largest batch of equal matrices twice, and two Gram matrices of each.
 
-        The kernels have them in bfloat16, owners of sharded ones in float32.
+        The kernels have them in float16, owners of sharded ones in float32.
         """
         item = 2 if len(self.flops) == 1 else 4
         batches = ((count, m, n) for (_, m, n, _), count in self.batches.items())

@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from celo2 import reference
 from celo2.newton_schulz import (
     COEFFICIENTS,
     GRAM_FROM,
     STRIP,
+    _gram_form,
+    _standard_form,
+    in_best_form,
     newton_schulz,
+    newton_schulz_flops,
     orthogonalize,
     product,
     product_by_strips,
     takes_gram_form,
+    takes_one_program,
 )
 
 
@@ -34,6 +42,17 @@ def of_singular_values(m: int, n: int, decades: float) -> Tensor:
     u, _ = torch.linalg.qr(torch.randn(m, m, dtype=torch.float64))
     v, _ = torch.linalg.qr(torch.randn(n, m, dtype=torch.float64))
     return (u * torch.logspace(0, -decades, m, dtype=torch.float64)) @ v.mT
+
+
+def mirrored(x: Tensor, y: Tensor, *, low: Tensor | None = None, **options: Any) -> Tensor:
+    """A symmetric product of which one half is computed."""
+    out = product(x, y, low=low, **options)
+    for half in (out,) if low is None else (out, low):
+        half.copy_(half.tril() + half.tril(-1).mT)
+    return out
+
+
+LOW_RANK = torch.randn(128, 4, dtype=torch.float64) @ torch.randn(4, 768, dtype=torch.float64) / 2
 
 
 @pytest.mark.parametrize(
@@ -62,6 +81,31 @@ def test_the_gram_form_begins_at_twice_as_many_columns():
     assert not takes_gram_form(torch.zeros(1, 64, 640, dtype=torch.bfloat16))
 
 
+@pytest.mark.parametrize("symmetric", [product, mirrored], ids=["whole", "mirrored"])
+@pytest.mark.parametrize(
+    "d",
+    [
+        pytest.param(of_singular_values(128, 768, 3), id="three decades"),
+        pytest.param(torch.randn(128, 768, dtype=torch.float64), id="noise"),
+        # one direction, or four, far above all others
+        pytest.param(torch.randn(96, 192, dtype=torch.float64) + 3, id="noise and mean"),
+        pytest.param(torch.randn(64, 768, dtype=torch.float64) + 2, id="wide noise and mean"),
+        pytest.param(LOW_RANK + 0.01 * torch.randn(128, 768, dtype=torch.float64), id="rank 4 and noise"),
+    ],
+)
+def test_float16_has_five_times_the_digits_of_bfloat16(d, symmetric):
+    x = (d / torch.linalg.matrix_norm(d))[None].half()
+    exact = polynomial(x.double())
+
+    def error(result: Tensor) -> float:
+        return float(torch.linalg.matrix_norm(result.double() - exact) / torch.linalg.matrix_norm(exact))
+
+    ours = error(_gram_form(x, 5, symmetric))
+    before = error(_standard_form(x.bfloat16(), 5, product))
+    print(f"{ours:.1e}, bfloat16 {before:.1e}: {ours / before:.2f}")
+    assert ours <= 0.21 * before
+
+
 def test_bfloat16_is_near_too():
     d = of_singular_values(96, 384, 3)
     x = (d / d.norm()).bfloat16()[None]
@@ -73,10 +117,12 @@ def test_bfloat16_is_near_too():
 def test_strips_of_symmetric_products_equal_whole_products(rows):
     x = torch.randn(2, rows, 50, dtype=torch.float64)
     gram = x @ x.mT
-    for arguments in ((x, x), (gram, gram @ gram)):
+    for arguments in ((x, x.mT), (gram, gram @ gram)):
         torch.testing.assert_close(product_by_strips(*arguments), product(*arguments))
-    options = {"add": gram, "alpha": 2.0, "beta": -3.0}
-    torch.testing.assert_close(product_by_strips(gram, gram, **options), 2 * gram @ gram - 3 * gram)
+    options = {"add": gram, "alpha": 2.0, "beta": -3.0, "diagonal": 0.5}
+    expected = 2 * gram @ gram - 3 * gram + 0.5 * torch.eye(rows, dtype=torch.float64)
+    for symmetric in (product, product_by_strips):
+        torch.testing.assert_close(symmetric(gram, gram, **options), expected)
 
 
 @pytest.mark.parametrize(
@@ -123,3 +169,56 @@ def test_agrees_with_muon():
     ours = newton_schulz(parameter.grad)
     # torch.optim.Muon iterates in bfloat16
     assert torch.linalg.vector_norm(-parameter.detach() - ours) < 0.03 * torch.linalg.vector_norm(ours)
+
+
+class Counted:
+    """Multiply-adds of products: symmetric ones by tiles of 128 up to the diagonal, as the kernel takes them."""
+
+    def __init__(self, symmetric_from: int = 512) -> None:
+        self.symmetric_from, self.count = symmetric_from, 0
+
+    def __call__(self, x: Tensor, y: Tensor, *, add=None, alpha=1.0, beta=1.0, diagonal=0.0, low=None) -> Tensor:
+        batch, m, inner = x.shape
+        tiles = -(-m // 128)
+        computed = tiles * (tiles + 1) // 2 * 128**2 if m >= self.symmetric_from else m * m
+        self.count += batch * computed * inner
+        return x.new_empty(batch, m, m)
+
+    def of(self, form, m: int, n: int) -> int:
+        """Multiply-adds of five iterations on one matrix, other products as they are launched."""
+        self.count = 0
+        with FlopCounterMode(display=False) as others:
+            form(torch.empty(1, min(m, n), max(m, n), dtype=torch.float16, device="meta"), 5, self)
+        return self.count + others.get_total_flops() // 2
+
+
+# matrices of a block of GPT-3 XL: query, key, value and output heads, and the MLP's two
+XL = [(128, 2048)] * 64 + [(2048, 8192)] * 2
+
+
+def test_multiply_adds_of_an_xl_step_are_at_most_0_62_of_those_of_the_standard_form():
+    standard = sum(Counted().of(_standard_form, m, n) for m, n in XL)
+    ours = 0
+    for m, n in XL:
+        if takes_one_program(m, 5):
+            # all products are whole there: 14 of m x m, and five over the columns
+            ours += 14 * m**3 + 5 * m * m * n
+        else:
+            ours += Counted().of(in_best_form, m, n)
+    print(f"{ours / standard:.3f} of {standard:.3g} multiply-adds a block")
+    assert ours <= 0.62 * standard
+    flops = sum(newton_schulz_flops(m, n, 5) for m, n in XL)
+    # the model counts halves, the kernel whole tiles on the diagonal
+    assert flops == pytest.approx(2 * ours, rel=0.03)
+
+
+@pytest.mark.parametrize(("m", "n"), [(2048, 8192), (512, 1024), (768, 768), (600, 700)])
+@pytest.mark.parametrize("steps", [1, 2, 3, 5, 7])
+def test_the_model_counts_what_is_computed(m, n, steps):
+    counted = Counted(symmetric_from=0)
+    with FlopCounterMode(display=False) as others:
+        in_best_form(torch.empty(1, m, n, dtype=torch.float16, device="meta"), steps, counted)
+    tiles = -(-m // 128)
+    # as many as there would be without the tiles above the diagonal and half of those on it
+    exact = counted.count * m * m // (tiles * (tiles + 1) * 128**2)
+    assert newton_schulz_flops(n, m, steps) == pytest.approx(2 * exact + others.get_total_flops(), rel=1e-3)

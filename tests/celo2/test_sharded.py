@@ -15,8 +15,9 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from celo2 import load_weights
 from celo2.matrices import MatrixView
+from celo2.newton_schulz import newton_schulz_flops
 from celo2.plan import Plan, Slot, padded
-from celo2.shard_layout import Cut, ShardLayout, assign_owners, chunk, newton_schulz_flops
+from celo2.shard_layout import Cut, ShardLayout, assign_owners, chunk
 from celo2.sharding import Team, shard_spec_of
 from scenarios import sharded
 

@@ -46,14 +46,21 @@ def test_symmetric_products_and_newton_schulz(shape, device):
     x = torch.randn(shape).to(device)
     x /= torch.linalg.matrix_norm(x, keepdim=True)
     for y in (x, x.mT):
-        gram = symmetric_product(y, y, block=32)
+        gram = symmetric_product(y, y.mT, block=32)
         torch.testing.assert_close(gram, y @ y.mT, rtol=0, atol=1e-5)
         # tiles below the diagonal are stored twice; within one, the order of sums is that of the matrix product
         mirrored = torch.arange(y.shape[1], device=device) // 32
         off_diagonal = mirrored[:, None] != mirrored[None, :]
         assert torch.equal(gram[:, off_diagonal], gram.mT[:, off_diagonal])
-        mixed = symmetric_product(gram, gram, alpha=2.0, add=gram, beta=-3.0, block=32)
-        torch.testing.assert_close(mixed, 2 * gram @ gram - 3 * gram, rtol=0, atol=1e-5)
+        mixed = symmetric_product(gram, gram, alpha=2.0, add=gram, beta=-3.0, diagonal=0.5, block=32)
+        identity = torch.eye(y.shape[1], device=device)
+        torch.testing.assert_close(mixed, 2 * gram @ gram - 3 * gram + 0.5 * identity, rtol=0, atol=1e-5)
+        # in float16, with what rounding took
+        half = y.half()
+        low = torch.full_like(gram, math.nan, dtype=torch.float16)
+        rounded = symmetric_product(half, half.mT, low=low, block=32)
+        assert rounded.dtype == torch.float16 and low.any()
+        torch.testing.assert_close(rounded.float() + low, half.float() @ half.float().mT, rtol=1e-5, atol=1e-7)
         # of two matrices that commute
         other = gram @ gram
         torch.testing.assert_close(symmetric_product(gram, other, block=32), gram @ other, rtol=0, atol=1e-5)
@@ -69,6 +76,8 @@ def test_one_program_a_matrix(shape, device):
     from celo2.batched_newton_schulz import orthogonalize_small_
 
     d = torch.randn(shape)
+    # one direction far above all others, where the Gram matrix loses digits first
+    d[0] += 3
     d[-1] *= 1e-3
     d = torch.cat([d, torch.zeros_like(d[:1])]).to(device, torch.float16)
     expected = newton_schulz(d.double())

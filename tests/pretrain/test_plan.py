@@ -68,11 +68,13 @@ def test_messages_of_xl(xl: Plan) -> None:
 
 
 def test_newton_schulz_of_xl(xl: Plan) -> None:
-    def flops(m: int, n: int) -> int:
-        # X X^T by half, A A by half, B X
-        return 5 * (m * m * n + m**3 + 2 * m * m * n)
-
-    expected = LAYERS * (64 * flops(128, 2048) + 2 * flops(2048, 8192))
+    m, n = 2048, 8192
+    # twice X X^T by half and Q X; of m x m ten by half, and the two of a long segment's Q
+    large = 2 * (m * m * n + 2 * m * m * n) + (5 + 3 + 3 + 2 + 1) * m**3 - 2 * m**3 + 4 * m**3
+    m, n = 128, 2048
+    # whole products: five over the columns, 14 of m x m
+    heads = 10 * m * m * n + 28 * m**3
+    expected = LAYERS * (64 * heads + 2 * large)
     assert xl.newton_schulz == (expected, expected // 8, 1.0)
     assert xl.optimizer is not None
     # never faster than the tensor cores' peak
