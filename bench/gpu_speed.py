@@ -160,11 +160,10 @@ def phases(lab: Lab) -> None:
 
 
 def newton_schulz(lab: Lab) -> None:
-    """Five iterations by shape: ours, and products of whole matrices by torch.bmm."""
-    from celo2.batched_newton_schulz import orthogonalize, symmetric_product, takes_symmetric_products
-    from celo2.newton_schulz import COEFFICIENTS, newton_schulz_flops
+    """Five iterations by shape: ours in float16, beside the standard form through torch.bmm and through our products."""
+    from celo2.batched_newton_schulz import orthogonalize_, product_for, symmetric_product, takes_one_program
+    from celo2.newton_schulz import _standard_form, in_best_form, newton_schulz_flops, product
 
-    a, b, c = COEFFICIENTS
     shapes = [(12, 768, 3072), (12, 3072, 768), (432, 64, 768), (144, 768, 64)]
     shapes += [(24, 2048, 8192), (24, 8192, 2048), (1152, 128, 2048), (384, 2048, 128), (48, 768, 768), (8, 4096, 4096)]
     peak = peak_flops(torch.cuda.get_device_name()) if CUDA else None
@@ -172,28 +171,56 @@ def newton_schulz(lab: Lab) -> None:
         if lab.left < 4:
             lab.say("stopped", reason="no time")
             return
-        x = torch.randn(batch, m, n, device=DEVICE, dtype=torch.bfloat16) / (m * n) ** 0.5
+        d = torch.randn(batch, m, n, device=DEVICE, dtype=torch.float16)
+        norms = torch.linalg.matrix_norm(d.float())
+        x = d / norms[:, None, None]
+        x = (x.mT if m > n else x).half()
+        squares = torch.empty_like(norms)
 
-        def plain(x: torch.Tensor = x) -> torch.Tensor:
-            y = x.mT if x.shape[-2] > x.shape[-1] else x
-            for _ in range(5):
-                gram = torch.bmm(y, y.mT)
-                y = torch.baddbmm(y, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), y, beta=a)
-            return y
+        def ours(d: torch.Tensor = d, norms: torch.Tensor = norms, squares: torch.Tensor = squares) -> None:
+            # results are as good a start as noise: their norm is that of many singular values near 1
+            orthogonalize_(d, 1 / norms, 5, squares)
 
-        ours = milliseconds(lambda x=x: orthogonalize(x, 5), seconds=0.1)
-        theirs = milliseconds(plain, seconds=0.1)
+        def standard(x: torch.Tensor = x) -> torch.Tensor:
+            return _standard_form(x, 5, product)
+
+        def before(x: torch.Tensor = x.bfloat16()) -> torch.Tensor:  # noqa: B008
+            return _standard_form(x, 5, product_for(x))
+
+        fastest = milliseconds(ours, seconds=0.1)
+        theirs = milliseconds(standard, seconds=0.1)
         flops = batch * newton_schulz_flops(m, n, 5)
-        record = {"torch_ms": whole(theirs["ms"]), "ratio": whole(ours["ms"] / theirs["ms"])}
-        record["tflops"] = whole(flops / ours["ms"] / 1e9)
-        if takes_symmetric_products(x):
-            y = x.mT if m > n else x
-            product = milliseconds(lambda y=y: symmetric_product(y), seconds=0.05)["ms"]
-            record["product_ms"] = whole(product)
-            record["bmm_ms"] = whole(milliseconds(lambda y=y: torch.bmm(y, y.mT), seconds=0.05)["ms"])
+        record = {"torch_ms": whole(theirs["ms"]), "ratio": whole(fastest["ms"] / theirs["ms"])}
+        record["bfloat16_standard_ms"] = whole(milliseconds(before, seconds=0.1)["ms"])
+        record["tflops"] = whole(flops / fastest["ms"] / 1e9)
+        if takes_one_program(d, 5):
+            record["in_batches_ms"] = whole(
+                milliseconds(lambda x=x: in_best_form(x, 5, product_for(x)), seconds=0.1)["ms"]
+            )
         predicted = 1e3 * flops / peak if peak else None
-        lab.say(f"{batch} x [{m}, {n}]", value=whole(ours["ms"]), unit="ms", predicted=predicted, **record)
-        del x
+        lab.say(f"{batch} x [{m}, {n}]", value=whole(fastest["ms"]), unit="ms", predicted=predicted, **record)
+        del d, x
+        free()
+    # from which size on half of a product is worth a kernel of our own: `SYMMETRIC_FROM`
+    for m in (64,) if lab.dry else (128, 256, 512, 768, 1024, 2048, 4096):
+        if lab.left < 3:
+            lab.say("stopped", reason="no time")
+            return
+        batch = max(1, (8 * 2048**2) // m**2)
+        r = torch.randn(batch, m, m, device=DEVICE, dtype=torch.float16) / m
+        if CUDA:
+            kernel = milliseconds(lambda r=r: symmetric_product(r, r), seconds=0.05)["ms"]
+        else:
+            kernel = milliseconds(lambda r=r: product(r, r), seconds=0.05)["ms"]
+        bmm = milliseconds(lambda r=r: torch.bmm(r, r), seconds=0.05)["ms"]
+        lab.say(
+            f"symmetric product, {batch} x [{m}, {m}]",
+            value=whole(kernel),
+            unit="ms",
+            bmm_ms=whole(bmm),
+            ratio=whole(kernel / bmm),
+        )
+        del r
         free()
 
 
@@ -283,10 +310,10 @@ def sweep(lab: Lab) -> None:
 
 def step_for_counters(lab: Lab) -> None:
     """A step of GPT-2 124M and two symmetric products, after a warm-up, for ncu: it counts between start and stop."""
-    from celo2.batched_newton_schulz import orthogonalize
+    from celo2.newton_schulz import orthogonalize
 
     step = step_of("celo2-base", lab.sizes[0], model_of(lab.sizes[0]))
-    x = torch.full((12, 768, 3072) if CUDA else (1, 64, 64), 1e-3, device=DEVICE, dtype=torch.bfloat16)
+    x = torch.full((12, 768, 3072) if CUDA else (1, 64, 64), 1e-3, device=DEVICE, dtype=torch.float16)
     for _ in range(2):
         step()
         orthogonalize(x, 1)

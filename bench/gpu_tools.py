@@ -25,7 +25,7 @@ class Tool(NamedTuple):
 
 
 # PyTorch's own kernels are left out, and what comes before the program says that it should begin
-_KERNELS = "regex:(gradient|feature|learned|apply|factors|normalisers|control|sum_|vector_u|symmetric)"
+_KERNELS = "regex:(gradient|feature|learned|apply|factors|normalisers|control|sum_|vector_u|symmetric|small_ortho)"
 _SECTIONS = ("SpeedOfLight", "Occupancy", "MemoryWorkloadAnalysis", "LaunchStats")
 _COUNT = ("--csv", "--clock-control", "none", "--profile-from-start", "off", "-k", _KERNELS, "-c", "32")
 TOOLS = {

@@ -53,6 +53,16 @@ def test_a_bfloat16_wire_stays_within_a_thousandth(on_ranks, ranks) -> None:
     assert min(wire.values()) > 0
 
 
+@pytest.mark.dist
+@on_one_to_four
+@pytest.mark.parametrize("low_rank", [False, True])
+def test_a_float16_wire_stays_within_a_thousandth_also_where_newton_schulz_amplifies(on_ranks, ranks, low_rank) -> None:
+    runs = on_ranks(ranks, sharded.wire_runs, split=False, low_rank=low_rank, comm_dtype="float16")
+    wire = sharded.relative_differences(runs)
+    print(json.dumps(wire))
+    assert 0 < max(wire.values()) <= 1e-3
+
+
 @pytest.fixture(scope="module")
 def low_rank_of_two(on_ranks) -> Any:
     return on_ranks(2, sharded.wire_runs, split=False, low_rank=True)[1]

@@ -148,8 +148,10 @@ def set_low_rank_gradients(params, step):
         p.grad = distribute_tensor(gradient, p.device_mesh, p.placements) if hasattr(p, "placements") else gradient
 
 
-def wire_runs(mesh, split: bool, low_rank: bool = False, steps: int = 10) -> list[list[torch.Tensor]]:
-    """Parameters of one process, on rank 0, and of all ranks after steps with a bfloat16 wire, of usual scale and rate.
+def wire_runs(
+    mesh, split: bool, low_rank: bool = False, steps: int = 10, comm_dtype: str = "bfloat16"
+) -> list[list[torch.Tensor]]:
+    """Parameters of one process, on rank 0, and of all ranks after steps with a 16-bit wire, of usual scale and rate.
 
     `split` says that every rank has whole parameters; else they are sharded. Gradients are noise, or of low rank.
     """
@@ -162,7 +164,7 @@ def wire_runs(mesh, split: bool, low_rank: bool = False, steps: int = 10) -> lis
         params = [nn.Parameter(value) for value in values]
         groups = [{"params": [p], **view} for p, (_, view) in zip(params, WIRE_SPECS, strict=True)]
         options = {"zero1_mesh": mesh} if several and split else {}
-        optimizer = FusedCelo2(groups, lr=1e-3, weight_decay=0.1, comm_dtype="bfloat16", **options)
+        optimizer = FusedCelo2(groups, lr=1e-3, weight_decay=0.1, comm_dtype=comm_dtype, **options)
         for step in range(steps if several or dist.get_rank() == 0 else 0):
             if low_rank:
                 set_low_rank_gradients(params, step)
