@@ -41,8 +41,8 @@ NOTES = {
     "phases": "Microseconds of one step. Bandwidth is of the bytes that a phase must move.",
     "training": "16 sequences of 1024 tokens, bfloat16 autocast, no torch.compile. Predictions: forward and "
     "backward at the rate of `celo2.pretrain.machines`, and the optimizer's step, without clipping.",
-    "newton_schulz": "Five iterations in float16; `torch` is the standard form through `torch.bmm`, `in_batches` the Gram "
-    "form without one program a matrix. A symmetric product is the kernel of our own beside `torch.bmm`.",
+    "newton_schulz": "Five iterations in float16; `torch` is the standard form through `torch.bmm`, `in_batches` the "
+    "Gram form without one program a matrix. A symmetric product is our kernel's, beside `torch.bmm`.",
     "sweep": "Microseconds of each kernel for `celo2-base` on GPT-2 124M; the best of each column is bold.",
     "language_model": "Equal steps, seeds and batches, each optimizer with three learning rates; validation loss.",
 }

@@ -160,7 +160,7 @@ def phases(lab: Lab) -> None:
 
 
 def newton_schulz(lab: Lab) -> None:
-    """Five iterations by shape: ours in float16, beside the standard form through torch.bmm and through our products."""
+    """Five iterations by shape, in float16: ours, beside the standard form through torch.bmm and our products."""
     from celo2.batched_newton_schulz import orthogonalize_, product_for, symmetric_product, takes_one_program
     from celo2.newton_schulz import _standard_form, in_best_form, newton_schulz_flops, product
 
