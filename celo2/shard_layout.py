@@ -73,7 +73,8 @@ class Slice:
 class ShardLayout:
     """The matrices [B, m, n] of a parameter of `shape` under a view, sharded by `cuts`.
 
-    A rank may have some of the rows of a matrix, some of the columns, both, or whole ones (leading axes are sharded).
+    A rank may have some of the rows of a matrix, some of the columns, both, or whole ones (leading axes are sharded, or
+    all cuts fall between heads).
     The factor over an axis is whole on every rank where the other axis is cut; else it is sharded as the parameter is.
     """
 
@@ -99,7 +100,12 @@ class ShardLayout:
                 f"{name} of shape {tuple(shape)}, flattened to one matrix, is sharded along axis {max(axes)}: shard "
                 "axis 0, or give flatten=False for a matrix for each of the leading axes"
             )
-        return cls(shape, view, tuple(cuts), view.shape(shape), rows in axes, columns in axes)
+        matrices = view.shape(shape)
+        cuts_rows = rows in axes
+        if cuts_rows and len(shape) == 2 and view.blocks > 1 and view.axis == 0 and axes == {0}:
+            # heads that ranks have whole
+            cuts_rows = not _cuts_between(shape, cuts, matrices[1])
+        return cls(shape, view, tuple(cuts), matrices, cuts_rows, columns in axes)
 
     @property
     def whole(self) -> bool:
@@ -200,12 +206,23 @@ class ShardLayout:
     def factor_axes(self, axis: int) -> tuple[int | None, int | None]:
         """Return the axes of the row and column factor (`MatrixView.factor_shapes`) that are cut as `axis` is."""
         whole_rows, whole_columns = self.whole_factors
+        if len(self.shape) == 2 and self.whole:
+            # the blocks of the column factor, one for each matrix
+            return 0, 0
         if self.view.batches(len(self.shape)):
             rows, columns = (axis, axis) if axis < len(self.shape) - 2 else (len(self.shape) - 2,) * 2
         else:
             rows = 1 if self.view.blocks > 1 and self.view.axis == 1 else 0
             columns = 1 if self.view.blocks > 1 and self.view.axis == 0 else 0
         return None if whole_rows else rows, None if whole_columns else columns
+
+
+def _cuts_between(shape: Sequence[int], cuts: Sequence[Cut], length: int) -> bool:
+    """Whether cuts of the first axis fall between the matrices of `length` rows that follow each other there."""
+    if len(cuts) == 1:
+        return chunk(shape[0], cuts[0].parts, 0)[1] % length == 0
+    ranks = max(cut.parts * cut.stride for cut in cuts)
+    return not any(end % length for rank in range(ranks) for end in box(shape, cuts, rank)[0])
 
 
 def _along(start: int, stop: int, length: int) -> list[tuple[int, int, int, int]]:

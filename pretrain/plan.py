@@ -202,7 +202,7 @@ def make_plan(
                     stepping, instead = [*stepping, gather], 0.0
                     buffers["messages"] += buckets
             if step is None or not loads.batches:
-                # where directions do not wait in a message; Newton-Schulz takes bfloat16 ones
+                # where directions do not wait in a message; Newton-Schulz takes float16 ones
                 buffers["directions"] = (2 if loads.batches else 4) * held["celo2"]
             seconds |= {
                 "learned rule": held["celo2"] * machine.rule_seconds(bool(loads.batches)),

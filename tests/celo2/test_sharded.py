@@ -282,3 +282,28 @@ def test_messages_are_those_of_the_plain_plan(ranks, rank):
                 offset += padded(piece.rows * piece.columns)
             assert offset - start == count
         assert [tuple(move) for move in moves] == expected
+
+
+@pytest.mark.parametrize(
+    ("cuts", "whole"),
+    [
+        ([Cut(0, 2)], True),  # three heads each
+        ([Cut(0, 3)], True),
+        ([Cut(0, 4)], False),
+        ([Cut(0, 12)], False),
+        ([Cut(0, 5)], False),  # 8 rows each, and 4
+        ([Cut(0, 8)], False),
+        ([Cut(0, 2, 3), Cut(0, 3)], True),
+        ([Cut(0, 3, 2), Cut(0, 4)], False),
+        ([Cut(1, 2)], False),
+        ([Cut(0, 2, 2), Cut(1, 2)], False),
+    ],
+)
+def test_heads_that_ranks_have_whole_are_not_cut(cuts, whole) -> None:
+    layout = ShardLayout.of(torch.Size((36, 20)), MatrixView(split=3, heads=2), cuts)
+    assert layout.whole is whole
+    pieces = [piece for rank in range(max(cut.parts * cut.stride for cut in cuts)) for piece in layout.slices(rank)]
+    assert all((piece.rows, piece.columns) == (6, 20) for piece in pieces) is whole
+    assert layout.factor_axes(0) == (
+        (0, 0) if whole else (None if layout.cuts_columns else 0, None if layout.cuts_rows else 1)
+    )
