@@ -161,8 +161,8 @@ def phases(lab: Lab) -> None:
 
 def newton_schulz(lab: Lab) -> None:
     """Five iterations by shape, in float16: ours, beside the standard form through torch.bmm and our products."""
-    from celo2.batched_newton_schulz import orthogonalize_, product_for, symmetric_product, takes_one_program
-    from celo2.newton_schulz import _standard_form, in_best_form, newton_schulz_flops, product
+    from celo2.batched_newton_schulz import orthogonalize_, symmetric_product, takes_one_program
+    from celo2.newton_schulz import _standard_form, in_best_form, newton_schulz_flops, product, product_for
 
     shapes = [(12, 768, 3072), (12, 3072, 768), (432, 64, 768), (144, 768, 64)]
     shapes += [(24, 2048, 8192), (24, 8192, 2048), (1152, 128, 2048), (384, 2048, 128), (48, 768, 768), (8, 4096, 4096)]

@@ -17,16 +17,7 @@ from celo2.kernels.newton_schulz import (
     small_orthogonalize_kernel,
     symmetric_product_kernel,
 )
-from celo2.newton_schulz import (
-    COEFFICIENTS,
-    EPS,
-    FIRST_SEGMENT,
-    SYMMETRIC_FROM,
-    SymmetricProduct,
-    orthogonalize,
-    product,
-    takes_gram_form,
-)
+from celo2.newton_schulz import COEFFICIENTS, EPS, FIRST_SEGMENT
 
 
 def orthogonalize_(d: Tensor, starts: Tensor, ns_steps: int, squares: Tensor) -> None:
@@ -39,7 +30,7 @@ def orthogonalize_(d: Tensor, starts: Tensor, ns_steps: int, squares: Tensor) ->
         return
     # in float32: the start of a matrix of zeros is beyond float16
     x = torch.mul(d, starts[:, None, None], out=torch.empty_like(d))
-    d.copy_(orthogonalize(x, ns_steps))
+    d.copy_(newton_schulz.orthogonalize(x, ns_steps))
     # of what is stored: of the Gram matrix it would cost a product of its own, and have that one's rounding
     norm = torch.linalg.vector_norm(d, dim=-1, dtype=torch.float32).square()
     torch.sum(norm, dim=-1, out=squares)
@@ -64,27 +55,19 @@ def orthogonalize_small_(d: Tensor, ns_steps: int, squares: Tensor) -> None:
         )  # fmt: skip
 
 
-def product_for(x: Tensor) -> SymmetricProduct:
-    """Return what computes the symmetric products of `x` [B, m, n], m <= n."""
-    return symmetric_product if takes_symmetric_products(x) else product
-
-
-def takes_symmetric_products(x: Tensor, symmetric_from: int = SYMMETRIC_FROM) -> bool:
-    """Whether the products of `x` [B, m, n] go through the kernel of symmetric ones."""
-    return min(x.shape[-2:]) >= symmetric_from and x.device.type != "cpu"
-
-
 def rehearse_products(d: Tensor, ns_steps: int, squares: Tensor) -> None:
     """Launch the kernels of `orthogonalize_(d, ...)` once each, in every layout that they see."""
     if takes_one_program(d, ns_steps):
         orthogonalize_small_(d, ns_steps, squares)
-    if not takes_symmetric_products(d):
+    is_tall = d.shape[-2] > d.shape[-1]
+    wide = d.mT if is_tall else d
+    if newton_schulz.product_for(wide) is not symmetric_product:
         return
     a, b, c = COEFFICIENTS
     # a tall matrix is transposed storage at the start alone
-    for x in (d.mT, d.mT.contiguous()) if d.shape[-2] > d.shape[-1] else (d,):
+    for x in (wide, wide.contiguous()) if is_tall else (wide,):
         gram = symmetric_product(x, x.mT)
-        is_gram = takes_gram_form(x)
+        is_gram = newton_schulz.takes_gram_form(x)
         symmetric_product(gram, gram, alpha=c, add=gram, beta=b, diagonal=a if is_gram else 0.0)
         if is_gram:
             symmetric_product(gram, gram)

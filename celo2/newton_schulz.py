@@ -74,17 +74,21 @@ def newton_schulz(direction: Tensor, steps: int = 5) -> Tensor:
 
 
 def orthogonalize(x: Tensor, steps: int) -> Tensor:
-    """Return `x` [B, m, n], of a norm of at most 1 each and of any dtype, after the iterations, in the form that pays.
-
-    On a GPU the symmetric products of large matrices are a kernel of our own (`batched_newton_schulz`).
-    """
+    """Return `x` [B, m, n], of a norm of at most 1 each and of any dtype, after the iterations, in the form that pays."""
     if x.shape[-2] > x.shape[-1]:
         return orthogonalize(x.mT, steps).mT
-    if x.device.type == "cpu":
-        return in_best_form(x, steps, product_by_strips if x.itemsize >= 4 else product)
-    from celo2.batched_newton_schulz import product_for
-
     return in_best_form(x, steps, product_for(x))
+
+
+def product_for(x: Tensor) -> SymmetricProduct:
+    """Return what computes the symmetric products of `x` [B, m, n], m <= n: of large ones on a GPU our own kernel."""
+    if x.device.type == "cpu":
+        return product_by_strips if x.itemsize >= 4 else product
+    if x.shape[-2] < SYMMETRIC_FROM:
+        return product
+    from celo2.batched_newton_schulz import symmetric_product
+
+    return symmetric_product
 
 
 def takes_gram_form(x: Tensor) -> bool:
