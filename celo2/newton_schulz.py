@@ -74,7 +74,7 @@ def newton_schulz(direction: Tensor, steps: int = 5) -> Tensor:
 
 
 def orthogonalize(x: Tensor, steps: int) -> Tensor:
-    """Return `x` [B, m, n], of a norm of at most 1 each and of any dtype, after the iterations, in the form that pays."""
+    """Return `x` [B, m, n], of norms of at most 1 and of any dtype, after the iterations, in the form that pays."""
     if x.shape[-2] > x.shape[-1]:
         return orthogonalize(x.mT, steps).mT
     return in_best_form(x, steps, product_for(x))
