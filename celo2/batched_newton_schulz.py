@@ -6,6 +6,8 @@ through the kernel from a size on, below it through PyTorch.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -17,7 +19,16 @@ from celo2.kernels.newton_schulz import (
     small_orthogonalize_kernel,
     symmetric_product_kernel,
 )
-from celo2.newton_schulz import COEFFICIENTS, EPS, FIRST_SEGMENT
+from celo2.newton_schulz import (
+    COEFFICIENTS,
+    EPS,
+    FIRST_SEGMENT,
+    SYMMETRIC_FROM,
+    SymmetricProduct,
+    padded_rows,
+    product,
+    segments,
+)
 
 
 def orthogonalize_(d: Tensor, starts: Tensor, ns_steps: int, squares: Tensor) -> None:
@@ -29,8 +40,8 @@ def orthogonalize_(d: Tensor, starts: Tensor, ns_steps: int, squares: Tensor) ->
         orthogonalize_small_(d, ns_steps, squares)
         return
     # in float32: the start of a matrix of zeros is beyond float16
-    x = torch.mul(d, starts[:, None, None], out=torch.empty_like(d))
-    d.copy_(newton_schulz.orthogonalize(x, ns_steps))
+    torch.mul(d, starts[:, None, None], out=d)
+    d.copy_(newton_schulz.orthogonalize(d, ns_steps, products_for(d)))
     # of what is stored: of the Gram matrix it would cost a product of its own, and have that one's rounding
     norm = torch.linalg.vector_norm(d, dim=-1, dtype=torch.float32).square()
     torch.sum(norm, dim=-1, out=squares)
@@ -47,33 +58,52 @@ def orthogonalize_small_(d: Tensor, ns_steps: int, squares: Tensor) -> None:
     x = d.mT if d.shape[-2] > d.shape[-1] else d
     batch, m, n = x.shape
     a, b, c = COEFFICIENTS
-    if batch:
-        launch(small_orthogonalize_kernel, (batch,),
-            x, squares, m, n, *x.stride(), A=a, B=b, C=c, EPS=EPS, FIRST=FIRST_SEGMENT,
-            REST=ns_steps - FIRST_SEGMENT,
-            **small_block(m),
-        )  # fmt: skip
+    launch(small_orthogonalize_kernel, (batch,),
+        x, squares, m, n, *x.stride(), A=a, B=b, C=c, EPS=EPS, FIRST=FIRST_SEGMENT, REST=ns_steps - FIRST_SEGMENT,
+        **small_block(padded_rows(m)),
+    )  # fmt: skip
+
+
+def takes_symmetric_products(d: Tensor) -> bool:
+    """Whether all symmetric products of directions [B, m, n] go through the kernel."""
+    return min(d.shape[-2:]) >= SYMMETRIC_FROM and d.device.type != "cpu"
+
+
+def products_for(d: Tensor) -> SymmetricProduct | None:
+    """Return what computes the symmetric products of directions [B, m, n]; None for PyTorch."""
+    if takes_symmetric_products(d):
+        return symmetric_product
+    return None if d.device.type == "cpu" else _small_product
+
+
+def _small_product(x: Tensor, y: Tensor, **options: Any) -> Tensor:
+    """A product of small matrices by PyTorch, but for what rounding takes: the kernel has it in float32."""
+    return symmetric_product(x, y, **options) if options.get("low") is not None else product(x, y, **options)
 
 
 def rehearse_products(d: Tensor, ns_steps: int, squares: Tensor) -> None:
     """Launch the kernels of `orthogonalize_(d, ...)` once each, in every layout that they see."""
     if takes_one_program(d, ns_steps):
         orthogonalize_small_(d, ns_steps, squares)
-    is_tall = d.shape[-2] > d.shape[-1]
-    wide = d.mT if is_tall else d
-    if newton_schulz.product_for(wide) is not symmetric_product:
+        return
+    symmetric = products_for(d)
+    if symmetric is None:
         return
     a, b, c = COEFFICIENTS
-    # a tall matrix is transposed storage at the start alone
-    for x in (wide, wide.contiguous()) if is_tall else (wide,):
-        gram = symmetric_product(x, x.mT)
-        is_gram = newton_schulz.takes_gram_form(x)
-        symmetric_product(gram, gram, alpha=c, add=gram, beta=b, diagonal=a if is_gram else 0.0)
+    x = d.mT if d.shape[-2] > d.shape[-1] else d
+    is_gram = newton_schulz.takes_gram_form(x)
+    # only the first X is a tall matrix's transposed storage
+    for length in segments(ns_steps) if is_gram else range(min(ns_steps, 2)):
+        low = None
+        if is_gram and length > FIRST_SEGMENT and x.itemsize == 2:
+            low = x.new_empty(x.shape[0], x.shape[1], x.shape[1])
+        gram = symmetric(x, x.mT, low=low)
+        symmetric(gram, gram, alpha=c, add=gram, beta=b, diagonal=a if is_gram else 0.0)
         if is_gram:
-            symmetric_product(gram, gram)
-            if x.itemsize == 2:
-                symmetric_product(x, x.mT, low=torch.empty_like(gram))
-                symmetric_product(gram, gram, add=gram, beta=a)
+            symmetric(gram, gram)
+        if low is not None:
+            symmetric(gram, gram, add=low, beta=a)
+        x = x.contiguous()
 
 
 def symmetric_product(

@@ -8,7 +8,7 @@ Every iterate is a polynomial of A times X, so the iterations can stay among m x
 
 Rounding grows in R, so it is formed anew from X after two iterations. The long axis is then touched 4 times in five
 iterations instead of 10, and nearly all else is symmetric: half of such a product is enough. In units of m^3 multiply-
-adds, with n = r m columns: 7.5 r + 2.5 for the standard form, 3 r + 8 for the Gram form, which pays from r = 2 on.
+adds, with n = r m columns: 7.5 r + 2.5 for the standard form, 3 r + 8 for the Gram form, used from r = 2 on.
 
 What keeps its digits in float16, where a matrix has one direction far above all others (`docs/newton-schulz.md`):
 segments of 2 and 3 iterations, not 3 and 2; R P R as P (R P), whose halves mirror each other but for one rounding,
@@ -29,7 +29,7 @@ COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 EPS = 1e-8
 # iterations among m x m matrices before R is formed anew for the first time, and afterwards at most
 FIRST_SEGMENT, SEGMENT = 2, 3
-# columns over rows from which the Gram form takes less work, by a fifth at once
+# columns over rows from which the Gram form is used: a fifth less work there, more above
 GRAM_FROM = 2.0
 # rows of a symmetric product computed at once: few enough to skip most of the half above the diagonal, enough for
 # matrix products at full speed
@@ -73,27 +73,30 @@ def newton_schulz(direction: Tensor, steps: int = 5) -> Tensor:
     return orthogonalize(x / (norm + EPS), steps).reshape(shape)
 
 
-def orthogonalize(x: Tensor, steps: int) -> Tensor:
-    """Return `x` [B, m, n], of norms of at most 1 and of any dtype, after the iterations, in the form that pays."""
+def orthogonalize(x: Tensor, steps: int, symmetric: SymmetricProduct | None = None) -> Tensor:
+    """Return `x` [B, m, n], of norms of at most 1 and of any dtype, after the iterations, in the form that pays.
+
+    `symmetric` computes symmetric products, by default PyTorch.
+    """
     if x.shape[-2] > x.shape[-1]:
-        return orthogonalize(x.mT, steps).mT
-    return in_best_form(x, steps, product_for(x))
+        return orthogonalize(x.mT, steps, symmetric).mT
+    return in_best_form(x, steps, symmetric or product_for(x))
 
 
 def product_for(x: Tensor) -> SymmetricProduct:
-    """Return what computes the symmetric products of `x` [B, m, n], m <= n: of large ones on a GPU our own kernel."""
-    if x.device.type == "cpu":
-        return product_by_strips if x.itemsize >= 4 else product
-    if x.shape[-2] < SYMMETRIC_FROM:
-        return product
-    from celo2.batched_newton_schulz import symmetric_product
-
-    return symmetric_product
+    """Return what computes symmetric products of matrices like `x` through PyTorch."""
+    return product_by_strips if x.device.type == "cpu" and x.itemsize >= 4 else product
 
 
 def takes_gram_form(x: Tensor) -> bool:
-    """Whether matrices [B, m, n], m <= n, are iterated in the Gram form; bfloat16 has too few digits for it."""
-    return x.shape[-1] >= GRAM_FROM * x.shape[-2] and x.dtype != torch.bfloat16
+    """Whether matrices [B, m, n], m <= n, are iterated in the Gram form.
+
+    bfloat16 has too few digits for it, and so has a float32 whose products PyTorch may round to fewer
+    (`torch.set_float32_matmul_precision`).
+    """
+    if x.shape[-1] < GRAM_FROM * x.shape[-2] or x.dtype == torch.bfloat16:
+        return False
+    return x.dtype != torch.float32 or torch.get_float32_matmul_precision() == "highest"
 
 
 def segments(steps: int) -> Iterator[int]:
@@ -105,16 +108,21 @@ def segments(steps: int) -> Iterator[int]:
 
 
 def newton_schulz_flops(m: int, n: int, steps: int) -> int:
-    """Floating-point operations on one matrix as a GPU takes it in float16, half of a symmetric product left out."""
+    """Floating-point operations on one matrix on a GPU in float16; half of a large symmetric product is left out."""
     m, n = min(m, n), max(m, n)
     if takes_one_program(m, steps):
         # nothing is left out there, and X after the first segment is computed twice
+        m = padded_rows(m)
         return sum(4 * m * m * n + 2 * (4 * k - 3) * m**3 for k in segments(steps)) + 2 * m * m * n
+    symmetric = 1 if m >= SYMMETRIC_FROM else 2
     if n < GRAM_FROM * m:
-        return steps * (3 * m * m * n + m**3)
+        return steps * ((symmetric + 2) * m * m * n + symmetric * m**3)
     # R and Q X; of m x m each P, the two products of the next R, and Q
-    of_q = {length: 2 if length > FIRST_SEGMENT else 1 for length in segments(steps)}
-    return sum(3 * m * m * n + (k + (k - 1) * (2 + of_q[k])) * m**3 for k in segments(steps))
+    of_q = {length: 2 if length > FIRST_SEGMENT else symmetric for length in segments(steps)}
+    return sum(
+        (symmetric + 2) * m * m * n + (symmetric * k + (k - 1) * (2 * symmetric + of_q[k])) * m**3
+        for k in segments(steps)
+    )
 
 
 def passes(m: int, n: int, steps: int) -> int:
@@ -122,13 +130,18 @@ def passes(m: int, n: int, steps: int) -> int:
     m, n = min(m, n), max(m, n)
     if takes_one_program(m, steps):
         return 4
-    # into the symmetric product, and into and out of the other
-    return 3 * len(list(segments(steps))) if n >= GRAM_FROM * m else 4 * steps
+    # scaled, written back, and its norm; into the symmetric product, and into and out of the other
+    return 5 + (3 * len(list(segments(steps))) if n >= GRAM_FROM * m else 4 * steps)
 
 
 def takes_one_program(rows: int, steps: int) -> bool:
     """Whether a GPU takes matrices with a shorter side of so many rows whole, a program each."""
     return rows <= SMALL and FIRST_SEGMENT < steps <= FIRST_SEGMENT + SEGMENT
+
+
+def padded_rows(rows: int) -> int:
+    """Return how many rows a program takes for a matrix of so many."""
+    return max(16, 1 << (rows - 1).bit_length())
 
 
 def in_best_form(x: Tensor, steps: int, symmetric: SymmetricProduct) -> Tensor:

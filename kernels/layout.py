@@ -88,6 +88,7 @@ RATES = tl.constexpr(2)
 QUANTUM = tl.constexpr(64)
 
 # constants of the rule
+HALF_MAX = tl.constexpr(65504.0)  # of float16
 GRADIENT_CLIP = tl.constexpr(1000.0)
 FEATURE_CLIP = tl.constexpr(0.1)
 DECAYS = tl.constexpr((0.9, 0.99, 0.999))

@@ -19,8 +19,6 @@ import triton.language as tl
 
 from celo2.kernels import layout, rounding
 
-HALF_MAX = tl.constexpr(65504.0)  # of float16
-
 
 @triton.jit
 def accumulate(units, x, WEIGHTS: tl.constexpr, ROW: tl.constexpr):
@@ -156,7 +154,7 @@ def learned_update_kernel(
         for j in tl.static_range(len(BIAS)):
             d += tl.maximum(hidden[j], 0.0) * OUTPUT[j]
         if d_like.dtype.element_ty == tl.float16:
-            d = tl.clamp(d, -HALF_MAX, HALF_MAX)
+            d = tl.clamp(d, -layout.HALF_MAX, layout.HALF_MAX)
         d = d.to(d_like.dtype.element_ty)
         tl.store(d_ptr + first * columns + (o_row * columns.to(tl.int32) + o_column), d, mask=mask)
         written = tl.where(mask, d.to(tl.float32), 0.0)

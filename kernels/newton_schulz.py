@@ -18,9 +18,8 @@ def inner_block(element_size: int) -> int:
     return 32 if element_size == 4 else 64
 
 
-def small_block(rows: int) -> dict[str, int]:
-    """Return how a program takes a matrix of so many rows: padded rows, columns at a time, and warps."""
-    padded = max(16, 1 << (rows - 1).bit_length())
+def small_block(padded: int) -> dict[str, int]:
+    """Return how a program takes a matrix of so many rows, a power of two: rows, columns at a time, and warps."""
     # more would not fit into registers, on sm_90 and sm_100; sm_80 and gfx942 spill at 128 rows
     large = padded == 128
     return {"M": padded, "BLOCK": 32 if large else 64, "num_warps": 8 if large else 4}

@@ -227,9 +227,11 @@ def compile_for(specialisation: Specialisation, target: GPUTarget) -> Any:
         signature[name] = "constexpr"
         values[(kernel.arg_names.index(name),)] = 1
         attributes.pop((kernel.arg_names.index(name),), None)
-    options = {"num_warps": THREADS // target.warp_size, **options}
+    # as `celo2.compilation.launch`
+    options = {"num_warps": 4, **options}
     if target.backend == "hip":
         options.pop("maxnreg", None)
+        options["num_warps"] //= 2
     source = ASTSource(fn=kernel, signature=signature, constexprs=values, attrs=attributes)
     return triton.compile(source, target=target, options=options)
 

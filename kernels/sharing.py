@@ -135,5 +135,7 @@ def move_parts_kernel(
         value = tl.load(matrices_ptr, mask=mask, other=0.0).to(tl.float32) * scale
         tl.store(directions_ptr, value.to(directions_ptr.dtype.element_ty), mask=mask)
     else:
-        value = tl.load(directions_ptr, mask=mask, other=0.0)
+        value = tl.load(directions_ptr, mask=mask, other=0.0).to(tl.float32)
+        if matrices_ptr.dtype.element_ty == tl.float16:
+            value = tl.clamp(value, -layout.HALF_MAX, layout.HALF_MAX)
         tl.store(matrices_ptr, value.to(matrices_ptr.dtype.element_ty), mask=mask)

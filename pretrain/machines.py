@@ -62,6 +62,11 @@ class Machine(NamedTuple):
         return max(flops, passes(m, n, steps) * 2 * m * n / self.chip.bandwidth)
 
 
+def needs_workspace(m: int, n: int, steps: int) -> bool:
+    """Whether Newton-Schulz on matrices of one shape needs memory beside them."""
+    return not takes_one_program(min(m, n), steps)
+
+
 def newton_schulz_launches(m: int, n: int, steps: int) -> int:
     """Launches for matrices of one shape, whatever their number."""
     m, n = min(m, n), max(m, n)

@@ -12,7 +12,7 @@ from celo2.groups import group_view, named_parameters
 from celo2.newton_schulz import newton_schulz_flops
 from celo2.plan import Plan
 from celo2.pretrain.device import DTYPES
-from celo2.pretrain.machines import Links, Machine, newton_schulz_launches
+from celo2.pretrain.machines import Links, Machine, needs_workspace, newton_schulz_launches
 from celo2.pretrain.model import GPT
 from celo2.pretrain.parallel import Parallel
 from celo2.state import local
@@ -95,13 +95,12 @@ class Loads:
 
     @property
     def workspace(self) -> int:
-        """Bytes: the largest batch of equal matrices twice, and two Gram matrices of each.
+        """Bytes: the largest batch of equal matrices twice, and five of m x m of each, in float16.
 
-        The kernels have them in float16, owners of sharded ones in float32.
+        What one program takes whole needs none.
         """
-        item = 2 if len(self.flops) == 1 else 4
-        batches = ((count, m, n) for (_, m, n, _), count in self.batches.items())
-        return max((2 * item * count * (m * n + min(m, n) ** 2) for count, m, n in batches), default=0)
+        batches = ((count, m, n) for (_, m, n, steps), count in self.batches.items() if needs_workspace(m, n, steps))
+        return max((2 * count * (2 * m * n + 5 * min(m, n) ** 2) for count, m, n in batches), default=0)
 
 
 def model_messages(

@@ -77,7 +77,7 @@ class MatrixBatch:
         first, device = parts[0].slot, totals.device
         self.orthogonalize, self.ns_steps, self.clips = first.orthogonalize, first.ns_steps, first.clips
         self.blocks, self.aligned, self.totals, self.directions = blocks, aligned, totals, directions
-        scale = direction_scale(first.theta) if directions.dtype == torch.float16 else 1.0
+        scale = direction_scale(first.theta) if first.orthogonalize else 1.0
         self.constants = KernelTheta.of(first.theta, scale)
         self.units = len(self.constants.first_bias)
         # they only name a dtype: no gradient or state is kept alive by them

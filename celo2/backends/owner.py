@@ -7,7 +7,12 @@ import torch
 from torch import Tensor
 
 from celo2.backends.parts import upload
-from celo2.batched_newton_schulz import orthogonalize_, rehearse_products
+from celo2.batched_newton_schulz import (
+    orthogonalize_,
+    orthogonalize_small_,
+    rehearse_products,
+    takes_one_program,
+)
 from celo2.compilation import launch
 from celo2.kernels import sharing
 from celo2.newton_schulz import EPS
@@ -78,6 +83,9 @@ class Owner:
             return
         self._move(message, back=False)
         for x, squares, ns_steps in self.groups:
+            if takes_one_program(x, ns_steps):
+                orthogonalize_small_(x, ns_steps, squares)
+                continue
             # row by row: one float32 sum over all elements loses digits
             norm = torch.linalg.vector_norm(torch.linalg.vector_norm(x, dim=-1, dtype=torch.float32), dim=-1)
             orthogonalize_(x, norm.add_(EPS).reciprocal_(), ns_steps, squares)

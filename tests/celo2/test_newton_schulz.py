@@ -106,6 +106,19 @@ def test_float16_has_five_times_the_digits_of_bfloat16(d, symmetric):
     assert ours <= 0.21 * before
 
 
+def test_float32_keeps_its_digits_where_pytorch_may_round_products():
+    d = of_singular_values(96, 384, 3).float()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        # as far as a CPU has such products; the Gram form would lose ten times as much
+        assert not takes_gram_form(d[None])
+        assert takes_gram_form(d[None].double()) and takes_gram_form(d[None].half())
+        error = float((newton_schulz(d).double() - polynomial(d.double())).norm() / 96**0.5)
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert error < 5e-2
+
+
 def test_bfloat16_is_near_too():
     d = of_singular_values(96, 384, 3)
     x = (d / d.norm()).bfloat16()[None]

@@ -18,7 +18,7 @@ from torch import nn
 from triton.backends.compiler import GPUTarget
 from triton.backends.driver import DriverBase
 
-from celo2 import FusedCelo2, batched_newton_schulz, blocks, newton_schulz
+from celo2 import FusedCelo2, batched_newton_schulz, blocks
 from celo2.backends import triton as triton_backend
 from celo2.blocks import Blocks
 from celo2.comm import Local
@@ -85,8 +85,7 @@ def main() -> None:
     choose = Blocks.choose.__func__
     Blocks.choose = classmethod(lambda cls, columns, _: choose(cls, columns, torch.device("cuda")))
     blocks._target = lambda _: "sm_90"
-    products = newton_schulz.product, batched_newton_schulz.symmetric_product
-    newton_schulz.product_for = lambda x: products[x.shape[-2] >= 96]
+    batched_newton_schulz.takes_symmetric_products = lambda d: min(d.shape[-2:]) >= 96
     batched_newton_schulz.takes_one_program = lambda d, _: min(d.shape[-2:]) < 96
     shapes = [(128, 256), (256, 128), (128, 64), (30, 7), (9,)]
     report = {}
