@@ -102,7 +102,7 @@ def test_memory_of_xl(xl: Plan) -> None:
     assert memory["gradients"] == 4 * (sum(xl.parameters.values()) + (ROWS - VOCAB) * WIDTH)
     assert memory["gathered"] == 2 * (root + 2 * block)
     assert memory["reduced"] == (2 + 4) * root
-    # 48 of a layer's large matrices on 8 ranks, equal ones together, twice and with two Gram matrices
+    # 48 of a layer's large matrices on 8 ranks, equal ones together, twice and with five of m x m
     assert memory["Newton-Schulz"] == 2 * 6 * (2 * 8192 * 2048 + 5 * 2048**2)
     all_reduces = xl.rule_messages[0].sent / (2 * 7 / 8)
     assert memory["messages"] == 2 * (2 * xl.held["celo2"]) + all_reduces
