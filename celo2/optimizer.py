@@ -73,9 +73,8 @@ class FusedCelo2(Optimizer):
             matrices of their rule, as the authors do.
         max_grad_norm: scale a group's gradients when the norm over all parameters of the optimizer exceeds this.
         ns_steps: Newton-Schulz iterations.
-        ns_dtype: what the kernels keep directions and iterate in: `"float16"`, `"bfloat16"`, `"float32"`, or `"auto"`:
-            float16 on a GPU, float32 on a CPU. Through PyTorch it is the rule's own precision. Errors are in
-            docs/newton-schulz.md.
+        ns_dtype: what the kernels keep directions and iterate in: `"float16"`, `"bfloat16"`, `"float32"` or `"auto"`,
+            float16 on a GPU, float32 on a CPU. Through PyTorch the rule's own precision. See docs/newton-schulz.md.
         state_dtype: of the learned rule's momenta and second moment: `"float32"`, 16 bytes a parameter; `"bfloat16"`, 8
             bytes; `"int8"`, momenta of 8 bits with a scale for 64 columns and a bfloat16 second moment, 5.2 bytes. All
             but the first are rounded stochastically.
