@@ -161,8 +161,8 @@ def phases(lab: Lab) -> None:
 
 def newton_schulz(lab: Lab) -> None:
     """Five iterations by shape, in float16: ours, beside the standard form through torch.bmm and our products."""
-    from celo2.batched_newton_schulz import orthogonalize_, symmetric_product, takes_one_program
-    from celo2.newton_schulz import _standard_form, in_best_form, newton_schulz_flops, product, product_for
+    from celo2.batched_newton_schulz import orthogonalize_, products_for, symmetric_product, takes_one_program
+    from celo2.newton_schulz import _standard_form, in_best_form, newton_schulz_flops, product
 
     shapes = [(12, 768, 3072), (12, 3072, 768), (432, 64, 768), (144, 768, 64)]
     shapes += [(24, 2048, 8192), (24, 8192, 2048), (1152, 128, 2048), (384, 2048, 128), (48, 768, 768), (8, 4096, 4096)]
@@ -185,7 +185,7 @@ def newton_schulz(lab: Lab) -> None:
             return _standard_form(x, 5, product)
 
         def before(x: torch.Tensor = x.bfloat16()) -> torch.Tensor:  # noqa: B008
-            return _standard_form(x, 5, product_for(x))
+            return _standard_form(x, 5, products_for(x) or product)
 
         fastest = milliseconds(ours, seconds=0.1)
         theirs = milliseconds(standard, seconds=0.1)
@@ -195,7 +195,7 @@ def newton_schulz(lab: Lab) -> None:
         record["tflops"] = whole(flops / fastest["ms"] / 1e9)
         if takes_one_program(d, 5):
             record["in_batches_ms"] = whole(
-                milliseconds(lambda x=x: in_best_form(x, 5, product_for(x)), seconds=0.1)["ms"]
+                milliseconds(lambda x=x: in_best_form(x, 5, products_for(x) or product), seconds=0.1)["ms"]
             )
         predicted = 1e3 * flops / peak if peak else None
         lab.say(f"{batch} x [{m}, {n}]", value=whole(fastest["ms"]), unit="ms", predicted=predicted, **record)
@@ -310,18 +310,19 @@ def sweep(lab: Lab) -> None:
 
 def step_for_counters(lab: Lab) -> None:
     """A step of GPT-2 124M and two symmetric products, after a warm-up, for ncu: it counts between start and stop."""
+    from celo2.batched_newton_schulz import products_for
     from celo2.newton_schulz import orthogonalize
 
     step = step_of("celo2-base", lab.sizes[0], model_of(lab.sizes[0]))
     x = torch.full((12, 768, 3072) if CUDA else (1, 64, 64), 1e-3, device=DEVICE, dtype=torch.float16)
     for _ in range(2):
         step()
-        orthogonalize(x, 1)
+        orthogonalize(x, 1, products_for(x))
     sync()
     if CUDA:
         torch.cuda.profiler.start()
     step()
-    orthogonalize(x, 1)
+    orthogonalize(x, 1, products_for(x))
     sync()
     if CUDA:
         torch.cuda.profiler.stop()

@@ -5,11 +5,12 @@ from __future__ import annotations
 import copy
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from celo2 import FusedCelo2
+from celo2 import FusedCelo2, Theta
 from celo2.matrices import MatrixView
 from celo2.planner import Planner
 from celo2.reference import MatrixState, VectorState, matrix_update, vector_update
@@ -146,6 +147,23 @@ def test_directions_of_16_bits_are_near_the_oracle(ns_dtype, limit, device, rand
             print(tuple(p.shape), f"{float(error):.1e}")
             # of an update whose RMS is 1; float32 would be below 1e-5
             assert 1e-4 < float(error) < limit
+
+
+@pytest.mark.parametrize("power", [-30, 30])
+def test_a_thetas_scale_makes_no_difference_in_float16(power, device, random_theta):
+    """Its directions would all be zero, or beyond the range."""
+    theta = random_theta()
+    last = {name: theta.arrays[name] * np.float32(2.0**power) for name in ("w2", "b2")}
+    scaled = Theta.from_arrays({**theta.arrays, **last}, theta.card)
+    found = []
+    for weights in (theta, scaled):
+        params = parameters([(96, 192), (2, 64, 128)], device)
+        optimizer = build(params, weights, orthogonalize=True, ns_dtype="float16")
+        set_gradients(params, 0)
+        optimizer.step()
+        found.append(params)
+    for a, b in zip(*found, strict=True):
+        assert torch.equal(a, b)
 
 
 def test_options_of_newton_schulz_are_checked(random_theta):
