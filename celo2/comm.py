@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor
 
+from celo2.exchanges import UNIT, Exchange
+
 if TYPE_CHECKING:
     import torch.distributed as dist
     from torch.distributed.device_mesh import DeviceMesh
@@ -33,6 +35,9 @@ class Comm(Protocol):
     def from_owners(self, received: Tensor, sent: Tensor) -> Work:
         """Start to send them back, with the arguments in the same order as there: from `received` into `sent`."""
 
+    def all_reduce_shared(self, tensor: Tensor) -> None:
+        """Add up a tensor over the ranks that share matrices with this one, in place."""
+
     def note_flags(self, flags: Tensor) -> None:
         """Keep the sums of the entries' flags, for `check_flags`; waits for no device."""
 
@@ -55,6 +60,9 @@ class Local:
     def from_owners(self, received: Tensor, sent: Tensor) -> Work:
         raise AssertionError("no directions were sent")
 
+    def all_reduce_shared(self, tensor: Tensor) -> None:
+        raise AssertionError("no matrices are shared")
+
     def note_flags(self, flags: Tensor) -> None:
         pass
 
@@ -68,10 +76,18 @@ class Local:
 class Ranks:
     """The ranks of `group`, which step the entries of `plan` together; `mesh` is given with ZeRO-1.
 
+    `made` are process groups by their ranks of the world: those of neighbours are taken from there, and added.
     Collective: every rank makes it. Raises RuntimeError when they were given different parameters.
     """
 
-    def __init__(self, plan: Plan, group: dist.ProcessGroup, device: torch.device, mesh: DeviceMesh | None = None):
+    def __init__(
+        self,
+        plan: Plan,
+        group: dist.ProcessGroup,
+        device: torch.device,
+        mesh: DeviceMesh | None = None,
+        made: dict[tuple[int, ...], dist.ProcessGroup] | None = None,
+    ) -> None:
         from celo2.sharding import agree
 
         self.plan, self.group, self.device, self.mesh = plan, group, device, mesh
@@ -79,6 +95,9 @@ class Ranks:
         masks = plan.masks()
         self.masks = None if masks is None else [torch.from_numpy(mask).to(device) for mask in masks]
         self._noted: tuple[Tensor, torch.cuda.Event | None] | None = None
+        self._made = {} if made is None else made
+        self._groups: dict[str, dist.ProcessGroup] = {}
+        self._orders: dict[int, Tensor] = {}
 
     def all_reduce(self, number: int, message: Tensor) -> None:
         import torch.distributed as dist
@@ -91,28 +110,69 @@ class Ranks:
     def to_owners(self, received: Tensor, sent: Tensor) -> Work | None:
         if not self.plan.owner:
             return None
-        given = _taken(sent, self.plan.sent_ranges)
-        return self._exchange(received, given, self.plan.receive_counts, self.plan.send_counts)
+        if not self._groups:
+            self._groups = self._make_groups()
+        return self._travel(self.plan.to_owners, received, _taken(sent, self.plan.sent_ranges))
 
     def from_owners(self, received: Tensor, sent: Tensor) -> Work:
-        given = _taken(received, self.plan.returned_ranges)
-        return self._exchange(sent, given, self.plan.part_counts, self.plan.return_counts)
+        return self._travel(self.plan.from_owners, sent, _taken(received, self.plan.returned_ranges))
 
-    def _exchange(self, out: Tensor, given: Tensor, out_counts: Sequence[int], counts: Sequence[int]) -> Work:
+    def all_reduce_shared(self, tensor: Tensor) -> None:
         import torch.distributed as dist
 
-        # as bytes: every backend takes them
+        dist.all_reduce(tensor, group=self._groups["shared"])
+
+    def _travel(self, exchanges: Sequence[Exchange], out: Tensor, given: Tensor) -> Work:
+        """Make all exchanges but the last one, which is under way when this returns."""
+        for exchange in exchanges[:-1]:
+            middle = given.new_empty(sum(exchange.receives))
+            self._exchange(exchange, middle, given).wait()
+            if id(exchange) not in self._orders:
+                assert exchange.order is not None
+                self._orders[id(exchange)] = torch.from_numpy(exchange.order).to(self.device)
+            given = middle.view(-1, UNIT).index_select(0, self._orders[id(exchange)]).view(-1)
+        return self._exchange(exchanges[-1], out, given)
+
+    def _exchange(self, exchange: Exchange, out: Tensor, given: Tensor) -> Work:
+        import torch.distributed as dist
+
         size = self.plan.comm_dtype.itemsize
+        # as bytes: every backend takes them
         work: Work | None = dist.all_to_all_single(
             out.view(torch.uint8),
             given.view(torch.uint8),
-            [count * size for count in out_counts],
-            [count * size for count in counts],
-            group=self.group,
+            [count * size for count in exchange.receives],
+            [count * size for count in exchange.sends],
+            group=self._groups[exchange.among],
             async_op=True,
         )
-        assert work is not None
+        assert work is not None  # this rank is in the group
         return work
+
+    def _make_groups(self) -> dict[str, dist.ProcessGroup]:
+        """Make the process groups of neighbours; every rank of the plan makes as many, for their names depend on it."""
+        import torch.distributed as dist
+
+        plan, groups = self.plan, {"all": self.group}
+        node, place = divmod(plan.rank, plan.ranks_per_node)
+        wanted = {}
+        if plan.two_levels:
+            wanted["node"] = range(node * plan.ranks_per_node, (node + 1) * plan.ranks_per_node)
+            wanted["rail"] = range(place, plan.ranks, plan.ranks_per_node)
+        if plan.sharers > 1:
+            first = plan.rank // plan.sharers * plan.sharers
+            wanted["shared"] = range(first, first + plan.sharers)
+        for name, members in wanted.items():
+            ranks = tuple(plan.team.members[member] for member in members)
+            if len(ranks) == plan.ranks:
+                groups[name] = self.group
+                continue
+            if ranks not in self._made:
+                group = dist.new_group(list(ranks), use_local_synchronization=True)
+                assert isinstance(group, dist.ProcessGroup)
+                self._made[ranks] = group
+            groups[name] = self._made[ranks]
+        return groups
 
     def note_flags(self, flags: Tensor) -> None:
         if flags.device.type != "cuda":

@@ -18,7 +18,7 @@ Sources: Celo2 (arXiv 2602.19142); Muon (Keller Jordan, 2024).
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Protocol
 
 import torch
@@ -83,18 +83,47 @@ def orthogonalize(x: Tensor, steps: int, symmetric: SymmetricProduct | None = No
     return in_best_form(x, steps, symmetric or product_for(x))
 
 
+def orthogonalize_part(
+    x: Tensor,
+    length: int,
+    steps: int,
+    add_up: Callable[[Tensor], None],
+    symmetric: SymmetricProduct | None = None,
+    wide_gram: Callable[[Tensor], Tensor] | None = None,
+) -> Tensor:
+    """Return this rank's columns `x` [B, m, w] of matrices [B, m, length], of norms of at most 1, after the iterations.
+
+    `add_up` adds up a tensor over the ranks that share the matrices, in place; it is called with X X^T, [B, m, m] in
+    float32 or wider, as often as `summed_grams` says. `wide_gram` computes that, by default PyTorch.
+    """
+    symmetric = symmetric or product_for(x)
+    wide = wide_gram or (lambda x: symmetric(x, x.mT) if x.itemsize >= 4 else torch.bmm(x.float(), x.mT.float()))
+
+    def gram(x: Tensor, low: Tensor | None = None) -> Tensor:
+        total = wide(x)
+        add_up(total)
+        rounded = total.to(x.dtype)
+        if low is not None:
+            low.copy_(total - rounded)
+        return rounded
+
+    form = _gram_form if takes_gram_form(x, length) else _standard_form
+    return form(x, steps, symmetric, gram)
+
+
 def product_for(x: Tensor) -> SymmetricProduct:
     """Return what computes symmetric products of matrices like `x` through PyTorch."""
     return product_by_strips if x.device.type == "cpu" and x.itemsize >= 4 else product
 
 
-def takes_gram_form(x: Tensor) -> bool:
-    """Whether matrices [B, m, n], m <= n, are iterated in the Gram form.
+def takes_gram_form(x: Tensor, length: int | None = None) -> bool:
+    """Whether matrices [B, m, n], m <= n, are iterated in the Gram form; of which `x` has some columns of `length`.
 
     bfloat16 has too few digits for it, and so has a float32 whose products PyTorch may round to fewer
     (`torch.set_float32_matmul_precision`).
     """
-    if x.shape[-1] < GRAM_FROM * x.shape[-2] or x.dtype == torch.bfloat16:
+    columns = x.shape[-1] if length is None else length
+    if columns < GRAM_FROM * x.shape[-2] or x.dtype == torch.bfloat16:
         return False
     return x.dtype != torch.float32 or torch.get_float32_matmul_precision() == "highest"
 
@@ -107,15 +136,21 @@ def segments(steps: int) -> Iterator[int]:
         steps, length = steps - length, SEGMENT
 
 
-def newton_schulz_flops(m: int, n: int, steps: int) -> int:
-    """Floating-point operations on one matrix on a GPU in float16; half of a large symmetric product is left out."""
+def newton_schulz_flops(m: int, n: int, steps: int, parts: int = 1) -> int:
+    """Floating-point operations on one matrix on a GPU in float16; half of a large symmetric product is left out.
+
+    Of so many ranks that share it, of the one with most.
+    """
     m, n = min(m, n), max(m, n)
-    if takes_one_program(m, steps):
+    is_gram = n >= GRAM_FROM * m
+    if parts > 1:
+        n = -(-n // parts)
+    elif takes_one_program(m, steps):
         # nothing is left out there, and X after the first segment is computed twice
         m = padded_rows(m)
         return sum(4 * m * m * n + 2 * (4 * k - 3) * m**3 for k in segments(steps)) + 2 * m * m * n
     symmetric = 1 if m >= SYMMETRIC_FROM else 2
-    if n < GRAM_FROM * m:
+    if not is_gram:
         return steps * ((symmetric + 2) * m * m * n + symmetric * m**3)
     # R and Q X; of m x m each P, the two products of the next R, and Q
     of_q = {length: 2 if length > FIRST_SEGMENT else symmetric for length in segments(steps)}
@@ -123,6 +158,11 @@ def newton_schulz_flops(m: int, n: int, steps: int) -> int:
         (symmetric + 2) * m * m * n + (symmetric * k + (k - 1) * (2 * symmetric + of_q[k])) * m**3
         for k in segments(steps)
     )
+
+
+def summed_grams(m: int, n: int, steps: int) -> int:
+    """How often ranks that share a matrix add up their Gram matrices, in float16."""
+    return len(list(segments(steps))) if max(m, n) >= GRAM_FROM * min(m, n) else steps
 
 
 def passes(m: int, n: int, steps: int) -> int:
@@ -150,21 +190,33 @@ def in_best_form(x: Tensor, steps: int, symmetric: SymmetricProduct) -> Tensor:
     return form(x, steps, symmetric)
 
 
-def _standard_form(x: Tensor, steps: int, symmetric: SymmetricProduct) -> Tensor:
+class Gram(Protocol):
+    """X X^T, [B, m, m] in the dtype of X [B, m, n]; `low`, alike, is written what rounding took from it."""
+
+    def __call__(self, x: Tensor, low: Tensor | None = None) -> Tensor: ...
+
+
+def _own_gram(symmetric: SymmetricProduct) -> Gram:
+    return lambda x, low=None: symmetric(x, x.mT, low=low)
+
+
+def _standard_form(x: Tensor, steps: int, symmetric: SymmetricProduct, gram: Gram | None = None) -> Tensor:
     a, b, c = COEFFICIENTS
+    gram = gram or _own_gram(symmetric)
     for _ in range(steps):
-        gram = symmetric(x, x.mT)
-        x = torch.baddbmm(x, symmetric(gram, gram, alpha=c, add=gram, beta=b), x, beta=a)
+        r = gram(x)
+        x = torch.baddbmm(x, symmetric(r, r, alpha=c, add=r, beta=b), x, beta=a)
     return x
 
 
-def _gram_form(x: Tensor, steps: int, symmetric: SymmetricProduct) -> Tensor:
+def _gram_form(x: Tensor, steps: int, symmetric: SymmetricProduct, gram: Gram | None = None) -> Tensor:
     a, b, c = COEFFICIENTS
+    gram = gram or _own_gram(symmetric)
     for length in segments(steps):
         is_long, low = length > FIRST_SEGMENT, None
         if is_long and x.itemsize == 2:
             low = x.new_empty(x.shape[0], x.shape[1], x.shape[1])
-        r, q = symmetric(x, x.mT, low=low), None
+        r, q = gram(x, low), None
         for left in reversed(range(length)):
             # polynomials of one R commute: in this order, for rounding leaves no matrix symmetric that is not mirrored
             p = symmetric(r, r, alpha=c, add=r, beta=b, diagonal=a)

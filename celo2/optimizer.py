@@ -88,6 +88,9 @@ class FusedCelo2(Optimizer):
             it anyway, and float32 on a CPU. What rounding it does that one process would not, Newton-Schulz amplifies.
         ns_over_replicas: with HSDP, divide Newton-Schulz among the ranks of all replicas too, where each replica does
             all of it otherwise: less work for each rank, and directions that cross replicas.
+        ranks_per_node: how many ranks that follow each other are close, in a node: they share matrices that would keep
+            one of them busy longer than the others, and pass on what goes to other nodes. Default: torchrun's
+            `LOCAL_WORLD_SIZE`, without it 1: no sharing, and one all-to-all over all ranks.
         zero1_mesh: a mesh of one axis, of ranks that have the parameters whole and equal gradients
             (DistributedDataParallel): the learned rule's work on parameters of two axes or more, and their state, are
             split over them by rows.
@@ -130,7 +133,9 @@ class FusedCelo2(Optimizer):
 
     # GradScaler hands over `grad_scale` and `found_inf` instead of unscaling the gradients itself
     _step_supports_amp_scaling = True
-    ns_over_replicas = False  # of those that were pickled before
+    # of those that were pickled before
+    ns_over_replicas = False
+    ranks_per_node: int | None = None
     _routes: dict[Tensor, Route] | None  # while the optimizer is constructed with module=
 
     def __init__(
@@ -153,6 +158,7 @@ class FusedCelo2(Optimizer):
         backend: str = "auto",
         comm_dtype: str = "auto",
         ns_over_replicas: bool = False,
+        ranks_per_node: int | None = None,
         zero1_mesh: DeviceMesh | None = None,
         module: nn.Module | None = None,
         overrides: Mapping[str, str] | None = None,
@@ -164,6 +170,9 @@ class FusedCelo2(Optimizer):
         if comm_dtype not in COMM_DTYPES:
             raise ValueError(f"comm_dtype={comm_dtype!r}, allowed: {', '.join(COMM_DTYPES)}")
         self.comm_dtype, self.ns_over_replicas = comm_dtype, ns_over_replicas
+        if ranks_per_node is not None and ranks_per_node < 1:
+            raise ValueError(f"ranks_per_node={ranks_per_node}, must be at least 1")
+        self.ranks_per_node = ranks_per_node
         if ns_dtype not in NS_DTYPES:
             raise ValueError(f"ns_dtype={ns_dtype!r}, allowed: {', '.join(NS_DTYPES)}")
         if ns_dtype in ("float16", "bfloat16") and backend in ("torch", "compiled"):
@@ -359,7 +368,16 @@ class FusedCelo2(Optimizer):
     def __getstate__(self) -> dict[str, Any]:
         """Return what pickling and copying keep: groups, state, defaults and the thetas, not the scratch memory."""
         self.planner.count_skipped()
-        kept = ("_thetas", "_reasons", "backend", "comm_dtype", "ns_dtype", "ns_over_replicas", "zero1_mesh")
+        kept = (
+            "_thetas",
+            "_reasons",
+            "backend",
+            "comm_dtype",
+            "ns_dtype",
+            "ns_over_replicas",
+            "ranks_per_node",
+            "zero1_mesh",
+        )
         return {**super().__getstate__(), "state": dict(self.state), **{key: getattr(self, key) for key in kept}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -29,6 +29,7 @@ class Host(Protocol):
     ns_dtype: str
     comm_dtype: str
     ns_over_replicas: bool
+    ranks_per_node: int | None
     zero1_mesh: DeviceMesh | None
 
     def theta_of(self, weights: Any) -> Theta: ...

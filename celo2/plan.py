@@ -9,7 +9,12 @@ The messages of a step, in order:
 1. `gradients`, all-reduced: the squared norm, and of every matrix the sums of g^2 along the axes that are cut;
 2. `features`, all-reduced: the 18 sums of squares of every matrix, and 6 of the vectors along each cut axis;
 3. `directions`, all-reduced: a sum of squares of the direction of every matrix that is not orthogonalised;
-4. the directions themselves, sent to each matrix's owner by an all-to-all, and the result back by another.
+4. the directions themselves, sent to each matrix's owner by an all-to-all, and the result back by another. A large
+   matrix has several owners, neighbours in a node, each with a block of its columns (`celo2.owners`): in between they
+   add up its Gram matrices, and squares.
+
+Over several nodes an all-to-all goes in two: first to the rank of the own node that has the owner's place in its, then
+to the owner. A rank then has its node's and its place's ranks for peers, and sends between nodes along one rail.
 
 Several ranks may have the same part of a parameter: replicas of HSDP, or ranks of another axis of the mesh. The first
 of them counts in every sum, and the masks leave the others out. Each replica orthogonalises for itself; or, over all
@@ -18,17 +23,21 @@ replicas, a part is sent by the rank whose place among them is the owner's, and 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from celo2.exchanges import Exchange, Owned, Transfer, between, by_node, joined, lay_out, padded, reordered
 from celo2.matrices import MatrixView
-from celo2.shard_layout import Cut, ShardLayout, Slice, assign_owners, home
+from celo2.newton_schulz import summed_grams
+from celo2.owners import assign_owners, block_of, choose_parts, shares_of
+from celo2.shard_layout import Cut, ShardLayout, Slice, home
 from celo2.state import compute_dtype, is_dtensor, local
 from celo2.theta import Theta
 
@@ -44,11 +53,6 @@ COMM_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": 
 def resolved_comm_dtype(name: str, device: torch.device) -> str:
     """Return what directions travel in: of "auto", float16 on a GPU, float32 on a CPU."""
     return name if name != "auto" else "float32" if device.type == "cpu" else "float16"
-
-
-def padded(length: int) -> int:
-    """Round up to a multiple of 16 elements, so that every part of a message begins at 16 bytes."""
-    return -(-length // 16) * 16
 
 
 @dataclass(frozen=True, eq=False)
@@ -139,52 +143,19 @@ class Entry:
     direction_sumsq: int
 
 
-class Transfer(NamedTuple):
-    """Elements of an all-to-all that are a part of a matrix: of a slice of an entry, the matrix's own part of it."""
-
-    entry: int
-    matrix: int  # of the parameter
-    piece: Slice
-    number: int  # of the slice among its rank's
-    offset: int
-
-    @property
-    def stop(self) -> int:
-        return self.offset + padded(self.piece.rows * self.piece.columns)
-
-
-def _lay_out(parts: list[list[tuple[int, int, Slice, int]]]) -> tuple[list[Transfer], list[int]]:
-    """Give the parts of a message their offsets, one rank after the other; return them, and each rank's elements."""
-    transfers, counts, offset = [], [], 0
-    for there in parts:
-        start = offset
-        for part in there:
-            transfers.append(Transfer(*part, offset))
-            offset = transfers[-1].stop
-        counts.append(offset - start)
-    return transfers, counts
-
-
-def _joined(ranges: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
-    """Join ranges [start, stop) that follow each other."""
-    joined: list[tuple[int, int]] = []
-    for start, stop in ranges:
-        if joined and joined[-1][1] == start:
-            joined[-1] = joined[-1][0], stop
-        else:
-            joined.append((start, stop))
-    return joined
-
-
 class Plan:
     """The slots whose step is divided among the ranks of a team, as one of them sees them.
 
     `comm_dtype` is that of directions. Each replica orthogonalises for itself, or with `over_replicas` all do together.
-    Raises ValueError for a parameter whose matrices cannot be sharded as it is.
+    `ranks_per_node` neighbours may share large matrices. Raises ValueError for a parameter whose matrices cannot be
+    sharded as it is.
     """
 
-    def __init__(self, slots: Sequence[Slot], team: Team, comm_dtype: str, over_replicas: bool = False) -> None:
+    def __init__(
+        self, slots: Sequence[Slot], team: Team, comm_dtype: str, over_replicas: bool = False, ranks_per_node: int = 1
+    ) -> None:
         self.team, self.ranks, self.rank = team, team.ranks, team.rank
+        self.ranks_per_node = ranks_per_node
         self.comm_dtype, self.over_replicas = COMM_DTYPES[comm_dtype], over_replicas
         self.entries: list[Entry] = []
         self.cuts: list[tuple[Cut, ...]] = []
@@ -221,7 +192,7 @@ class Plan:
     def describe(self) -> list[Any]:
         """What all ranks must have alike."""
         described = zip(self.entries, self.cuts, strict=True)
-        own = str(self.comm_dtype), self.over_replicas
+        own = str(self.comm_dtype), self.over_replicas, self.ranks_per_node
         return [(*entry.slot.describe(), cuts, *own) for entry, cuts in described]
 
     def masks(self) -> list[NDArray[np.float32]] | None:
@@ -261,14 +232,46 @@ class Plan:
         return rank - home(self.cuts[index], rank)
 
     def owner_of(self, index: int, matrix: int, rank: int) -> int:
-        """Return which rank orthogonalises a matrix of an entry for a rank."""
+        """Return which rank orthogonalises a matrix of an entry for a rank: of several, the first."""
         owner = self._owners[index, matrix]
         return owner if self.over_replicas else owner + self.replica(index, rank)
 
+    def owners_of(self, index: int, matrix: int, rank: int) -> range:
+        """Return all ranks that do."""
+        first = self.owner_of(index, matrix, rank)
+        return range(first, first + self.parts_each[index, matrix])
+
+    def shares(self, index: int, matrix: int, rank: int, piece: Slice) -> Iterator[tuple[int, Slice]]:
+        """Yield the owners of a slice that a rank has of a matrix, and what each takes of it."""
+        owners = self.owners_of(index, matrix, rank)
+        if len(owners) == 1:
+            yield owners[0], piece
+            return
+        layout = self.entries[index].layout
+        assert layout is not None
+        yield from shares_of(piece, *layout.matrices[1:], owners)
+
+    def _own_parts(self, rank: int) -> list[list[tuple[int, int, Slice, int]]]:
+        """For each owner what a rank has for it, (entry, matrix, part, slice): by entries, slices and matrices."""
+        own: list[list[tuple[int, int, Slice, int]]] = [[] for _ in range(self.ranks)]
+        for index, entry in enumerate(self.entries):
+            if entry.layout is None or not entry.slot.orthogonalize:
+                continue
+            for number, piece in enumerate(self.slices(entry.layout)[rank]):
+                for b in range(piece.matrix, piece.matrix + piece.count):
+                    for owner, share in self.shares(index, b, rank, piece):
+                        own[owner].append((index, b, share, number))
+        return own
+
+    def sends(self, index: int, rank: int, owner: int) -> bool:
+        """Whether a rank sends its part of a matrix: of replicas one does."""
+        return self.replica(index, rank) == self.replica(index, owner)
+
     def _plan_transfers(self) -> None:
         """Fix owners and the layout of both all-to-alls: by owner, then by entries, slices and matrices in order."""
-        matrices, shapes, holders, candidates = [], [], [], []
+        matrices, shapes, holders, candidates, limits = [], [], [], [], []
         homes: dict[tuple[Cut, ...], tuple[int, ...]] = {}
+        offsets: dict[tuple[Cut, ...], int] = {}
         self._slices: dict[ShardLayout, list[list[Slice]]] = {}
         for index, entry in enumerate(self.entries):
             layout = entry.layout
@@ -288,57 +291,79 @@ class Plan:
             if cuts not in homes:
                 everyone = range(self.ranks)
                 homes[cuts] = tuple(r for r in everyone if self.over_replicas or home(cuts, r) == r)
+                # owners of other replicas are as many ranks away, and must be neighbours there as well
+                away = () if self.over_replicas else (r - home(cuts, r) for r in everyone)
+                offsets[cuts] = math.gcd(*away)
             candidates += [homes[cuts]] * batch
+            limits += [offsets[cuts]] * batch
         steps = max((self.entries[index].slot.ns_steps for index, _ in matrices), default=5)
-        owners = assign_owners(shapes, holders, candidates, self.ranks, steps)
+        parts = choose_parts(shapes, holders, candidates, limits, self.ranks, self.ranks_per_node, steps)
+        nodes, ends = self.ranks // self.ranks_per_node, [(min(group), max(group)) for group in homes.values()]
+        crosses = any(first // self.ranks_per_node != last // self.ranks_per_node for first, last in ends)
+        self.two_levels = crosses and self.ranks_per_node > 1
+        """Whether what goes to another node passes through another rank of the own one."""
+        owners = assign_owners(shapes, holders, candidates, self.ranks, steps, parts, scatter=self.two_levels)
         self._owners = dict(zip(matrices, owners, strict=True))
+        self.parts_each = dict(zip(matrices, parts, strict=True))
+        self.sharers = max(parts, default=1)
+        """How many neighbours share each matrix that is shared."""
         self.owner = {key: self.owner_of(*key, self.rank) for key in matrices}
+        """The first owner of each matrix."""
 
-        # (entry, matrix, slice, its number) for each rank, in order: what comes back from there, and what comes from
-        # there; a rank has room for all of its parts, and sends those that its replicas do not
-        own: list[list[tuple[int, int, Slice, int]]] = [[] for _ in range(self.ranks)]
+        # what comes to this rank from each, and goes back; a rank has room for all of its parts, and sends those that
+        # its replicas do not
         coming: list[list[tuple[int, int, Slice, int]]] = [[] for _ in range(self.ranks)]
         returned: list[list[tuple[int, int, Slice]]] = [[] for _ in range(self.ranks)]
-        mine = {index for (index, _), owner in self.owner.items() if owner == self.rank}
-        for index, entry in enumerate(self.entries):
-            if entry.layout is None or not entry.slot.orthogonalize:
-                continue
-            for number, piece in enumerate(entry.slices):
-                for b in range(piece.matrix, piece.matrix + piece.count):
-                    own[self.owner[index, b]].append((index, b, piece, number))
-            for rank in range(self.ranks) if index in mine else ():
-                same = self.replica(index, rank) == self.replica(index, self.rank)
+        mine = [key for key in matrices if self.rank in self.owners_of(*key, self.rank)]
+        for index in sorted({index for index, _ in mine}):
+            layout = self.entries[index].layout
+            assert layout is not None
+            for rank in range(self.ranks):
+                same = self.sends(index, rank, self.rank)
                 if not (same or self.over_replicas):
                     continue
-                for number, piece in enumerate(self.slices(entry.layout)[rank]):
+                for number, piece in enumerate(self.slices(layout)[rank]):
                     for b in range(piece.matrix, piece.matrix + piece.count):
-                        if self.owner[index, b] == self.rank:
-                            returned[rank].append((index, b, piece))
-                            if same:
-                                coming[rank].append((index, b, piece, number))
-        self.parts, self.part_counts = _lay_out(own)
-        self.receives, self.receive_counts = _lay_out(coming)
-        self._plan_replicas(returned)
+                        for owner, share in self.shares(index, b, rank, piece):
+                            if owner == self.rank:
+                                returned[rank].append((index, b, share))
+                                if same:
+                                    coming[rank].append((index, b, share, number))
+        everyone = range(self.ranks)
+        order: Sequence[int] = everyone
+        if self.two_levels:
+            # by place in a node, then by node: all that goes to the rank of the own node with that place
+            order = np.arange(self.ranks).reshape(nodes, self.ranks_per_node).T.ravel().tolist()
+        by_owner, self.part_counts = lay_out(self._own_parts(self.rank), order)
+        self.parts = [transfer for owner in order for transfer in by_owner[owner]]
+        received, self.receive_counts = lay_out(coming, everyone)
+        self.receives = [transfer for there in received for transfer in there]
+        self._plan_replicas(by_owner, order, returned)
+        self._plan_exchanges()
         self.parts_of: dict[tuple[int, int], list[Transfer]] = {}
         for transfer in self.parts:
             self.parts_of.setdefault((transfer.entry, transfer.number), []).append(transfer)
-        self.owned: dict[tuple[int, int, int], list[tuple[int, int]]] = {}  # (m, n, ns_steps) -> matrices
-        for (index, b), owner in self.owner.items():
-            if owner == self.rank:
-                owned = self.entries[index]
-                assert owned.layout is not None
-                key = (owned.layout.matrices[1], owned.layout.matrices[2], owned.slot.ns_steps)
-                self.owned.setdefault(key, []).append((index, b))
+        self.owned: dict[Owned, list[tuple[int, int]]] = {}
+        for index, b in mine:
+            entry, count = self.entries[index], self.parts_each[index, b]
+            assert entry.layout is not None
+            m, n = entry.layout.matrices[1:]
+            block = block_of(m, n, count, self.rank)
+            self.owned.setdefault(Owned(m, n, entry.slot.ns_steps, count, block), []).append((index, b))
 
-    def _plan_replicas(self, returned: Sequence[Sequence[tuple[int, int, Slice]]]) -> None:
+    def _plan_replicas(
+        self,
+        by_owner: Sequence[Sequence[Transfer]],
+        order: Sequence[int],
+        returned: Sequence[Sequence[tuple[int, int, Slice]]],
+    ) -> None:
         """Fix which ranges of this rank's parts it sends, and of what it received, where to they go back."""
-        self.send_counts = [0] * self.ranks
-        sent = []
-        for transfer in self.parts:
-            owner = self.owner[transfer.entry, transfer.matrix]
-            if self.replica(transfer.entry, self.rank) == self.replica(transfer.entry, owner):
-                sent.append((transfer.offset, transfer.stop))
-                self.send_counts[owner] += transfer.stop - transfer.offset
+        self.send_counts, sent = [0] * self.ranks, []
+        for owner in order:
+            for transfer in by_owner[owner]:
+                if self.sends(transfer.entry, self.rank, owner):
+                    sent.append((transfer.offset, transfer.stop))
+                    self.send_counts[owner] += transfer.stop - transfer.offset
         where = {
             (transfer.entry, transfer.matrix, transfer.piece.row, transfer.piece.column): transfer
             for transfer in self.receives
@@ -349,17 +374,61 @@ class Plan:
             found = [where[index, b, piece.row, piece.column] for index, b, piece in there]
             back += [(transfer.offset, transfer.stop) for transfer in found]
             self.return_counts.append(sum(transfer.stop - transfer.offset for transfer in found))
-        self.sent_ranges, self.returned_ranges = _joined(sent), _joined(back)
+        self.sent_ranges, self.returned_ranges = joined(sent), joined(back)
+
+    def _counts(self, rank: int) -> tuple[list[int], list[int]]:
+        """Return how many elements of parts a rank has for each owner, and how many of those it sends."""
+        kept, sent = [0] * self.ranks, [0] * self.ranks
+        for owner, parts in enumerate(self._own_parts(rank)):
+            for index, _, piece, _ in parts:
+                size = padded(piece.rows * piece.columns)
+                kept[owner] += size
+                sent[owner] += size * self.sends(index, rank, owner)
+        return kept, sent
+
+    def _plan_exchanges(self) -> None:
+        """Fix the all-to-alls of both ways."""
+        if self.two_levels:
+            width = self.ranks_per_node
+            node, place = divmod(self.rank, width)
+            mates = [self._counts(node * width + mate) for mate in range(width)]
+            kept, sent = (by_node([of_mate[which] for of_mate in mates], width)[:, :, place] for which in (0, 1))
+            self.to_owners = [
+                Exchange(
+                    "node", place, *between(by_node(self.send_counts, width).sum(0), sent.sum(1)), reordered(sent)
+                ),
+                Exchange("rail", node, *between(sent.sum(0), by_node(self.receive_counts, width).sum(1))),
+            ]
+            self.from_owners = [
+                Exchange(
+                    "rail", node, *between(by_node(self.return_counts, width).sum(1), kept.sum(0)), reordered(kept.T)
+                ),
+                Exchange("node", place, *between(kept.sum(1), by_node(self.part_counts, width).sum(0))),
+            ]
+            return
+        self.to_owners = [Exchange("all", self.rank, self.send_counts, self.receive_counts)]
+        self.from_owners = [Exchange("all", self.rank, self.return_counts, self.part_counts)]
+
+    def shared_sums(self) -> list[int]:
+        """Return the elements of each all-reduce among the ranks that share matrices with this one, in float32."""
+        found = []
+        for owned, matrices in self.owned.items():
+            if owned.parts > 1:
+                count, m = len(matrices), min(owned.m, owned.n)
+                grams = [count * m * m] * summed_grams(owned.m, owned.n, owned.ns_steps)
+                found += [count, *grams, count]
+        return found
 
     def bytes_sent(self) -> dict[str, int]:
         """Bytes that this rank gives to each kind of collective in a step; an all-to-all's part for itself left out.
 
         With ZeRO-1 `all-gather` is what it gives when all parameters have gradients.
         """
-        away = sum(self.send_counts) - self.send_counts[self.rank]
-        back = sum(self.return_counts) - self.return_counts[self.rank]
         lengths = self.lengths if self.shares_directions else self.lengths[:2]
-        found = {"all-reduce": 4 * sum(lengths), "all-to-all": self.comm_dtype.itemsize * (away + back)}
+        exchanged = sum(exchange.sent for exchange in (*self.to_owners, *self.from_owners))
+        found = {"all-reduce": 4 * sum(lengths), "all-to-all": self.comm_dtype.itemsize * exchanged}
+        if self.sharers > 1:
+            found["all-reduce of shared matrices"] = 4 * sum(self.shared_sums())
         gathered = [entry.slot.parameter for entry in self.entries if entry.slot.spec and entry.slot.spec.zero1]
         if gathered:
             found["all-gather"] = sum(

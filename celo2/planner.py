@@ -58,6 +58,7 @@ class Planner:
         self.kernel_plans = KernelPlans()
         self.ranks: Ranks | None = None
         self._group: tuple[tuple[int, ...], dist.ProcessGroup] | None = None  # of which ranks; kept when plans go
+        self._neighbours: dict[tuple[int, ...], dist.ProcessGroup] = {}  # by their ranks; kept as well
         self._unsupported: str | None = None  # why the kernels do not take the sharded parameters
 
     def forget(self) -> None:
@@ -150,7 +151,9 @@ class Planner:
         options = [[_plain(group[key]) for key in COMPARED] for group in self.host.param_groups]
         agree(options, process_group, "an option of the parameter groups")
         comm_dtype = resolved_comm_dtype(self.host.comm_dtype, device)
-        return Ranks(Plan(slots, team, comm_dtype, self.host.ns_over_replicas), process_group, device, mesh)
+        ranks_per_node = team.ranks_per_node(self.host.ranks_per_node)
+        plan = Plan(slots, team, comm_dtype, self.host.ns_over_replicas, ranks_per_node)
+        return Ranks(plan, process_group, device, mesh, self._neighbours)
 
     def _unsupported_shards(self, ranks: Ranks) -> str | None:
         """Return why the kernels of some rank do not take its shards, None when all do; collective."""

@@ -1,4 +1,4 @@
-"""Which slices of a parameter's matrices each rank has, and which rank runs Newton-Schulz on each.
+"""Which slices of a parameter's matrices each rank has.
 
 `fully_shard` (FSDP2) cuts a parameter along one axis into contiguous, possibly uneven or empty chunks; tensor
 parallelism cuts another axis, or the same one before it. What a rank has is a box of the parameter, and holds slices of
@@ -8,7 +8,6 @@ every rank, so the collectives of a step need no negotiation.
 
 from __future__ import annotations
 
-import heapq
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,7 +17,6 @@ import torch
 from torch import Tensor
 
 from celo2.matrices import MatrixView
-from celo2.newton_schulz import newton_schulz_flops
 
 
 class Cut(NamedTuple):
@@ -248,40 +246,3 @@ def _split(factor: Tensor, slices: Sequence[Slice], lengths: Sequence[int]) -> l
     flat = factor.view(-1, last)
     parts = torch.split(flat, [piece.count * length for piece, length in zip(slices, lengths, strict=True)])
     return [part.view(piece.count, -1, last) for part, piece in zip(parts, slices, strict=True)]
-
-
-def assign_owners(
-    shapes: Sequence[tuple[int, int]],
-    holders: Sequence[Sequence[int]],
-    candidates: Sequence[Sequence[int]],
-    ranks: int,
-    steps: int,
-) -> list[int]:
-    """Return which of its candidates runs Newton-Schulz on each matrix: one that has it whole if any has, else by load.
-
-    Longest processing time first, ties by number, so every rank comes to the same result.
-    """
-    loads = [0] * ranks
-    owners = [-1] * len(shapes)
-    costs = [newton_schulz_flops(m, n, steps) for m, n in shapes]
-    for matrix, having in enumerate(holders):
-        keepers = [rank for rank in having if rank in candidates[matrix]]
-        if keepers:
-            owners[matrix] = min(keepers, key=lambda rank: (loads[rank], rank))
-            loads[owners[matrix]] += costs[matrix]
-    heaps: dict[tuple[int, ...], list[tuple[int, int]]] = {}
-    for matrix in sorted(range(len(shapes)), key=lambda matrix: (-costs[matrix], matrix)):
-        if owners[matrix] >= 0:
-            continue
-        able = tuple(candidates[matrix])
-        if able not in heaps:
-            heaps[able] = [(loads[rank], rank) for rank in able]
-            heapq.heapify(heaps[able])
-        heap = heaps[able]
-        while heap[0][0] != loads[heap[0][1]]:
-            # a rank that another heap has given something
-            heapq.heapreplace(heap, (loads[heap[0][1]], heap[0][1]))
-        owner = owners[matrix] = heap[0][1]
-        loads[owner] += costs[matrix]
-        heapq.heapreplace(heap, (loads[owner], owner))
-    return owners

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import math
+import os
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -138,6 +140,20 @@ class Team:
         if spec not in self._counts:
             self._counts[spec] = home(self.cuts(spec), self.rank) == self.rank
         return self._counts[spec]
+
+    def ranks_per_node(self, given: int | None) -> int:
+        """Return how many ranks that follow each other are in a node: as `given`, or as torchrun placed them; or 1.
+
+        Raises ValueError for a number that does not divide the ranks.
+        """
+        if given is None:
+            local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+            sizes = set(Counter(member // local for member in self.members).values())
+            return sizes.pop() if len(sizes) == 1 else 1
+        given = min(given, self.ranks)
+        if self.ranks % given:
+            raise ValueError(f"ranks_per_node={given} does not divide the {self.ranks} ranks of {self.mesh}")
+        return given
 
     def _stride(self, mesh: DeviceMesh, along: int) -> int:
         numbers = torch.tensor([self._numbers.get(rank, -1) for rank in mesh.mesh.flatten().tolist()])

@@ -74,7 +74,7 @@ class Backend(Protocol):
     def step_whole(self) -> None:
         """Phases 2 to 4 of whole parameters."""
 
-    def orthogonalize(self) -> None:
+    def orthogonalize(self, comm: Comm) -> None:
         """Newton-Schulz on the matrices that this rank owns, and an RMS of 1, in place of what it received."""
 
     def apply(self) -> None:
@@ -105,7 +105,7 @@ def take_step(backend: Backend, comm: Comm, inputs: Inputs, overlapped_work: Cal
         overlapped_work()
         if travelling is not None:
             travelling.wait()
-            backend.orthogonalize()
+            backend.orthogonalize(comm)
             comm.from_owners(messages.received, messages.sent).wait()
         backend.apply()
         comm.gather_rows()

@@ -15,10 +15,11 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import triton
@@ -92,6 +93,8 @@ class Specialisation(NamedTuple):
     dtypes: Dtypes
     constants: dict[str, Any]
     options: dict[str, int]
+    pointers: Mapping[str, str] = MappingProxyType({})
+    """Dtypes of those that are not what their names say."""
 
     @property
     def name(self) -> str:
@@ -148,7 +151,10 @@ def specialisations(
         (control_kernel, {"SHARDED": True, "BLOCK": 1024}, {}),
         (share_gradient_sums_kernel, {**tile, "PARTS": 16}, {}),
         (share_norm_kernel, {"BLOCK": 1024}, {}),
-        *((move_parts_kernel, {**tile, "BLOCK_ROWS": 16, "BACK": back}, {}) for back in (True, False)),
+        *(
+            (move_parts_kernel, {**tile, "BLOCK_ROWS": 16, "BACK": back, "SCALED": scaled}, {})
+            for back, scaled in ((True, True), (True, False), (False, False))
+        ),
     ]
     for kernel, values, options in constants:
         yield Specialisation(kernel, dtypes, values, options)
@@ -158,6 +164,10 @@ def specialisations(
         product = {"ALPHA": 1.0, "BETA": beta, "DIAGONAL": 0.0, "LOW": False, "PRECISION": "ieee"}
         product |= {"BLOCK": 128, "BLOCK_INNER": inner}
         yield Specialisation(symmetric_product_kernel, dtypes, product, {"num_warps": 8})
+        if beta == 0 and dtypes.d == "fp16":
+            # the Gram matrix that ranks add up
+            wide = {"add_ptr": "fp32", "out_ptr": "fp32"}
+            yield Specialisation(symmetric_product_kernel, dtypes, product, {"num_warps": 8}, wide)
     if dtypes.d == "fp16":
         for rows in (128, 64):
             small: dict[str, Any] = {
@@ -190,7 +200,7 @@ def inner_loop(variant: str, units: int = UNITS, precision: str = "ieee") -> Spe
 
 def compile_for(specialisation: Specialisation, target: GPUTarget) -> Any:
     """Compile for a GPU that need not be there; raises what Triton's compiler raises."""
-    kernel, dtypes, constants, options = specialisation
+    kernel, dtypes, constants, options, pointers = specialisation
     short = {
         "p_like": dtypes.p,
         "g_like": dtypes.g,
@@ -201,6 +211,7 @@ def compile_for(specialisation: Specialisation, target: GPUTarget) -> Any:
     }
     short |= {"x_ptr": dtypes.d, "add_ptr": dtypes.d, "out_ptr": dtypes.d, "target_ptr": dtypes.p}
     short |= dict.fromkeys(("directions_ptr", "matrices_ptr", "d_ptr", "y_ptr", "low_ptr"), dtypes.d)
+    short |= pointers
     tables = {"table_ptr": "i64", "gradients_ptr": "i64", "skipped_ptr": "i64", "tiles_ptr": "i32", "chunks_ptr": "i32"}
     tables |= {"labels_ptr": "i32", "index_ptr": "i32", "restart_ptr": "i32"}
     if kernel is move_parts_kernel:

@@ -86,8 +86,8 @@ PART_TARGET = tl.constexpr(1)  # first element among the owner's matrices
 PART_ROWS = tl.constexpr(2)
 PART_COLS = tl.constexpr(3)
 PART_STRIDE = tl.constexpr(4)  # from row to row of the matrix
-PART_MATRIX = tl.constexpr(5)  # number of the matrix, and how many elements it has
-PART_SIZE = tl.constexpr(6)
+PART_MATRIX = tl.constexpr(5)  # number of the matrix
+PART_SIZE = tl.constexpr(6)  # of the whole matrix
 PART_COLUMNS = tl.constexpr(7)
 
 
@@ -104,6 +104,7 @@ def move_parts_kernel(
     matrices_ptr,
     squares_ptr,  # float32 [matrices]: sums of squares of what is taken back; the message gets it with an RMS of 1
     BACK: tl.constexpr,  # from the matrices to the message
+    SCALED: tl.constexpr,  # then by the sums of squares
     ALIGNED: tl.constexpr,  # offsets, lengths and strides are multiples of 16
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
@@ -130,9 +131,10 @@ def move_parts_kernel(
     directions_ptr += o_row[:, None].to(tl.int64) * columns + o_column[None, :]
     matrices_ptr += o_row[:, None].to(tl.int64) * stride + o_column[None, :]
     if BACK:
-        square = tl.load(squares_ptr + part_entry(parts_ptr, part, PART_MATRIX))
-        scale = tl.rsqrt(square / part_entry(parts_ptr, part, PART_SIZE).to(tl.float32) + layout.NORM_EPS)
-        value = tl.load(matrices_ptr, mask=mask, other=0.0).to(tl.float32) * scale
+        value = tl.load(matrices_ptr, mask=mask, other=0.0).to(tl.float32)
+        if SCALED:
+            square = tl.load(squares_ptr + part_entry(parts_ptr, part, PART_MATRIX))
+            value *= tl.rsqrt(square / part_entry(parts_ptr, part, PART_SIZE).to(tl.float32) + layout.NORM_EPS)
         tl.store(directions_ptr, value.to(directions_ptr.dtype.element_ty), mask=mask)
     else:
         value = tl.load(directions_ptr, mask=mask, other=0.0).to(tl.float32)

@@ -7,7 +7,7 @@ import math
 from typing import NamedTuple
 
 from celo2.kernels.roofline import ADAMW_BYTES, GPUS, INSTRUCTIONS, Dtypes, Gpu, roofline
-from celo2.newton_schulz import GRAM_FROM, newton_schulz_flops, passes, takes_one_program
+from celo2.newton_schulz import GRAM_FROM, newton_schulz_flops, passes, summed_grams, takes_one_program
 from celo2.pretrain.device import peak_flops
 
 # of the peak, in model FLOPs; published runs of GPT-2 124M and 1.5B on 8 x H100 have 0.37 to 0.50
@@ -56,10 +56,13 @@ class Machine(NamedTuple):
         """Seconds a float32 parameter of fused AdamW: its bytes over the bandwidth."""
         return ADAMW_BYTES / self.chip.bandwidth
 
-    def newton_schulz_seconds(self, m: int, n: int, steps: int) -> float:
-        """Seconds of one matrix of a large batch: the longer of its FLOPs and its bytes, which bind thin matrices."""
-        flops = newton_schulz_flops(m, n, steps) / (NEWTON_SCHULZ_UTILISATION * self.peak)
-        return max(flops, passes(m, n, steps) * 2 * m * n / self.chip.bandwidth)
+    def newton_schulz_seconds(self, m: int, n: int, steps: int, parts: int = 1) -> float:
+        """Seconds of one matrix of a large batch: the longer of its FLOPs and its bytes, which bind thin matrices.
+
+        Of the rank with most where `parts` ranks share it; their messages are not in it.
+        """
+        flops = newton_schulz_flops(m, n, steps, parts) / (NEWTON_SCHULZ_UTILISATION * self.peak)
+        return max(flops, passes(m, n, steps) * 2 * m * n / parts / self.chip.bandwidth)
 
 
 def needs_workspace(m: int, n: int, steps: int) -> bool:
@@ -67,12 +70,14 @@ def needs_workspace(m: int, n: int, steps: int) -> bool:
     return not takes_one_program(min(m, n), steps)
 
 
-def newton_schulz_launches(m: int, n: int, steps: int) -> int:
-    """Launches for matrices of one shape, whatever their number."""
+def newton_schulz_launches(m: int, n: int, steps: int, parts: int = 1) -> int:
+    """Launches for matrices of one shape, whatever their number; `parts` ranks share each."""
     m, n = min(m, n), max(m, n)
-    if takes_one_program(m, steps):
+    if parts == 1 and takes_one_program(m, steps):
         return SMALL_LAUNCHES
-    return steps * (GRAM_ITERATION_LAUNCHES if n >= GRAM_FROM * m else ITERATION_LAUNCHES)
+    # sums over ranks, and their roundings
+    shared = 0 if parts == 1 else 2 * summed_grams(m, n, steps) + 4
+    return shared + steps * (GRAM_ITERATION_LAUNCHES if n >= GRAM_FROM * m else ITERATION_LAUNCHES)
 
 
 _CHIPS = {chip.name.split()[0].lower(): chip for chip in GPUS}

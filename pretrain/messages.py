@@ -9,7 +9,8 @@ from torch import Tensor
 
 from celo2 import FusedCelo2
 from celo2.groups import group_view, named_parameters
-from celo2.newton_schulz import newton_schulz_flops
+from celo2.newton_schulz import newton_schulz_flops, summed_grams
+from celo2.owners import block_of
 from celo2.plan import Plan
 from celo2.pretrain.device import DTYPES
 from celo2.pretrain.machines import Links, Machine, needs_workspace, newton_schulz_launches
@@ -41,7 +42,10 @@ class Loads:
         self.machine = machine
         self.flops, self.seconds = [0] * ranks, [0.0] * ranks
         self.owned, self.held, self.away, self.back = [0] * ranks, [0] * ranks, [0] * ranks, [0] * ranks
-        self.batches: Counter[tuple[int, int, int, int]] = Counter()  # of rank, rows, columns, iterations
+        # what passes through on its way to another node
+        self.through, self.through_back = [0] * ranks, [0] * ranks
+        # of rank, rows, columns, iterations, ranks that share
+        self.batches: Counter[tuple[int, int, int, int, int]] = Counter()
 
     @classmethod
     def of(cls, optimizer: FusedCelo2, step: Plan | None, machine: Machine) -> "Loads":
@@ -52,7 +56,7 @@ class Loads:
                 for _, parameter in named_parameters(group):
                     if group["orthogonalize"] and parameter.ndim > 1 and optimizer.rule_of(parameter) == "celo2":
                         batch, m, n = group_view(group).shape(parameter.shape)
-                        loads.own(0, m, n, group["ns_steps"], batch)
+                        loads.own(0, m, n, group["ns_steps"], batch, batch * m * n)
             loads.held = loads.owned
             return loads
         for index, entry in enumerate(step.entries):
@@ -62,23 +66,34 @@ class Loads:
             batch, m, n = layout.matrices
             for rank, there in enumerate(step.slices(layout)):
                 for matrix in range(batch):
-                    if step.owner_of(index, matrix, rank) == rank:
-                        loads.own(rank, m, n, entry.slot.ns_steps, 1)
+                    owners = step.owners_of(index, matrix, rank)
+                    if rank in owners:
+                        block = block_of(m, n, len(owners), rank)
+                        loads.own(rank, m, n, entry.slot.ns_steps, 1, block.numel, len(owners))
                 for piece in there:
-                    size = piece.rows * piece.columns
                     loads.held[rank] += piece.numel
                     for matrix in range(piece.matrix, piece.matrix + piece.count):
-                        owner = step.owner_of(index, matrix, rank)
-                        if owner != rank:
-                            loads.away[rank] += size * (step.replica(index, owner) == step.replica(index, rank))
-                            loads.back[owner] += size
+                        for owner, share in step.shares(index, matrix, rank, piece):
+                            if owner != rank:
+                                size, is_sent = share.rows * share.columns, step.sends(index, rank, owner)
+                                loads._send(step, rank, owner, size, is_sent=is_sent)
         return loads
 
-    def own(self, rank: int, m: int, n: int, steps: int, count: int) -> None:
-        self.flops[rank] += count * newton_schulz_flops(m, n, steps)
-        self.seconds[rank] += count * self.machine.newton_schulz_seconds(m, n, steps)
-        self.owned[rank] += count * m * n
-        self.batches[rank, m, n, steps] += count
+    def _send(self, step: Plan, rank: int, owner: int, size: int, *, is_sent: bool) -> None:
+        """Count elements that a rank has for an owner, and sends or only gets back."""
+        self.away[rank] += size * is_sent
+        self.back[owner] += size
+        width = step.ranks_per_node
+        if step.two_levels and rank // width != owner // width:
+            relay = rank // width * width + owner % width
+            self.through[relay] += size * is_sent
+            self.through_back[relay] += size
+
+    def own(self, rank: int, m: int, n: int, steps: int, count: int, elements: int, parts: int = 1) -> None:
+        self.flops[rank] += count * newton_schulz_flops(m, n, steps, parts)
+        self.seconds[rank] += count * self.machine.newton_schulz_seconds(m, n, steps, parts)
+        self.owned[rank] += elements
+        self.batches[rank, m, n, steps, parts] += count
 
     @property
     def balance(self) -> float:
@@ -95,12 +110,24 @@ class Loads:
 
     @property
     def workspace(self) -> int:
-        """Bytes: the largest batch of equal matrices twice, and five of m x m of each, in float16.
+        """Bytes: the largest batch of equal matrices twice, five of m x m of each in float16, and sums of shared ones.
 
         What one program takes whole needs none.
         """
-        batches = ((count, m, n) for (_, m, n, steps), count in self.batches.items() if needs_workspace(m, n, steps))
-        return max((2 * count * (2 * m * n + 5 * min(m, n) ** 2) for count, m, n in batches), default=0)
+        batches = (
+            (count, m * n // parts, min(m, n) ** 2 * (5 if parts == 1 else 7))
+            for (_, m, n, steps, parts), count in self.batches.items()
+            if parts > 1 or needs_workspace(m, n, steps)
+        )
+        return max((2 * count * (2 * elements + square) for count, elements, square in batches), default=0)
+
+    def sums(self, rank: int) -> list[int]:
+        """Return the elements of each all-reduce of a rank with those that it shares matrices with, in float32."""
+        found = []
+        for (other, m, n, steps, parts), count in self.batches.items():
+            if other == rank and parts > 1:
+                found += [count, *[count * min(m, n) ** 2] * summed_grams(m, n, steps), count]
+        return found
 
 
 def model_messages(
@@ -145,17 +172,41 @@ def rule_messages(step: Plan, loads: Loads, links: Links, within: Links) -> tupl
     if not step.shares_directions:
         lengths.pop()  # sums of squares of directions that nobody orthogonalises
     messages = [Messages.of("all-reduce", 1, [links.ring(4 * length, 2) for length in lengths])]
-    assert item * (loads.away[0] + loads.back[0]) == step.bytes_sent()["all-to-all"]
     if step.owner:
-        sent = item * max(a + b for a, b in zip(loads.away, loads.back, strict=True))
+        messages.append(_exchanges(step, loads, links, within))
+    if step.sharers > 1:
+        among = Links(links.machine, step.sharers, step.sharers)
+        costs = [[among.ring(4 * size, 2) for size in loads.sums(rank)] for rank in range(step.ranks)]
+        most = max(costs, key=lambda of_rank: sum(seconds for _, seconds in of_rank))
+        messages.append(Messages.of("all-reduce of shared", 1, most))
+    buffers = item * max(h + o for h, o in zip(loads.held, loads.owned, strict=True)) + 4 * sum(lengths)
+    gathered = item * sum(loads.held) / step.ranks * (within.ranks - 1)
+    return messages, buffers, gathered
+
+
+def _exchanges(step: Plan, loads: Loads, links: Links, within: Links) -> Messages:
+    """The all-to-alls of directions and of what comes back for them, over one level or two."""
+    item, exchanges = step.comm_dtype.itemsize, (*step.to_owners, *step.from_owners)
+    # over two levels what does not stay in the node is sent by this rank and by the one it passes through
+    passing = zip(loads.away, loads.back, loads.through, loads.through_back, strict=True)
+    sent = item * max(a + b + t + u for a, b, t, u in passing)
+    if not step.two_levels:
+        assert item * (loads.away[0] + loads.back[0]) == step.bytes_sent()["all-to-all"]
         # with one replica what comes back is what was sent
         busiest = item * max(*loads.back, *(loads.held if step.over_replicas else loads.away))
         back = links if step.over_replicas else within
         seconds = within.exchange(item * max(*loads.away, *loads.back)) + back.exchange(busiest)
-        messages.append(Messages("all-to-all", 2, sent, seconds))
-    buffers = item * max(h + o for h, o in zip(loads.held, loads.owned, strict=True)) + 4 * sum(lengths)
-    gathered = item * sum(loads.held) / step.ranks * (within.ranks - 1)
-    return messages, buffers, gathered
+        return Messages("all-to-all", len(exchanges), sent, seconds)
+    machine, width = links.machine, step.ranks_per_node
+    node = Links(machine, width, width)
+    rail = Links(machine, (links if step.over_replicas else within).ranks // width, 1)
+    forward = node.exchange(item * max(*loads.away, *loads.through)) + rail.exchange(
+        item * max(*loads.through, *loads.back)
+    )
+    backward = rail.exchange(item * max(*loads.back, *loads.through_back)) + node.exchange(
+        item * max(*loads.through_back, *loads.held)
+    )
+    return Messages("all-to-all", len(exchanges), sent, forward + backward)
 
 
 def row_messages(step: Plan, links: Links) -> tuple[Messages, int]:

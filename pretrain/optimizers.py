@@ -36,7 +36,7 @@ class Optimizers:
     `num_steps`, of the whole training, is what velo needs, beside `weights`. `views` are the matrices that parameters
     split into, by name; those of a GPT are known. Every group carries `initial_lr`, its peak learning rate; `set_lr`
     scales them all. The model may be sharded by `fully_shard`; `comm_dtype` is then celo2's, and so are `zero1_mesh`, a
-    mesh of the ranks that have a model whole, and `backend`.
+    mesh of the ranks that have a model whole, `backend` and `ranks_per_node`.
     Raises ValueError for an unknown `opt`, and for `weights` or `zero1_mesh` given to an optimizer that has none.
     """
 
@@ -52,6 +52,7 @@ class Optimizers:
         comm_dtype: str = "auto",
         zero1_mesh: DeviceMesh | None = None,
         backend: str = "auto",
+        ranks_per_node: int | None = None,
     ) -> None:
         if opt not in OPTS:
             raise ValueError(f"unknown optimizer {opt!r}: choose one of {', '.join(OPTS)}")
@@ -89,6 +90,7 @@ class Optimizers:
                     comm_dtype=comm_dtype,
                     zero1_mesh=zero1_mesh,
                     backend=backend,
+                    ranks_per_node=ranks_per_node,
                 )
             )
         elif opt == "velo":

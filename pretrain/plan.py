@@ -176,7 +176,9 @@ def make_plan(
         if layout.sharded:
             shard(model, layout, dtype)
         over = layout.mesh if zero1 else None
-        optimizers = Optimizers(opt, recipe, model, weights, comm_dtype=comm_dtype, zero1_mesh=over)
+        optimizers = Optimizers(
+            opt, recipe, model, weights, comm_dtype=comm_dtype, zero1_mesh=over, ranks_per_node=local_ranks
+        )
         links = Links(machine, layout.shards, min(layout.shards, local_ranks))
         replicas = Links(machine, layout.replicas, max(1, local_ranks // layout.shards))
         passing, buffers = model_messages(model, layout, links, replicas, dtype, micro_steps, reductions)

@@ -13,9 +13,11 @@ import torch
 from torch import Tensor
 
 from celo2 import reference
+from celo2.comm import Comm
+from celo2.exchanges import Owned, Transfer
 from celo2.folded import FoldedTheta, direction_scale
 from celo2.matrices import MatrixView
-from celo2.newton_schulz import newton_schulz
+from celo2.newton_schulz import EPS, newton_schulz, orthogonalize_part
 from celo2.phases import (
     Factors,
     GradientMoments,
@@ -28,9 +30,10 @@ from celo2.phases import (
     has_started,
     vector_sums,
 )
-from celo2.plan import Entry, Plan, Slot, Transfer
+from celo2.plan import Entry, Plan, Slot
 from celo2.quantisation import dequantise, quantise_
 from celo2.reference import NORM_EPS
+from celo2.shard_layout import Slice
 from celo2.state import MOMENTUM_KEYS
 from celo2.step import Messages
 from celo2.stochastic_rounding import mix64, round_stochastically_
@@ -306,7 +309,7 @@ class Slices:
                     limit = torch.finfo(torch.float16).max
                     direction = (direction * direction_scale(slot.theta)).clamp_(-limit, limit)
                 for transfer, values in self._sent(index, number):
-                    values.copy_(direction[transfer.matrix - piece.matrix])
+                    values.copy_(_part_of(direction[transfer.matrix - piece.matrix], transfer, piece))
             else:
                 sliced.directions.append(direction.clone())
                 if not layout.whole:
@@ -318,24 +321,28 @@ class Slices:
         for transfer in self.plan.parts_of[index, number]:
             yield transfer, _values(self.messages.sent, transfer)
 
-    def orthogonalize(self) -> None:
-        """Newton-Schulz and an RMS of 1 on the whole matrices that this rank owns, in place of what it received."""
+    def orthogonalize(self, comm: Comm) -> None:
+        """Newton-Schulz and an RMS of 1 on the matrices that this rank owns, in place of what it received."""
         parts: dict[tuple[int, int], list[Transfer]] = {}
         for transfer in self.plan.receives:
             parts.setdefault((transfer.entry, transfer.matrix), []).append(transfer)
-        for (m, n, ns_steps), matrices in self.plan.owned.items():
+        for owned, matrices in self.plan.owned.items():
             dtype = self.plan.entries[matrices[0][0]].slot.compute_dtype
-            x = torch.empty(len(matrices), m, n, dtype=dtype, device=self.messages.received.device)
+            shape = len(matrices), owned.block.rows, owned.block.columns
+            x = torch.empty(shape, dtype=dtype, device=self.messages.received.device)
             places = [
-                (_part_of(x[position], transfer), _values(self.messages.received, transfer))
+                (_part_of(x[position], transfer, owned.block), _values(self.messages.received, transfer))
                 for position, key in enumerate(matrices)
-                for transfer in parts[key]
+                for transfer in parts.get(key, ())
             ]
             for target, values in places:
                 target.copy_(values)
-            y = newton_schulz(x, ns_steps)
-            square = y.square().sum(-1).sum(-1)[:, None, None]
-            torch.mul(y, torch.rsqrt(square / (m * n) + NORM_EPS), out=x)
+            if owned.parts > 1:
+                y, square = _orthogonalized_block(x, owned, comm)
+            else:
+                y = newton_schulz(x, owned.ns_steps)
+                square = y.square().sum(-1).sum(-1)
+            torch.mul(y, torch.rsqrt(square / (owned.m * owned.n) + NORM_EPS)[:, None, None], out=x)
             for source, values in places:
                 values.copy_(source)
 
@@ -366,7 +373,7 @@ class Slices:
             if entry.slot.orthogonalize:
                 u = torch.empty(p.shape, dtype=dtype, device=p.device)
                 for transfer, values in self._sent(index, number):
-                    u[transfer.matrix - piece.matrix] = values
+                    _part_of(u[transfer.matrix - piece.matrix], transfer, piece).copy_(values)
                 yield p, u, moves
                 continue
             u = sliced.directions[number]
@@ -388,10 +395,23 @@ def _values(message: Tensor, transfer: Transfer) -> Tensor:
     return message[transfer.offset : transfer.offset + rows * columns].view(rows, columns)
 
 
-def _part_of(matrix: Tensor, transfer: Transfer) -> Tensor:
-    """View the part of a matrix [m, n] that travels."""
+def _part_of(matrix: Tensor, transfer: Transfer, within: Slice) -> Tensor:
+    """View the part that travels in a slice of its matrix, [rows, columns]."""
     piece = transfer.piece
-    return matrix[piece.row : piece.row + piece.rows, piece.column : piece.column + piece.columns]
+    row, column = piece.row - within.row, piece.column - within.column
+    return matrix[row : row + piece.rows, column : column + piece.columns]
+
+
+def _orthogonalized_block(x: Tensor, owned: Owned, comm: Comm) -> tuple[Tensor, Tensor]:
+    """Return this rank's block [B, rows, columns] of shared matrices orthogonalised, and their sums of squares [B]."""
+    square = torch.linalg.vector_norm(x, dim=-1).square().sum(-1)
+    comm.all_reduce_shared(square)
+    x = x / (square.sqrt() + EPS)[:, None, None]
+    is_tall, length = owned.m > owned.n, max(owned.m, owned.n)
+    y = orthogonalize_part(x.mT if is_tall else x, length, owned.ns_steps, comm.all_reduce_shared)
+    square = y.square().sum(-1).sum(-1)
+    comm.all_reduce_shared(square)
+    return y.mT if is_tall else y, square
 
 
 def vector_state(state: dict[str, Tensor], dtype: torch.dtype) -> reference.VectorState:

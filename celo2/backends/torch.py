@@ -155,9 +155,9 @@ class TorchBackend:
         if self.slices is not None:
             self.slices.learned_update()
 
-    def orthogonalize(self) -> None:
+    def orthogonalize(self, comm: Comm) -> None:
         assert self.slices is not None
-        self.slices.orthogonalize()
+        self.slices.orthogonalize(comm)
 
     def apply(self) -> None:
         if self.slices is not None:

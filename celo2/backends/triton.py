@@ -27,19 +27,21 @@ from torch import Tensor
 
 from celo2.adamw import AdamWJob, round_on_host
 from celo2.backends.batches import MatrixBatch, VectorBatch, batches_of, totals_of, vector_batches
-from celo2.backends.owner import Owner
+from celo2.backends.owner import Move, Moves, Owner
 from celo2.backends.parts import Part, parts_of_entry, seeds_of, seeds_of_shard, send, upload
 from celo2.backends.torch import TorchBackend
 from celo2.blocks import CONTROL_BLOCK
 from celo2.comm import Comm
 from celo2.compilation import can_rehearse, launch, rehearsal
+from celo2.exchanges import Transfer, padded
 from celo2.kernels import layout, sharing
 from celo2.kernels.gradient_moments import control_kernel
 from celo2.kernels.learned_update import learned_update_kernel
 from celo2.kernels.rounding import round_kernel
 from celo2.norms import foreach_norm
-from celo2.plan import HEADER, Entry, Plan, Slot, padded
+from celo2.plan import HEADER, Entry, Plan, Slot
 from celo2.scratch import Scratch
+from celo2.shard_layout import Slice
 from celo2.step import Inputs, Messages, on
 
 assert layout.FLAGS.value == HEADER
@@ -126,18 +128,24 @@ class TritonBackend:
         nothing = self.zero[:0]
         messages = Messages(first, second, third, nothing, nothing)
 
-        # phase 3 writes into the message, and directions of transposed storage behind it
+        # phase 3 writes into the message, and what is of transposed storage, or goes to several ranks, behind it
         sent_size = size = sum(plan.part_counts)
-        behind_it, parts = [], []
+        transposed, divided = list[tuple[Transfer, Slice, int]](), list[tuple[Transfer, Slice, int]]()
+        parts = []
         for index, entry in active.items():
             found = parts_of_entry(plan, entry, messages, self.scratch) if entry.layout is not None else ()
             for number, part in found:
                 if entry.slot.orthogonalize and number is not None:
-                    transfers = sorted(plan.parts_of[index, number], key=lambda transfer: transfer.matrix)
-                    offsets = [transfer.offset for transfer in transfers]
-                    for b, transfer in enumerate(transfers) if part.swapped and min(part.p.shape[1:]) > 1 else ():
-                        behind_it.append((transfer, size))
-                        offsets[b], size = size, size + padded(transfer.piece.rows * transfer.piece.columns)
+                    piece = entry.slices[number]
+                    of_matrix = [list[Transfer]() for _ in range(piece.count)]
+                    for transfer in plan.parts_of[index, number]:
+                        of_matrix[transfer.matrix - piece.matrix].append(transfer)
+                    offsets = [transfers[0].offset for transfers in of_matrix]
+                    is_transposed = part.swapped and min(part.p.shape[1:]) > 1
+                    for b, transfers in enumerate(of_matrix):
+                        if is_transposed or len(transfers) > 1:
+                            (transposed if is_transposed else divided).extend((t, piece, size) for t in transfers)
+                            offsets[b], size = size, size + padded(piece.rows * piece.columns)
                     part = replace(part, directions=np.array(offsets, dtype=np.int64))
                 parts.append(part)
         # every rank sends all parts; those without gradients come back to nobody
@@ -145,10 +153,14 @@ class TritonBackend:
         received = self.scratch.take("received", sum(plan.receive_counts), dtype=plan.comm_dtype).zero_()
         shared = third if plan.shares_directions else third[:0]
         self.messages = Messages(first, second, shared, sent[:sent_size], received)
-        for transfer, offset in behind_it:
+        for transfer, piece, offset in transposed:
             rows, columns = transfer.piece.rows, transfer.piece.columns
-            there, behind = (sent[start : start + rows * columns] for start in (transfer.offset, offset))
-            self.transposed.append((there.view(rows, columns), behind.view(columns, rows).mT))
+            there = sent[transfer.offset : transfer.offset + rows * columns].view(rows, columns)
+            behind = sent[offset : offset + piece.rows * piece.columns].view(piece.columns, piece.rows).mT
+            row, column = transfer.piece.row - piece.row, transfer.piece.column - piece.column
+            self.transposed.append((there, behind[row : row + rows, column : column + columns]))
+        self.divided = Moves([Move(transfer, offset, piece) for transfer, piece, offset in divided], self.zero)
+        self.sent = sent
 
         batches = batches_of(parts, self.device)
         *totals, self.shard_totals = totals_of(batches, self.device)
@@ -283,6 +295,8 @@ class TritonBackend:
             vectors.update(self.control, self.rates, 1, 2)
         for there, behind in self.transposed:
             there.copy_(behind)
+        if self.plan is not None:
+            self.divided.launch(self.messages.sent, self.sent, into_message=True)
 
     def step_whole(self) -> None:
         for batch in self.batches:
@@ -290,12 +304,14 @@ class TritonBackend:
         for vectors in self.vectors:
             vectors.update(self.control, self.rates)
 
-    def orthogonalize(self) -> None:
-        self.owner.orthogonalize(self.messages.received)
+    def orthogonalize(self, comm: Comm) -> None:
+        self.owner.orthogonalize(self.messages.received, comm)
 
     def apply(self) -> None:
         for there, behind in self.transposed:
             behind.copy_(there)
+        if self.plan is not None:
+            self.divided.launch(self.messages.sent, self.sent, into_message=False)
         for shards in self.shards:
             shards.apply(self.control, self.rates)
         for vectors in self.shard_vectors:
@@ -328,6 +344,8 @@ class TritonBackend:
                 vectors.update(self.control, self.rates, first, first + 1)
         if self.plan is not None:
             self._share_norm(self.zero, self.zero, self.one, self.zero)
+            for into_message in (True, False):
+                self.divided.launch(self.messages.sent, self.sent, into_message=into_message)
             self.owner.rehearse(self.messages.received)
         self._decide(self.zero, self.one, self.zero)
 

@@ -14,10 +14,12 @@ from torch.distributed.tensor import Shard, distribute_tensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from celo2 import load_weights
+from celo2.exchanges import padded
 from celo2.matrices import MatrixView
 from celo2.newton_schulz import newton_schulz_flops
-from celo2.plan import Plan, Slot, padded
-from celo2.shard_layout import Cut, ShardLayout, assign_owners, chunk
+from celo2.owners import assign_owners
+from celo2.plan import Plan, Slot
+from celo2.shard_layout import Cut, ShardLayout, chunk
 from celo2.sharding import Team, shard_spec_of
 from scenarios import sharded
 

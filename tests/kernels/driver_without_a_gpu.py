@@ -85,7 +85,7 @@ def main() -> None:
     choose = Blocks.choose.__func__
     Blocks.choose = classmethod(lambda cls, columns, _: choose(cls, columns, torch.device("cuda")))
     blocks._target = lambda _: "sm_90"
-    batched_newton_schulz.takes_symmetric_products = lambda d: min(d.shape[-2:]) >= 96
+    batched_newton_schulz.takes_symmetric_products = lambda rows, device: rows >= 96
     batched_newton_schulz.takes_one_program = lambda d, _: min(d.shape[-2:]) < 96
     shapes = [(128, 256), (256, 128), (128, 64), (30, 7), (9,)]
     report = {}

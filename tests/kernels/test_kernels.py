@@ -61,6 +61,9 @@ def test_symmetric_products_and_newton_schulz(shape, device):
         rounded = symmetric_product(half, half.mT, low=low, block=32)
         assert rounded.dtype == torch.float16 and low.any()
         torch.testing.assert_close(rounded.float() + low, half.float() @ half.float().mT, rtol=1e-5, atol=1e-7)
+        # of float16 into float32, as ranks add it up
+        wide = symmetric_product(half, half.mT, dtype=torch.float32, block=32)
+        torch.testing.assert_close(wide, half.float() @ half.float().mT, rtol=1e-6, atol=1e-7)
         # of two matrices that commute
         other = gram @ gram
         torch.testing.assert_close(symmetric_product(gram, other, block=32), gram @ other, rtol=0, atol=1e-5)
@@ -145,6 +148,7 @@ def test_the_report_has_what_a_gpu_runs_by_default():
 
     products = [s for s in specialisations(DTYPES["float32-ns"]) if s.name == "symmetric_product_kernel"]
     assert {s.constants["BLOCK_INNER"] for s in products} == {64} and {s.dtypes.d for s in products} == {"fp16"}
+    assert [dict(s.pointers).get("out_ptr") for s in products] == [None, "fp32", None]
     small = [s for s in specialisations(DTYPES["float32-ns"]) if s.name == "small_orthogonalize_kernel"]
     assert [s.constants["M"] for s in small] == [128, 64]
     products = [s for s in specialisations(DTYPES["float32"]) if s.name == "symmetric_product_kernel"]

@@ -354,13 +354,16 @@ def test_more_ranks_have_less_each() -> None:
             assert many.memory[name] < few.memory[name]
         assert many.held["celo2"] < few.held["celo2"]
         assert many.compute == pytest.approx(few.compute * few.ranks / many.ranks)
-        assert many.newton_schulz[0] == few.newton_schulz[0] and many.newton_schulz[1] <= few.newton_schulz[1]
+        # ranks that share a matrix do some of it each
+        assert many.newton_schulz[0] >= few.newton_schulz[0] and many.newton_schulz[1] <= few.newton_schulz[1]
         assert 1 <= many.newton_schulz[2] <= many.ranks
         assert many.parameters == few.parameters
     sent = [each.bytes_sent for each in plans]
     assert sent[0] == 0 and sent[2] > sent[3] > sent[4]
-    # 600 matrices: on 512 ranks the largest of them alone are somebody's whole load
-    assert plans[-1].newton_schulz[2] > 10
+    # 600 matrices: on 512 ranks the largest of them alone would be somebody's whole load, 20 times the mean
+    assert plans[-1].newton_schulz[2] < 3
+    alone = plan("small", world_size=512, local_ranks=1)
+    assert alone.newton_schulz[2] > 10 and alone.optimizer_seconds > 1.5 * plans[-1].optimizer_seconds
 
 
 def test_memory_that_flags_save() -> None:
