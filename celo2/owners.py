@@ -19,6 +19,9 @@ from celo2.stochastic_rounding import mix64
 # direction takes to its owner and back over a network of 400 Gbit/s, the same inside of a node over NVLink, and what an
 # element of a float32 Gram matrix takes to be added up there. Only their order of magnitude matters.
 BETWEEN_NODES, INSIDE_NODE, GRAM_SUM = 40_000, 4_400, 9_000
+# elements that a rank passes on inside of its node, in float16 there and back, in the time that one more peer of an
+# all-to-all costs
+PEER = 90_000
 # a matrix is shared for at least so many percent of the time of the rank with most
 WORTHWHILE = 5
 
@@ -94,6 +97,12 @@ def assign_owners(
             loads[rank] += costs[matrix]
         heapq.heapreplace(heap, entry(owner, count))
     return owners
+
+
+def pays_two_levels(elements: int, ranks: int, ranks_per_node: int) -> bool:
+    """Whether all-to-alls, of so many elements from a rank, go through its node's other ranks: they save peers."""
+    width, nodes = ranks_per_node, ranks // ranks_per_node
+    return elements < PEER * (width - 1) * (nodes - 1)
 
 
 def groups_among(candidates: Sequence[int], count: int) -> list[int]:

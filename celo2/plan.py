@@ -13,8 +13,8 @@ The messages of a step, in order:
    matrix has several owners, neighbours in a node, each with a block of its columns (`celo2.owners`): in between they
    add up its Gram matrices, and squares.
 
-Over several nodes an all-to-all goes in two: first to the rank of the own node that has the owner's place in its, then
-to the owner. A rank then has its node's and its place's ranks for peers, and sends between nodes along one rail.
+Over many nodes an all-to-all goes in two: first to the rank of the own node that has the owner's place in its, then to
+the owner. A rank then has its node's and its place's ranks for peers, and sends between nodes along one rail.
 
 Several ranks may have the same part of a parameter: replicas of HSDP, or ranks of another axis of the mesh. The first
 of them counts in every sum, and the masks leave the others out. Each replica orthogonalises for itself; or, over all
@@ -36,7 +36,7 @@ from torch import Tensor
 from celo2.exchanges import Exchange, Owned, Transfer, between, by_node, joined, lay_out, padded, reordered
 from celo2.matrices import MatrixView
 from celo2.newton_schulz import summed_grams
-from celo2.owners import assign_owners, block_of, choose_parts, shares_of
+from celo2.owners import assign_owners, block_of, choose_parts, pays_two_levels, shares_of
 from celo2.shard_layout import Cut, ShardLayout, Slice, home
 from celo2.state import compute_dtype, is_dtensor, local
 from celo2.theta import Theta
@@ -298,9 +298,14 @@ class Plan:
             limits += [offsets[cuts]] * batch
         steps = max((self.entries[index].slot.ns_steps for index, _ in matrices), default=5)
         parts = choose_parts(shapes, holders, candidates, limits, self.ranks, self.ranks_per_node, steps)
-        nodes, ends = self.ranks // self.ranks_per_node, [(min(group), max(group)) for group in homes.values()]
+        ends = [(min(group), max(group)) for group in homes.values()]
         crosses = any(first // self.ranks_per_node != last // self.ranks_per_node for first, last in ends)
-        self.two_levels = crosses and self.ranks_per_node > 1
+        held = sum(
+            math.prod(entry.layout.shape) // math.prod(cut.parts for cut in entry.layout.cuts)
+            for entry in self.entries
+            if entry.layout is not None and entry.slot.orthogonalize
+        )
+        self.two_levels = crosses and pays_two_levels(held, self.ranks, self.ranks_per_node)
         """Whether what goes to another node passes through another rank of the own one."""
         owners = assign_owners(shapes, holders, candidates, self.ranks, steps, parts, scatter=self.two_levels)
         self._owners = dict(zip(matrices, owners, strict=True))
@@ -333,7 +338,7 @@ class Plan:
         order: Sequence[int] = everyone
         if self.two_levels:
             # by place in a node, then by node: all that goes to the rank of the own node with that place
-            order = np.arange(self.ranks).reshape(nodes, self.ranks_per_node).T.ravel().tolist()
+            order = np.arange(self.ranks).reshape(-1, self.ranks_per_node).T.ravel().tolist()
         by_owner, self.part_counts = lay_out(self._own_parts(self.rank), order)
         self.parts = [transfer for owner in order for transfer in by_owner[owner]]
         received, self.receive_counts = lay_out(coming, everyone)

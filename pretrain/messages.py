@@ -42,8 +42,8 @@ class Loads:
         self.machine = machine
         self.flops, self.seconds = [0] * ranks, [0.0] * ranks
         self.owned, self.held, self.away, self.back = [0] * ranks, [0] * ranks, [0] * ranks, [0] * ranks
-        # what passes through on its way to another node
-        self.through, self.through_back = [0] * ranks, [0] * ranks
+        # between nodes: what passes through a rank on its way there and back, and what arrives at its owner
+        self.through, self.through_back, self.arriving = [0] * ranks, [0] * ranks, [0] * ranks
         # of rank, rows, columns, iterations, ranks that share
         self.batches: Counter[tuple[int, int, int, int, int]] = Counter()
 
@@ -88,6 +88,7 @@ class Loads:
             relay = rank // width * width + owner % width
             self.through[relay] += size * is_sent
             self.through_back[relay] += size
+            self.arriving[owner] += size
 
     def own(self, rank: int, m: int, n: int, steps: int, count: int, elements: int, parts: int = 1) -> None:
         self.flops[rank] += count * newton_schulz_flops(m, n, steps, parts)
@@ -200,10 +201,11 @@ def _exchanges(step: Plan, loads: Loads, links: Links, within: Links) -> Message
     machine, width = links.machine, step.ranks_per_node
     node = Links(machine, width, width)
     rail = Links(machine, (links if step.over_replicas else within).ranks // width, 1)
+    arriving = max(loads.arriving)
     forward = node.exchange(item * max(*loads.away, *loads.through)) + rail.exchange(
-        item * max(*loads.through, *loads.back)
+        item * max(arriving, *loads.through)
     )
-    backward = rail.exchange(item * max(*loads.back, *loads.through_back)) + node.exchange(
+    backward = rail.exchange(item * max(arriving, *loads.through_back)) + node.exchange(
         item * max(*loads.through_back, *loads.held)
     )
     return Messages("all-to-all", len(exchanges), sent, forward + backward)
