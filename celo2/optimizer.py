@@ -34,7 +34,7 @@ from celo2.routes import Route, route_module, route_name
 from celo2.routing import param_groups, view_options
 from celo2.state import check_saved_state, copy_saved_state
 from celo2.tables import format_table
-from celo2.theta import Theta, load_weights
+from celo2.theta import DEFAULT_WEIGHTS, Theta, load_weights
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -64,7 +64,8 @@ class FusedCelo2(Optimizer):
 
     Args:
         lr: learning rate on Adam's scale, at least 0; a float or a 0-d tensor.
-        weights: a name (`"celo2"`, `"celo2-base"`, a closed form), a path, a hub id or a `Theta`: `celo2.load_weights`.
+        weights: a name (`"celo2-lm"`, the default, `"celo2"`, `"celo2-base"`, a closed form), a path, a hub id or a
+            `Theta`: `celo2.load_weights`.
         weight_decay: decoupled, `p <- p - lr * weight_decay * p`.
         orthogonalize: Newton-Schulz on the direction of each matrix; None takes what the weights were trained with.
         adam_lr_mult: the AdamW side's learning rate is `adam_lr_mult * lr`.
@@ -143,7 +144,7 @@ class FusedCelo2(Optimizer):
         params: nn.Module | Iterable[Any],
         lr: float | Tensor = 1e-3,
         *,
-        weights: str | os.PathLike[str] | Theta = "celo2",
+        weights: str | os.PathLike[str] | Theta = DEFAULT_WEIGHTS["celo2"],
         weight_decay: float = 0.0,
         orthogonalize: bool | None = None,
         adam_lr_mult: float = 20.0,

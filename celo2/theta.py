@@ -40,6 +40,8 @@ CLOSED_FORMS = {
 }
 # names of the bundled files
 TRAINED = ("celo2", "celo2-lm", "celo2-base")
+# of each variant, what language models ended lowest with (docs/results.md)
+DEFAULT_WEIGHTS = {"celo2": "celo2-lm", "celo2-base": "celo2-base"}
 BUNDLED = Path(__file__).parent / "weights"
 
 

@@ -27,7 +27,7 @@ from celo2.pretrain.model import GPT
 from celo2.pretrain.recipes import OPTS, Tuning
 from celo2.state import local
 from celo2.tables import format_table
-from celo2.theta import VARIANTS
+from celo2.theta import DEFAULT_WEIGHTS, VARIANTS
 
 
 class Optimizers:
@@ -70,10 +70,9 @@ class Optimizers:
         self._parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self.members: list[Optimizer] = []
         if opt in VARIANTS:
-            # a bundled theta has the name of its variant
             if isinstance(weights, VeLOWeights):
                 raise TypeError(f"weights={weights.label}: those of VeLO do not fit --opt {opt}")
-            theta = self.theta = load_weights(weights or opt)
+            theta = self.theta = load_weights(weights or DEFAULT_WEIGHTS[opt])
             orthogonalize = None if opt == "celo2" else False
             if tuning.newton_schulz != "auto":
                 orthogonalize = tuning.newton_schulz == "on"

@@ -303,7 +303,7 @@ def test_checkpoints_from_before_groups_were_split_still_load(form):
     params = {"module": net, "pairs": list(net.named_parameters()), "tensors": list(net.parameters())}[form]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore" if form == "tensors" else "error")
-        optimizer = FusedCelo2(params, lr=1.0)
+        optimizer = FusedCelo2(params, lr=1.0, weights="celo2")
     optimizer.load_state_dict(saved["optimizer"])
     generator = torch.Generator().manual_seed(3)
     for p in net.parameters():

@@ -577,7 +577,7 @@ def test_options_out_of_range(options, message):
 
 
 def test_default_weights_are_the_bundled_celo2():
-    assert FusedCelo2(_model()).param_groups[0]["weights"] == load_weights("celo2").label
+    assert FusedCelo2(_model()).param_groups[0]["weights"] == load_weights("celo2-lm").label
 
 
 @pytest.mark.parametrize(

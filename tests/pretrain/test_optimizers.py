@@ -149,7 +149,7 @@ def test_newton_schulz_may_be_switched() -> None:
 
 
 def test_theta_is_the_bundled_one_by_default_and_may_be_given(random_theta, tmp_path) -> None:
-    assert build("celo2")[1].theta.name == "celo2"
+    assert build("celo2")[1].theta.name == "celo2-lm"
     assert build("celo2-base")[1].theta.name == "celo2-base"
     path = tmp_path / "mine.safetensors"
     random_theta().save(path)

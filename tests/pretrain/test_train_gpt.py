@@ -103,7 +103,7 @@ def test_a_run_prints_and_leaves_what_it_promises(tmp_path, data) -> None:
     assert done.returncode == 0, done.stderr
     text = done.stdout
     assert "parameters: 853,248 (786,432 by celo2, 66,816 by adamw)" in text
-    assert "optimizer:  celo2, theta celo2@" in text
+    assert "optimizer:  celo2, theta celo2-lm@" in text
     assert "12 x [32, 128]" in text
     assert "512 tokens: 2 sequences of 256, 1 micro-batches" in text
     pattern = (
@@ -114,7 +114,7 @@ def test_a_run_prints_and_leaves_what_it_promises(tmp_path, data) -> None:
     for step in range(1, 7):
         assert re.search(pattern.format(step), text), step
     assert re.search(r"step 0/6 \| validation loss 5\.[4-7]\d+ \| [78]\.\d+ bpb", text)
-    assert "sample:\nAlbert" in text and "validation loss: " in text and "celo2@" in text.split("sample:")[1]
+    assert "sample:\nAlbert" in text and "validation loss: " in text and "celo2-lm@" in text.split("sample:")[1]
     # a progress bar is for terminals
     assert done.stderr == ""
     records = read_metrics(out / METRICS)
