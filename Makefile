@@ -1,10 +1,11 @@
 .DEFAULT_GOAL := help
-.PHONY: help setup train meta evaluate evaluate-small test test-bench test-dist test-slow test-kernels test-lowest test-interop lint bench report gpu-check data clean
+.PHONY: help setup train meta evaluate evaluate-small test test-bench test-dist test-slow test-kernels test-lowest test-interop docs lint bench report gpu-check data clean
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 LOWEST := .venv-lowest/.installed
 INTEROP := build/interop/.installed
+DOCS := build/docs/.installed
 TYPECHECK := build/typecheck
 # options of the program behind a target: make train ARGS="--opt adamw --out-dir runs/adamw"
 ARGS ?=
@@ -65,6 +66,14 @@ $(INTEROP): pyproject.toml constraints-interop.txt
 
 test-interop: $(INTEROP) ## train in Trainer, accelerate, Lightning, timm, PEFT and torchtitan, in an environment of their own
 	build/interop/bin/python -m pytest tests/interop $(ARGS)
+
+$(DOCS): constraints-docs.txt
+	$(PYTHON) -m venv build/docs
+	build/docs/bin/pip install --disable-pip-version-check -c constraints-docs.txt mkdocs mkdocs-material 'mkdocstrings[python]'
+	@touch $@
+
+docs: $(DOCS) ## the documentation as a site in build/site; a broken link fails
+	NO_MKDOCS_2_WARNING=1 build/docs/bin/mkdocs build $(ARGS)
 
 lint: $(INSTALLED) ## ruff and mypy
 	$(BIN)/ruff check .

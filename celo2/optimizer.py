@@ -34,7 +34,7 @@ from celo2.routes import Route, route_module, route_name
 from celo2.routing import param_groups, view_options
 from celo2.state import check_saved_state, copy_saved_state
 from celo2.tables import format_table
-from celo2.theta import DEFAULT_WEIGHTS, Theta, load_weights
+from celo2.theta import Theta, load_weights
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -144,7 +144,7 @@ class FusedCelo2(Optimizer):
         params: nn.Module | Iterable[Any],
         lr: float | Tensor = 1e-3,
         *,
-        weights: str | os.PathLike[str] | Theta = DEFAULT_WEIGHTS["celo2"],
+        weights: str | os.PathLike[str] | Theta = "celo2-lm",
         weight_decay: float = 0.0,
         orthogonalize: bool | None = None,
         adam_lr_mult: float = 20.0,

@@ -115,9 +115,7 @@ def contenders() -> list[Contender]:
 
     return [
         learned("celo2", "celo2", "celo2", "bundled beside it: meta-trained on images"),
-        learned(
-            "celo2-lm", "celo2", "celo2-lm", "the default: meta-trained on a small byte transformer"
-        ),
+        learned("celo2-lm", "celo2", "celo2-lm", "the default: meta-trained on a small byte transformer"),
         learned("start", "celo2", start_of_celo2(), "where the meta-training of both began: Muon's direction"),
         learned("nesterov", "celo2", "nesterov", "the same direction as a closed form"),
         Contender(Method("muon", "muon"), MUON, "`torch.optim.Muon`, and AdamW for the rest"),

@@ -14,6 +14,7 @@ from torch import nn
 
 from celo2 import FusedCelo2, MatrixView, load_weights
 from celo2.reference import MatrixState, VectorState, matrix_update, vector_update
+from celo2.theta import DEFAULT_WEIGHTS
 
 
 def _model() -> nn.Sequential:
@@ -577,7 +578,7 @@ def test_options_out_of_range(options, message):
 
 
 def test_default_weights_are_the_bundled_celo2():
-    assert FusedCelo2(_model()).param_groups[0]["weights"] == load_weights("celo2-lm").label
+    assert FusedCelo2(_model()).param_groups[0]["weights"] == load_weights(DEFAULT_WEIGHTS["celo2"]).label
 
 
 @pytest.mark.parametrize(
