@@ -50,10 +50,13 @@ def orthogonalize_(d: Tensor, starts: Tensor, ns_steps: int, squares: Tensor) ->
     torch.sum(norm, dim=-1, out=squares)
 
 
-def orthogonalize_part_(d: Tensor, owned: Owned, squares: Tensor, add_up: Callable[[Tensor], None]) -> None:
+def orthogonalize_part_(
+    d: Tensor, owned: Owned, squares: Tensor, add_up: Callable[[Tensor], None], *, exact: bool
+) -> None:
     """Replace this rank's block `d` [B, rows, columns] of shared directions by that of their orthogonalised form.
 
-    Writes the sums of squares of whole matrices to `squares` [B]; `add_up` adds a tensor up over the ranks.
+    Writes the sums of squares of whole matrices to `squares` [B]; `add_up` adds a tensor up over the ranks, and `exact`
+    says whether products of float32 are not rounded.
     """
 
     def sum_squares() -> None:
@@ -64,7 +67,7 @@ def orthogonalize_part_(d: Tensor, owned: Owned, squares: Tensor, add_up: Callab
     torch.mul(d, (squares.sqrt() + EPS).reciprocal_()[:, None, None], out=d)
     x, length = (d.mT, owned.m) if owned.m > owned.n else (d, owned.n)
     wide = None if d.device.type == "cpu" else wide_gram
-    x.copy_(newton_schulz.orthogonalize_part(x, length, owned.ns_steps, add_up, products_for(x), wide))
+    x.copy_(newton_schulz.orthogonalize_part(x, length, owned.ns_steps, add_up, products_for(x), wide, exact))
     sum_squares()
 
 

@@ -76,18 +76,10 @@ class Local:
 class Ranks:
     """The ranks of `group`, which step the entries of `plan` together; `mesh` is given with ZeRO-1.
 
-    `made` are process groups by their ranks of the world: those of neighbours are taken from there, and added.
     Collective: every rank makes it. Raises RuntimeError when they were given different parameters.
     """
 
-    def __init__(
-        self,
-        plan: Plan,
-        group: dist.ProcessGroup,
-        device: torch.device,
-        mesh: DeviceMesh | None = None,
-        made: dict[tuple[int, ...], dist.ProcessGroup] | None = None,
-    ) -> None:
+    def __init__(self, plan: Plan, group: dist.ProcessGroup, device: torch.device, mesh: DeviceMesh | None = None):
         from celo2.sharding import agree
 
         self.plan, self.group, self.device, self.mesh = plan, group, device, mesh
@@ -95,7 +87,6 @@ class Ranks:
         masks = plan.masks()
         self.masks = None if masks is None else [torch.from_numpy(mask).to(device) for mask in masks]
         self._noted: tuple[Tensor, torch.cuda.Event | None] | None = None
-        self._made = {} if made is None else made
         self._groups: dict[str, dist.ProcessGroup] = {}
         self._orders: dict[int, Tensor] = {}
 
@@ -150,28 +141,16 @@ class Ranks:
         return work
 
     def _make_groups(self) -> dict[str, dist.ProcessGroup]:
-        """Make the process groups of neighbours; every rank of the plan makes as many, for their names depend on it."""
-        import torch.distributed as dist
+        """Return the process groups of neighbours, which all ranks make together, the first time."""
+        from celo2.sharding import groups_of_neighbours
 
         plan, groups = self.plan, {"all": self.group}
-        node, place = divmod(plan.rank, plan.ranks_per_node)
-        wanted = {}
         if plan.two_levels:
-            wanted["node"] = range(node * plan.ranks_per_node, (node + 1) * plan.ranks_per_node)
-            wanted["rail"] = range(place, plan.ranks, plan.ranks_per_node)
-        if plan.sharers > 1:
-            first = plan.rank // plan.sharers * plan.sharers
-            wanted["shared"] = range(first, first + plan.sharers)
-        for name, members in wanted.items():
-            ranks = tuple(plan.team.members[member] for member in members)
-            if len(ranks) == plan.ranks:
-                groups[name] = self.group
-                continue
-            if ranks not in self._made:
-                group = dist.new_group(list(ranks), use_local_synchronization=True)
-                assert isinstance(group, dist.ProcessGroup)
-                self._made[ranks] = group
-            groups[name] = self._made[ranks]
+            groups["rail"], groups["node"] = groups_of_neighbours(self.device.type, plan.ranks, plan.ranks_per_node)
+        if plan.sharers == plan.ranks:
+            groups["shared"] = self.group
+        elif plan.sharers > 1:
+            _, groups["shared"] = groups_of_neighbours(self.device.type, plan.ranks, plan.sharers)
         return groups
 
     def note_flags(self, flags: Tensor) -> None:

@@ -63,6 +63,7 @@ class Owned(NamedTuple):
     n: int
     ns_steps: int
     parts: int  # ranks that share each of them
+    turn: int  # of the blocks: the same on all of those ranks, so that they have the same keys
     block: Slice
 
 
@@ -94,11 +95,6 @@ def by_node(counts: Sequence[Any], width: int) -> NDArray[np.int64]:
     """Return counts of all ranks, [..., ranks], as [..., nodes, ranks of each]."""
     array = np.array(counts, dtype=np.int64)
     return array.reshape(*array.shape[:-1], -1, width)
-
-
-def between(sends: NDArray[np.int64], receives: NDArray[np.int64]) -> tuple[list[int], list[int]]:
-    """Return the counts of an exchange as lists."""
-    return sends.tolist(), receives.tolist()
 
 
 def joined(ranges: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:

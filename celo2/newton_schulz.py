@@ -90,11 +90,13 @@ def orthogonalize_part(
     add_up: Callable[[Tensor], None],
     symmetric: SymmetricProduct | None = None,
     wide_gram: Callable[[Tensor], Tensor] | None = None,
+    exact: bool | None = None,
 ) -> Tensor:
     """Return this rank's columns `x` [B, m, w] of matrices [B, m, length], of norms of at most 1, after the iterations.
 
     `add_up` adds up a tensor over the ranks that share the matrices, in place; it is called with X X^T, [B, m, m] in
-    float32 or wider, as often as `summed_grams` says. `wide_gram` computes that, by default PyTorch.
+    float32 or wider, as often as `summed_grams` says. `wide_gram` computes that, by default PyTorch. `exact` says whether
+    PyTorch leaves products of float32 as they are, by default what it is set to.
     """
     symmetric = symmetric or product_for(x)
     wide = wide_gram or (lambda x: symmetric(x, x.mT) if x.itemsize >= 4 else torch.bmm(x.float(), x.mT.float()))
@@ -104,10 +106,10 @@ def orthogonalize_part(
         add_up(total)
         rounded = total.to(x.dtype)
         if low is not None:
-            low.copy_(total - rounded)
+            low.copy_(total.sub_(rounded))
         return rounded
 
-    form = _gram_form if takes_gram_form(x, length) else _standard_form
+    form = _gram_form if takes_gram_form(x, length, exact) else _standard_form
     return form(x, steps, symmetric, gram)
 
 
@@ -116,7 +118,7 @@ def product_for(x: Tensor) -> SymmetricProduct:
     return product_by_strips if x.device.type == "cpu" and x.itemsize >= 4 else product
 
 
-def takes_gram_form(x: Tensor, length: int | None = None) -> bool:
+def takes_gram_form(x: Tensor, length: int | None = None, exact: bool | None = None) -> bool:
     """Whether matrices [B, m, n], m <= n, are iterated in the Gram form; of which `x` has some columns of `length`.
 
     bfloat16 has too few digits for it, and so has a float32 whose products PyTorch may round to fewer
@@ -125,7 +127,9 @@ def takes_gram_form(x: Tensor, length: int | None = None) -> bool:
     columns = x.shape[-1] if length is None else length
     if columns < GRAM_FROM * x.shape[-2] or x.dtype == torch.bfloat16:
         return False
-    return x.dtype != torch.float32 or torch.get_float32_matmul_precision() == "highest"
+    if exact is None:
+        exact = torch.get_float32_matmul_precision() == "highest"
+    return x.dtype != torch.float32 or exact
 
 
 def segments(steps: int) -> Iterator[int]:
@@ -161,7 +165,7 @@ def newton_schulz_flops(m: int, n: int, steps: int, parts: int = 1) -> int:
 
 
 def summed_grams(m: int, n: int, steps: int) -> int:
-    """How often ranks that share a matrix add up their Gram matrices, in float16."""
+    """How often ranks that share a matrix add up their Gram matrices, iterating in float16 or exact float32."""
     return len(list(segments(steps))) if max(m, n) >= GRAM_FROM * min(m, n) else steps
 
 

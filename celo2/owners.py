@@ -26,21 +26,21 @@ PEER = 90_000
 WORTHWHILE = 5
 
 
-def block_of(m: int, n: int, parts: int, rank: int) -> Slice:
+def block_of(m: int, n: int, parts: int, rank: int, turn: int) -> Slice:
     """Return what of a matrix one of the ranks that share it iterates, as a slice: rows of a tall one, else columns.
 
-    The last block may be empty. Which rank takes which turns with their place: rows of all layers that lie on one node
-    would else go to ranks of one place.
+    The last block may be empty. Which rank takes which turns with the group of ranks (of a first replica, so that all
+    replicas add up alike): rows of all layers that lie on one node would else go to ranks of one place.
     """
-    number = (rank % parts + rank // parts) % parts
+    number = (rank + turn) % parts
     start, stop = chunk(max(m, n), parts, number)
     return Slice(0, 1, start, stop - start, 0, n) if m > n else Slice(0, 1, 0, m, start, stop - start)
 
 
-def shares_of(piece: Slice, m: int, n: int, owners: range) -> Iterator[tuple[int, Slice]]:
+def shares_of(piece: Slice, m: int, n: int, owners: range, turn: int) -> Iterator[tuple[int, Slice]]:
     """Yield what each of the ranks that share matrices [m, n] takes of a slice of them; nothing for one without."""
     for owner in owners:
-        block = block_of(m, n, len(owners), owner)
+        block = block_of(m, n, len(owners), owner, turn)
         row, row_stop = max(piece.row, block.row), min(piece.row + piece.rows, block.row + block.rows)
         column = max(piece.column, block.column)
         column_stop = min(piece.column + piece.columns, block.column + block.columns)
@@ -57,23 +57,18 @@ def assign_owners(
     parts: Sequence[int] | None = None,
     *,
     scatter: bool = False,
+    kept: tuple[Sequence[int], Sequence[int]] | None = None,
 ) -> list[int]:
     """Return which of its candidates runs Newton-Schulz on each matrix: one that has it whole if any has, else by load.
 
     A matrix of `parts` above 1 goes to so many neighbours, all of them candidates, and the first of them is returned.
     Longest processing time first, the shared ones before all others, ties by number; or with `scatter` in an order that
     looks random: heads of all layers that lie on one node would else have owners with one place in their nodes, and
-    all pass through one rank on their way.
+    all pass through one rank on their way. `kept` is what `keep_whole` returns, where it is known.
     """
     parts = [1] * len(shapes) if parts is None else parts
-    loads = [0] * ranks
-    owners = [-1] * len(shapes)
+    owners, loads = map(list, keep_whole(shapes, holders, candidates, ranks, steps) if kept is None else kept)
     costs = [newton_schulz_flops(m, n, steps, p) for (m, n), p in zip(shapes, parts, strict=True)]
-    for matrix, having in enumerate(holders):
-        keepers = [rank for rank in having if rank in candidates[matrix]]
-        if keepers:
-            owners[matrix] = min(keepers, key=lambda rank: (loads[rank], rank))
-            loads[owners[matrix]] += costs[matrix]
     heaps: dict[tuple[tuple[int, ...], int], list[tuple[int, int, int]]] = {}
 
     def entry(first: int, count: int) -> tuple[int, int, int]:
@@ -97,6 +92,25 @@ def assign_owners(
             loads[rank] += costs[matrix]
         heapq.heapreplace(heap, entry(owner, count))
     return owners
+
+
+def keep_whole(
+    shapes: Sequence[tuple[int, int]],
+    holders: Sequence[Sequence[int]],
+    candidates: Sequence[Sequence[int]],
+    ranks: int,
+    steps: int,
+) -> tuple[list[int], list[int]]:
+    """Return the owners of matrices that a candidate has whole, -1 for others, and the loads of ranks."""
+    owners, loads, sets = [-1] * len(shapes), [0] * ranks, dict[int, frozenset[int]]()
+    for matrix, having in enumerate(holders):
+        # many matrices have one tuple of candidates
+        able = sets.setdefault(id(candidates[matrix]), frozenset(candidates[matrix])) if having else frozenset()
+        keepers = [rank for rank in having if rank in able]
+        if keepers:
+            owners[matrix] = min(keepers, key=lambda rank: (loads[rank], rank))
+            loads[owners[matrix]] += newton_schulz_flops(*shapes[matrix], steps)
+    return owners, loads
 
 
 def pays_two_levels(elements: int, ranks: int, ranks_per_node: int) -> bool:
@@ -131,6 +145,7 @@ def choose_parts(
     whole = [1] * len(shapes)
     if ranks_per_node == 1 or not shapes:
         return whole
+    kept = keep_whole(shapes, holders, candidates, ranks, steps)
     element = BETWEEN_NODES if ranks > ranks_per_node else INSIDE_NODE
 
     def cost(m: int, n: int, parts: int) -> int:
@@ -139,14 +154,14 @@ def choose_parts(
 
     def most(parts: Sequence[int]) -> int:
         loads = [0] * ranks
-        owners = assign_owners(shapes, holders, candidates, ranks, steps, parts)
+        owners = assign_owners(shapes, holders, candidates, ranks, steps, parts, kept=kept)
         for (m, n), first, count in zip(shapes, owners, parts, strict=True):
             for rank in range(first, first + count):
                 loads[rank] += cost(m, n, count)
         return max(loads)
 
     is_free = [
-        not having and not takes_one_program(min(shape), steps) for shape, having in zip(shapes, holders, strict=True)
+        owner < 0 and not takes_one_program(min(shape), steps) for shape, owner in zip(shapes, kept[0], strict=True)
     ]
     kinds = sorted({shape for shape, free in zip(shapes, is_free, strict=True) if free})
     kinds.sort(key=lambda shape: -cost(shape[0], shape[1], 1))

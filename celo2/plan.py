@@ -33,7 +33,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from celo2.exchanges import Exchange, Owned, Transfer, between, by_node, joined, lay_out, padded, reordered
+from celo2.exchanges import Exchange, Owned, Transfer, by_node, joined, lay_out, padded, reordered
 from celo2.matrices import MatrixView
 from celo2.newton_schulz import summed_grams
 from celo2.owners import assign_owners, block_of, choose_parts, pays_two_levels, shares_of
@@ -156,6 +156,8 @@ class Plan:
     ) -> None:
         self.team, self.ranks, self.rank = team, team.ranks, team.rank
         self.ranks_per_node = ranks_per_node
+        # which form shared matrices take, as long as this plan: all ranks must add up alike
+        self.exact_products = torch.get_float32_matmul_precision() == "highest"
         self.comm_dtype, self.over_replicas = COMM_DTYPES[comm_dtype], over_replicas
         self.entries: list[Entry] = []
         self.cuts: list[tuple[Cut, ...]] = []
@@ -192,7 +194,7 @@ class Plan:
     def describe(self) -> list[Any]:
         """What all ranks must have alike."""
         described = zip(self.entries, self.cuts, strict=True)
-        own = str(self.comm_dtype), self.over_replicas, self.ranks_per_node
+        own = str(self.comm_dtype), self.over_replicas
         return [(*entry.slot.describe(), cuts, *own) for entry, cuts in described]
 
     def masks(self) -> list[NDArray[np.float32]] | None:
@@ -249,7 +251,16 @@ class Plan:
             return
         layout = self.entries[index].layout
         assert layout is not None
-        yield from shares_of(piece, *layout.matrices[1:], owners)
+        yield from shares_of(piece, *layout.matrices[1:], owners, self._turn(index, matrix))
+
+    def block(self, index: int, matrix: int, rank: int) -> Slice:
+        """Return what of a matrix its owner `rank` iterates."""
+        layout = self.entries[index].layout
+        assert layout is not None
+        return block_of(*layout.matrices[1:], self.parts_each[index, matrix], rank, self._turn(index, matrix))
+
+    def _turn(self, index: int, matrix: int) -> int:
+        return self._owners[index, matrix] // self.parts_each[index, matrix]
 
     def _own_parts(self, rank: int) -> list[list[tuple[int, int, Slice, int]]]:
         """For each owner what a rank has for it, (entry, matrix, part, slice): by entries, slices and matrices."""
@@ -300,12 +311,12 @@ class Plan:
         parts = choose_parts(shapes, holders, candidates, limits, self.ranks, self.ranks_per_node, steps)
         ends = [(min(group), max(group)) for group in homes.values()]
         crosses = any(first // self.ranks_per_node != last // self.ranks_per_node for first, last in ends)
-        held = sum(
+        elements = sum(
             math.prod(entry.layout.shape) // math.prod(cut.parts for cut in entry.layout.cuts)
             for entry in self.entries
             if entry.layout is not None and entry.slot.orthogonalize
         )
-        self.two_levels = crosses and pays_two_levels(held, self.ranks, self.ranks_per_node)
+        self.two_levels = crosses and pays_two_levels(elements, self.ranks, self.ranks_per_node)
         """Whether what goes to another node passes through another rank of the own one."""
         owners = assign_owners(shapes, holders, candidates, self.ranks, steps, parts, scatter=self.two_levels)
         self._owners = dict(zip(matrices, owners, strict=True))
@@ -352,9 +363,9 @@ class Plan:
         for index, b in mine:
             entry, count = self.entries[index], self.parts_each[index, b]
             assert entry.layout is not None
-            m, n = entry.layout.matrices[1:]
-            block = block_of(m, n, count, self.rank)
-            self.owned.setdefault(Owned(m, n, entry.slot.ns_steps, count, block), []).append((index, b))
+            turn = self._turn(index, b) % count
+            key = Owned(*entry.layout.matrices[1:], entry.slot.ns_steps, count, turn, self.block(index, b, self.rank))
+            self.owned.setdefault(key, []).append((index, b))
 
     def _plan_replicas(
         self,
@@ -398,17 +409,17 @@ class Plan:
             node, place = divmod(self.rank, width)
             mates = [self._counts(node * width + mate) for mate in range(width)]
             kept, sent = (by_node([of_mate[which] for of_mate in mates], width)[:, :, place] for which in (0, 1))
+            sends, receives, returns, parts = (
+                by_node(counts, width)
+                for counts in (self.send_counts, self.receive_counts, self.return_counts, self.part_counts)
+            )
             self.to_owners = [
-                Exchange(
-                    "node", place, *between(by_node(self.send_counts, width).sum(0), sent.sum(1)), reordered(sent)
-                ),
-                Exchange("rail", node, *between(sent.sum(0), by_node(self.receive_counts, width).sum(1))),
+                Exchange("node", place, sends.sum(0).tolist(), sent.sum(1).tolist(), reordered(sent)),
+                Exchange("rail", node, sent.sum(0).tolist(), receives.sum(1).tolist()),
             ]
             self.from_owners = [
-                Exchange(
-                    "rail", node, *between(by_node(self.return_counts, width).sum(1), kept.sum(0)), reordered(kept.T)
-                ),
-                Exchange("node", place, *between(kept.sum(1), by_node(self.part_counts, width).sum(0))),
+                Exchange("rail", node, returns.sum(1).tolist(), kept.sum(0).tolist(), reordered(kept.T)),
+                Exchange("node", place, kept.sum(1).tolist(), parts.sum(0).tolist()),
             ]
             return
         self.to_owners = [Exchange("all", self.rank, self.send_counts, self.receive_counts)]

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     import torch.distributed as dist
 
     from celo2.backends.triton import TritonBackend
+    from celo2.sharding import Team
 
 # options of a group that all ranks must give alike: they decide what is exchanged, or what replicas become
 COMPARED = (
@@ -58,7 +59,6 @@ class Planner:
         self.kernel_plans = KernelPlans()
         self.ranks: Ranks | None = None
         self._group: tuple[tuple[int, ...], dist.ProcessGroup] | None = None  # of which ranks; kept when plans go
-        self._neighbours: dict[tuple[int, ...], dist.ProcessGroup] = {}  # by their ranks; kept as well
         self._unsupported: str | None = None  # why the kernels do not take the sharded parameters
 
     def forget(self) -> None:
@@ -151,9 +151,25 @@ class Planner:
         options = [[_plain(group[key]) for key in COMPARED] for group in self.host.param_groups]
         agree(options, process_group, "an option of the parameter groups")
         comm_dtype = resolved_comm_dtype(self.host.comm_dtype, device)
-        ranks_per_node = team.ranks_per_node(self.host.ranks_per_node)
+        ranks_per_node = self._ranks_per_node(team, process_group, device)
         plan = Plan(slots, team, comm_dtype, self.host.ns_over_replicas, ranks_per_node)
-        return Ranks(plan, process_group, device, mesh, self._neighbours)
+        if plan.sharers > 1:
+            # they decide how often ranks add up the matrices that they share
+            settings = self.host.ns_dtype, plan.exact_products
+            agree(settings, process_group, "ns_dtype or torch.get_float32_matmul_precision()")
+        return Ranks(plan, process_group, device, mesh)
+
+    def _ranks_per_node(self, team: Team, group: dist.ProcessGroup, device: torch.device) -> int:
+        """Return how many ranks that follow each other are close; 1 where they differ in that by themselves."""
+        from celo2.sharding import agree, gather
+
+        given = self.host.ranks_per_node
+        agree(given, group, "ranks_per_node")
+        if given is None and device.type == "cpu":
+            # on one machine they share its processors: nothing is gained
+            return 1
+        found = team.ranks_per_node(given)
+        return found if len(set(gather(str(found), group))) == 1 else 1
 
     def _unsupported_shards(self, ranks: Ranks) -> str | None:
         """Return why the kernels of some rank do not take its shards, None when all do; collective."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import math
 import os
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.placement_types import Placement, _StridedShard
 
@@ -144,16 +143,18 @@ class Team:
     def ranks_per_node(self, given: int | None) -> int:
         """Return how many ranks that follow each other are in a node: as `given`, or as torchrun placed them; or 1.
 
-        Raises ValueError for a number that does not divide the ranks.
+        Neighbours have process groups of their own, which all ranks of the job make: a team of some of them has none.
+        Raises ValueError for a number that is given and cannot be.
         """
-        if given is None:
-            local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-            sizes = set(Counter(member // local for member in self.members).values())
-            return sizes.pop() if len(sizes) == 1 else 1
-        given = min(given, self.ranks)
-        if self.ranks % given:
-            raise ValueError(f"ranks_per_node={given} does not divide the {self.ranks} ranks of {self.mesh}")
-        return given
+        local = min(self.ranks, int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if given is None else given)
+        reason = None
+        if local > 1 and self.ranks != dist.get_world_size():
+            reason = f"needs parameters on all {dist.get_world_size()} ranks, and they are on {self.mesh}"
+        elif self.ranks % local:
+            reason = f"does not divide the {self.ranks} ranks of {self.mesh}"
+        if reason is not None and given is not None:
+            raise ValueError(f"ranks_per_node={given} {reason}")
+        return local if reason is None else 1
 
     def _stride(self, mesh: DeviceMesh, along: int) -> int:
         numbers = torch.tensor([self._numbers.get(rank, -1) for rank in mesh.mesh.flatten().tolist()])
@@ -180,6 +181,22 @@ class Team:
         group = dist.new_group(list(self.members), use_local_synchronization=True)
         assert isinstance(group, dist.ProcessGroup)
         return group
+
+
+# by device type and shape, with the default group of which they were made
+_NEIGHBOURS: dict[tuple[str, int, int], tuple[dist.ProcessGroup | None, DeviceMesh]] = {}
+
+
+def groups_of_neighbours(device_type: str, ranks: int, width: int) -> tuple[dist.ProcessGroup, dist.ProcessGroup]:
+    """Return the groups of the ranks of this one's place among each `width` neighbours, and of its neighbours.
+
+    Made once in a process; collective over all ranks of the job then.
+    """
+    key, world = (device_type, ranks // width, width), dist.group.WORLD
+    if key not in _NEIGHBOURS or _NEIGHBOURS[key][0] is not world:
+        _NEIGHBOURS[key] = world, init_device_mesh(device_type, key[1:])
+    mesh = _NEIGHBOURS[key][1]
+    return mesh.get_group(0), mesh.get_group(1)
 
 
 def placed_like(parameter: DTensor, axis_of: dict[int, int | None]) -> list[Placement]:

@@ -10,7 +10,6 @@ from torch import Tensor
 from celo2 import FusedCelo2
 from celo2.groups import group_view, named_parameters
 from celo2.newton_schulz import newton_schulz_flops, summed_grams
-from celo2.owners import block_of
 from celo2.plan import Plan
 from celo2.pretrain.device import DTYPES
 from celo2.pretrain.machines import Links, Machine, needs_workspace, newton_schulz_launches
@@ -44,6 +43,8 @@ class Loads:
         self.owned, self.held, self.away, self.back = [0] * ranks, [0] * ranks, [0] * ranks, [0] * ranks
         # between nodes: what passes through a rank on its way there and back, and what arrives at its owner
         self.through, self.through_back, self.arriving = [0] * ranks, [0] * ranks, [0] * ranks
+        # of that what comes from another rank; and what is sent out of a copy, to several owners
+        self.passed, self.divided = [0] * ranks, [0] * ranks
         # of rank, rows, columns, iterations, ranks that share
         self.batches: Counter[tuple[int, int, int, int, int]] = Counter()
 
@@ -68,12 +69,14 @@ class Loads:
                 for matrix in range(batch):
                     owners = step.owners_of(index, matrix, rank)
                     if rank in owners:
-                        block = block_of(m, n, len(owners), rank)
+                        block = step.block(index, matrix, rank)
                         loads.own(rank, m, n, entry.slot.ns_steps, 1, block.numel, len(owners))
                 for piece in there:
                     loads.held[rank] += piece.numel
                     for matrix in range(piece.matrix, piece.matrix + piece.count):
-                        for owner, share in step.shares(index, matrix, rank, piece):
+                        shares = list(step.shares(index, matrix, rank, piece))
+                        loads.divided[rank] += (len(shares) > 1) * piece.rows * piece.columns
+                        for owner, share in shares:
                             if owner != rank:
                                 size, is_sent = share.rows * share.columns, step.sends(index, rank, owner)
                                 loads._send(step, rank, owner, size, is_sent=is_sent)
@@ -86,6 +89,7 @@ class Loads:
         width = step.ranks_per_node
         if step.two_levels and rank // width != owner // width:
             relay = rank // width * width + owner % width
+            self.passed[relay] += size * (relay != rank)
             self.through[relay] += size * is_sent
             self.through_back[relay] += size
             self.arriving[owner] += size
@@ -116,7 +120,7 @@ class Loads:
         What one program takes whole needs none.
         """
         batches = (
-            (count, m * n // parts, min(m, n) ** 2 * (5 if parts == 1 else 7))
+            (count, m * n // parts, min(m, n) ** 2 * (5 if parts == 1 else 8))
             for (_, m, n, steps, parts), count in self.batches.items()
             if parts > 1 or needs_workspace(m, n, steps)
         )
@@ -180,7 +184,9 @@ def rule_messages(step: Plan, loads: Loads, links: Links, within: Links) -> tupl
         costs = [[among.ring(4 * size, 2) for size in loads.sums(rank)] for rank in range(step.ranks)]
         most = max(costs, key=lambda of_rank: sum(seconds for _, seconds in of_rank))
         messages.append(Messages.of("all-reduce of shared", 1, most))
-    buffers = item * max(h + o for h, o in zip(loads.held, loads.owned, strict=True)) + 4 * sum(lengths)
+    # what passes through lies there twice, as it came and as it goes on
+    parts = zip(loads.held, loads.owned, loads.divided, loads.through_back, strict=True)
+    buffers = item * max(h + o + d + 2 * t for h, o, d, t in parts) + 4 * sum(lengths)
     gathered = item * sum(loads.held) / step.ranks * (within.ranks - 1)
     return messages, buffers, gathered
 
@@ -189,8 +195,8 @@ def _exchanges(step: Plan, loads: Loads, links: Links, within: Links) -> Message
     """The all-to-alls of directions and of what comes back for them, over one level or two."""
     item, exchanges = step.comm_dtype.itemsize, (*step.to_owners, *step.from_owners)
     # over two levels what does not stay in the node is sent by this rank and by the one it passes through
-    passing = zip(loads.away, loads.back, loads.through, loads.through_back, strict=True)
-    sent = item * max(a + b + t + u for a, b, t, u in passing)
+    passing = zip(loads.away, loads.back, loads.passed, strict=True)
+    sent = item * max(a + b + 2 * p for a, b, p in passing)
     if not step.two_levels:
         assert item * (loads.away[0] + loads.back[0]) == step.bytes_sent()["all-to-all"]
         # with one replica what comes back is what was sent

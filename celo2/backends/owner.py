@@ -80,7 +80,7 @@ class Owner:
     """
 
     def __init__(self, plan: Plan, ns_dtype: torch.dtype, scratch: Scratch) -> None:
-        device = scratch.device
+        device, self.exact_products = scratch.device, plan.exact_products
         places: dict[tuple[int, int], tuple[int, int, Owned]] = {}  # number, first element
         groups: list[tuple[int, int, int, Owned]] = []
         number = element = 0
@@ -119,7 +119,7 @@ class Owner:
         self.moves.launch(message, self.matrices, into_message=False)
         for x, squares, owned in self.groups:
             if owned.parts > 1:
-                orthogonalize_part_(x, owned, squares, comm.all_reduce_shared)
+                orthogonalize_part_(x, owned, squares, comm.all_reduce_shared, exact=self.exact_products)
             elif takes_one_program(x, owned.ns_steps):
                 orthogonalize_small_(x, owned.ns_steps, squares)
             else:

@@ -338,7 +338,7 @@ class Slices:
             for target, values in places:
                 target.copy_(values)
             if owned.parts > 1:
-                y, square = _orthogonalized_block(x, owned, comm)
+                y, square = _orthogonalized_block(x, owned, comm, self.plan.exact_products)
             else:
                 y = newton_schulz(x, owned.ns_steps)
                 square = y.square().sum(-1).sum(-1)
@@ -402,13 +402,13 @@ def _part_of(matrix: Tensor, transfer: Transfer, within: Slice) -> Tensor:
     return matrix[row : row + piece.rows, column : column + piece.columns]
 
 
-def _orthogonalized_block(x: Tensor, owned: Owned, comm: Comm) -> tuple[Tensor, Tensor]:
+def _orthogonalized_block(x: Tensor, owned: Owned, comm: Comm, exact: bool) -> tuple[Tensor, Tensor]:
     """Return this rank's block [B, rows, columns] of shared matrices orthogonalised, and their sums of squares [B]."""
     square = torch.linalg.vector_norm(x, dim=-1).square().sum(-1)
     comm.all_reduce_shared(square)
     x = x / (square.sqrt() + EPS)[:, None, None]
     is_tall, length = owned.m > owned.n, max(owned.m, owned.n)
-    y = orthogonalize_part(x.mT if is_tall else x, length, owned.ns_steps, comm.all_reduce_shared)
+    y = orthogonalize_part(x.mT if is_tall else x, length, owned.ns_steps, comm.all_reduce_shared, exact=exact)
     square = y.square().sum(-1).sum(-1)
     comm.all_reduce_shared(square)
     return y.mT if is_tall else y, square

@@ -37,7 +37,7 @@ from scenarios import shared
 def test_parts_equal_the_whole(m, n, parts, dtype):
     x = torch.randn(2, m, n, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     x = (x / torch.linalg.matrix_norm(x)[:, None, None]).to(dtype)
-    widths = [block_of(m, n, parts, number).columns for number in range(parts)]
+    widths = [block_of(m, n, parts, number, 0).columns for number in range(parts)]
     # the ranks in turn: each asks for the sums, which are all there once all have asked
     blocks, sums = x.split(widths, dim=-1), [[] for _ in range(parts)]
 
@@ -74,8 +74,8 @@ def test_shares_cover_every_slice_once(m, n, parts):
     taken = torch.zeros(m, n, dtype=torch.int)
     for row, rows in ((0, 2), (2, m - 2)):
         for column, columns in ((0, n - 3), (n - 3, 3)):
-            for owner, share in shares_of(Slice(4, 2, row, rows, column, columns), m, n, range(8, 8 + parts)):
-                block = block_of(m, n, parts, owner)
+            for owner, share in shares_of(Slice(4, 2, row, rows, column, columns), m, n, range(8, 8 + parts), 3):
+                block = block_of(m, n, parts, owner, 3)
                 assert (share.matrix, share.count) == (4, 2)
                 assert block.row <= share.row and share.row + share.rows <= block.row + block.rows
                 assert block.column <= share.column and share.column + share.columns <= block.column + block.columns
@@ -178,6 +178,7 @@ def ranged(message: np.ndarray, ranges: list[tuple[int, int]]) -> np.ndarray:
         (8, 2, 0, 2, True),
         (8, 4, 1, 4, True),
         (8, 4, 0, 4, False),
+        (12, 3, 0, 2, False),
     ],
 )
 def test_all_elements_reach_their_owner_and_return(ranks, ranks_per_node, axis, replicas, over) -> None:
@@ -187,6 +188,10 @@ def test_all_elements_reach_their_owner_and_return(ranks, ranks_per_node, axis, 
     # replicas within a node send nothing out of it
     crosses = over or ranks // replicas > ranks_per_node
     assert all(plan.two_levels is (1 < ranks_per_node < ranks and crosses) for plan in plans)
+    if replicas > 1 and not over:
+        # a replica's ranks take the blocks of the first one's: sums in one order give parameters that stay equal
+        for plan, other in zip(plans, plans[ranks // replicas :], strict=False):
+            assert plan.owned == other.owned
     # an element is its number in its matrix, and which that is
     sent = []
     for plan in plans:
@@ -281,6 +286,26 @@ def test_kernels_equal_one_process(on_ranks, interpreter, ranks, ranks_per_node,
     assert sharers == 2 and worst <= 2e-6
 
 
+@pytest.mark.dist
+def test_ranks_with_other_process_groups(on_ranks) -> None:
+    worst, made = on_ranks(2, shared.beside_other_groups)
+    assert worst <= 2e-6 and made == 0
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("ranks", [4])
+def test_other_process_groups_on_two_levels(on_ranks, ranks) -> None:
+    worst, made = on_ranks(ranks, shared.beside_other_groups)
+    assert worst <= 2e-6 and made == 0
+
+
+@pytest.mark.dist
+def test_what_ranks_must_have_alike(on_ranks) -> None:
+    nodes, products = on_ranks(2, shared.differing)
+    assert nodes.startswith("ranks_per_node differs between ranks")
+    assert products.startswith("ns_dtype or torch.get_float32_matmul_precision() differs between ranks")
+
+
 def test_ranks_per_node_that_do_not_divide(monkeypatch) -> None:
     dist.init_process_group("fake", rank=0, world_size=6, store=FakeStore())
     try:
@@ -292,9 +317,11 @@ def test_ranks_per_node_that_do_not_divide(monkeypatch) -> None:
         for local, expected in (("2", 2), ("3", 3), ("6", 6), ("4", 1), ("8", 6)):
             monkeypatch.setenv("LOCAL_WORLD_SIZE", local)
             assert team.ranks_per_node(None) == expected
-        # every other rank of nodes of four
-        monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
-        team.members = (0, 2, 4, 6, 8, 10)
-        assert team.ranks_per_node(None) == 2
+        # some of the ranks of the job
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+        part = Team([init_device_mesh("cpu", (3, 2), mesh_dim_names=("data", "tensor"))["tensor"]])
+        assert part.ranks == 2 and part.ranks_per_node(None) == part.ranks_per_node(1) == 1
+        with pytest.raises(ValueError, match="ranks_per_node=2 needs parameters on all 6 ranks"):
+            part.ranks_per_node(2)
     finally:
         dist.destroy_process_group()

@@ -125,3 +125,33 @@ def whole_parameters(mesh, **options) -> float:
             optimizer.step()
     assert plan_of(several)[0] > 1
     return max(float((a - b).detach().abs().max()) for a, b in zip(single, split, strict=True))
+
+
+@shared
+def beside_other_groups(mesh) -> tuple[float, int]:
+    """The same where ranks have made different numbers of process groups before, and how many loading a state makes."""
+    dist.new_group([0])
+    params, optimizer = sharded.build("celo2", [Shard(0)], mesh, specs=FEW, ranks_per_node=2)
+    sharded.set_gradients(params, 0)
+    optimizer.step()
+    before = len(dist.distributed_c10d._world.pg_map)
+    optimizer.load_state_dict(optimizer.state_dict())
+    sharded.set_gradients(params, 1)
+    optimizer.step()
+    made = len(dist.distributed_c10d._world.pg_map) - before
+    return sharded.difference(mesh, "celo2", [Shard(0)], specs=FEW, ranks_per_node=2, steps=3), made
+
+
+@shared
+def differing(mesh) -> list[str]:
+    """What is said to ranks that were told different nodes, or round products otherwise."""
+    answers = []
+    for options in ({"ranks_per_node": 1 + dist.get_rank() % 2}, {"ranks_per_node": 2}):
+        params, optimizer = sharded.build("celo2", [Shard(0)], mesh, specs=FEW, **options)
+        sharded.set_gradients(params, 0)
+        torch.set_float32_matmul_precision("high" if dist.get_rank() == 0 else "highest")
+        try:
+            answers.append(sharded.refusal(RuntimeError, optimizer.step))
+        finally:
+            torch.set_float32_matmul_precision("highest")
+    return answers
