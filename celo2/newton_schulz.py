@@ -95,8 +95,8 @@ def orthogonalize_part(
     """Return this rank's columns `x` [B, m, w] of matrices [B, m, length], of norms of at most 1, after the iterations.
 
     `add_up` adds up a tensor over the ranks that share the matrices, in place; it is called with X X^T, [B, m, m] in
-    float32 or wider, as often as `summed_grams` says. `wide_gram` computes that, by default PyTorch. `exact` says whether
-    PyTorch leaves products of float32 as they are, by default what it is set to.
+    float32 or wider, as often as `summed_grams` says. `wide_gram` computes that, by default PyTorch. `exact` says
+    whether PyTorch leaves products of float32 as they are, by default what it is set to.
     """
     symmetric = symmetric or product_for(x)
     wide = wide_gram or (lambda x: symmetric(x, x.mT) if x.itemsize >= 4 else torch.bmm(x.float(), x.mT.float()))

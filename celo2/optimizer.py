@@ -90,8 +90,8 @@ class FusedCelo2(Optimizer):
         ns_over_replicas: with HSDP, divide Newton-Schulz among the ranks of all replicas too, where each replica does
             all of it otherwise: less work for each rank, and directions that cross replicas.
         ranks_per_node: how many ranks that follow each other are close, in a node: they share matrices that would keep
-            one of them busy longer than the others, and pass on what goes to other nodes. Needs parameters on all ranks of
-            the job. Default: on GPUs torchrun's `LOCAL_WORLD_SIZE`; else 1: no sharing, one all-to-all over all ranks.
+            one of them busy longer than the others, and pass on what goes to other nodes. Needs parameters on all ranks
+            of the job. Default: on GPUs torchrun's `LOCAL_WORLD_SIZE`; else 1: no sharing, one all-to-all over all.
         zero1_mesh: a mesh of one axis, of ranks that have the parameters whole and equal gradients
             (DistributedDataParallel): the learned rule's work on parameters of two axes or more, and their state, are
             split over them by rows.
