@@ -17,7 +17,6 @@ import secrets
 import signal
 import sys
 import time
-import traceback
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from importlib import metadata
@@ -50,7 +49,7 @@ from celo2.pretrain.optimizers import Optimizers
 from celo2.pretrain.parallel import World, micro_step, replicate
 from celo2.pretrain.recipes import OPTS, learning_rate, warmup_steps
 from celo2.pretrain.runlog import METRICS, RunLog, duration, has_records, iterate_metrics, quantity, versions
-from celo2.pretrain.terminal import unfailing_streams
+from celo2.pretrain.terminal import end_with, unfailing_streams
 from celo2.theta import VARIANTS
 
 MAX_SKIPS = 20
@@ -445,18 +444,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    try:
-        status = main()
-    except SystemExit:
-        raise
-    except BaseException:
-        # a lost peer or device: the launcher ends the others
-        traceback.print_exc()
-        status = 1
-    for stream in (sys.stdout, sys.stderr):
-        if stream is not None:
-            stream.flush()
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        # an interpreter that tears down groups whose peers are gone may abort or hang; everything is written
-        os._exit(status)
-    sys.exit(status)
+    end_with(main)

@@ -8,9 +8,10 @@ import contextlib
 import io
 import os
 import sys
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, TextIO
+from typing import Any, NoReturn, TextIO
 
 
 class Unfailing:
@@ -94,3 +95,24 @@ def attempt(what: str, show: Callable[[], object]) -> None:
     except Exception as error:  # whatever a plotting library raises: it is not the run
         reason = (str(error).strip().splitlines() or [""])[0]
         print(f"warning: no {what}: {type(error).__name__}: {reason}", file=sys.stderr)
+
+
+def end_with(main: Callable[[], int]) -> NoReturn:
+    """Run a program's `main`, one process of several, and end the process with its status."""
+    try:
+        status = main()
+    except SystemExit:
+        # help, or a mistake in the command line: said already
+        raise
+    except BaseException:
+        # a lost peer or device: the launcher ends the others
+        traceback.print_exc()
+        status = 1
+    for stream in (sys.stdout, sys.stderr):
+        if stream is not None:
+            stream.flush()
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is not None and distributed.is_available() and distributed.is_initialized():
+        # an interpreter that tears down groups whose peers are gone may abort or hang; everything is written
+        os._exit(status)
+    sys.exit(status)

@@ -16,10 +16,10 @@ import secrets
 import signal
 import sys
 import time
-import traceback
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 from torch import nn
@@ -40,7 +40,7 @@ from celo2.pretrain.recipes import Schedule, split_batch
 from celo2.pretrain.run import Data, Run, identity_of, open_log
 from celo2.pretrain.runlog import METRICS, ZScore, format_step, has_records
 from celo2.pretrain.summary import describe, finish, plan_of, setting_of
-from celo2.pretrain.terminal import unfailing_streams
+from celo2.pretrain.terminal import end_with, unfailing_streams
 
 
 def build(
@@ -304,20 +304,10 @@ def _who() -> str:
     return "error: " if alone else f"rank {os.environ.get('RANK', '?')}: error: "
 
 
+def command() -> NoReturn:
+    """`celo2-train`: run the command line, and end the process."""
+    end_with(main)
+
+
 if __name__ == "__main__":
-    try:
-        status = main()
-    except SystemExit:
-        # help, or a mistake in the command line: said already
-        raise
-    except BaseException:
-        # a lost peer or device: the launcher ends the others
-        traceback.print_exc()
-        status = 1
-    for stream in (sys.stdout, sys.stderr):
-        if stream is not None:
-            stream.flush()
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        # an interpreter that tears down groups whose peers are gone may abort or hang; everything is written
-        os._exit(status)
-    sys.exit(status)
+    command()

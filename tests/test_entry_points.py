@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -27,6 +28,11 @@ PROGRAMS = {
     "evaluate_small.py": [str(ROOT / "bench" / "evaluate_small.py")],
     "ppo.py": [str(ROOT / "bench" / "ppo.py")],
     "vision.py": [str(ROOT / "bench" / "vision.py")],
+    # installed beside the interpreter
+    **{
+        name: [str(Path(sys.executable).parent / name)]
+        for name in tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
+    },
 }
 
 
