@@ -88,7 +88,11 @@ class Ranks:
         self.masks = None if masks is None else [torch.from_numpy(mask).to(device) for mask in masks]
         self._noted: tuple[Tensor, torch.cuda.Event | None] | None = None
         self._groups: dict[str, dist.ProcessGroup] = {}
-        self._orders: dict[int, Tensor] = {}
+        # of what passes through this rank, both ways
+        self._orders = [
+            [None if exchange.order is None else torch.from_numpy(exchange.order).to(device) for exchange in way]
+            for way in (plan.to_owners, plan.from_owners)
+        ]
 
     def all_reduce(self, number: int, message: Tensor) -> None:
         import torch.distributed as dist
@@ -103,25 +107,25 @@ class Ranks:
             return None
         if not self._groups:
             self._groups = self._make_groups()
-        return self._travel(self.plan.to_owners, received, _taken(sent, self.plan.sent_ranges))
+        return self._travel(self.plan.to_owners, self._orders[0], received, _taken(sent, self.plan.sent_ranges))
 
     def from_owners(self, received: Tensor, sent: Tensor) -> Work:
-        return self._travel(self.plan.from_owners, sent, _taken(received, self.plan.returned_ranges))
+        return self._travel(self.plan.from_owners, self._orders[1], sent, _taken(received, self.plan.returned_ranges))
 
     def all_reduce_shared(self, tensor: Tensor) -> None:
         import torch.distributed as dist
 
         dist.all_reduce(tensor, group=self._groups["shared"])
 
-    def _travel(self, exchanges: Sequence[Exchange], out: Tensor, given: Tensor) -> Work:
+    def _travel(
+        self, exchanges: Sequence[Exchange], orders: Sequence[Tensor | None], out: Tensor, given: Tensor
+    ) -> Work:
         """Make all exchanges but the last one, which is under way when this returns."""
-        for exchange in exchanges[:-1]:
+        for exchange, order in zip(exchanges[:-1], orders, strict=False):
+            assert order is not None
             middle = given.new_empty(sum(exchange.receives))
             self._exchange(exchange, middle, given).wait()
-            if id(exchange) not in self._orders:
-                assert exchange.order is not None
-                self._orders[id(exchange)] = torch.from_numpy(exchange.order).to(self.device)
-            given = middle.view(-1, UNIT).index_select(0, self._orders[id(exchange)]).view(-1)
+            given = middle.view(-1, UNIT).index_select(0, order).view(-1)
         return self._exchange(exchanges[-1], out, given)
 
     def _exchange(self, exchange: Exchange, out: Tensor, given: Tensor) -> Work:

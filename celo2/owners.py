@@ -105,12 +105,22 @@ def keep_whole(
     owners, loads, sets = [-1] * len(shapes), [0] * ranks, dict[int, frozenset[int]]()
     for matrix, having in enumerate(holders):
         # many matrices have one tuple of candidates
-        able = sets.setdefault(id(candidates[matrix]), frozenset(candidates[matrix])) if having else frozenset()
-        keepers = [rank for rank in having if rank in able]
+        key = id(candidates[matrix])
+        if having and key not in sets:
+            sets[key] = frozenset(candidates[matrix])
+        keepers = [rank for rank in having if rank in sets[key]]
         if keepers:
             owners[matrix] = min(keepers, key=lambda rank: (loads[rank], rank))
             loads[owners[matrix]] += newton_schulz_flops(*shapes[matrix], steps)
     return owners, loads
+
+
+def sums_of_shared(m: int, n: int, steps: int, count: int) -> list[int]:
+    """Return the elements of each all-reduce for `count` matrices that ranks share: of squares, of Gram matrices.
+
+    In float16 and exact float32; bfloat16 and rounded products take the standard form, with a Gram matrix an iteration.
+    """
+    return [count, *[count * min(m, n) ** 2] * summed_grams(m, n, steps), count]
 
 
 def pays_two_levels(elements: int, ranks: int, ranks_per_node: int) -> bool:

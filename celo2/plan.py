@@ -35,8 +35,7 @@ from torch import Tensor
 
 from celo2.exchanges import Exchange, Owned, Transfer, by_node, joined, lay_out, padded, reordered
 from celo2.matrices import MatrixView
-from celo2.newton_schulz import summed_grams
-from celo2.owners import assign_owners, block_of, choose_parts, pays_two_levels, shares_of
+from celo2.owners import assign_owners, block_of, choose_parts, pays_two_levels, shares_of, sums_of_shared
 from celo2.shard_layout import Cut, ShardLayout, Slice, home
 from celo2.state import compute_dtype, is_dtensor, local
 from celo2.theta import Theta
@@ -426,19 +425,14 @@ class Plan:
         self.from_owners = [Exchange("all", self.rank, self.return_counts, self.part_counts)]
 
     def shared_sums(self) -> list[int]:
-        """Return the elements of each all-reduce among the ranks that share matrices with this one, in float32."""
-        found = []
-        for owned, matrices in self.owned.items():
-            if owned.parts > 1:
-                count, m = len(matrices), min(owned.m, owned.n)
-                grams = [count * m * m] * summed_grams(owned.m, owned.n, owned.ns_steps)
-                found += [count, *grams, count]
-        return found
+        """Return the elements of each all-reduce among the ranks that share matrices with this one."""
+        shared = [(owned, len(matrices)) for owned, matrices in self.owned.items() if owned.parts > 1]
+        return [size for owned, count in shared for size in sums_of_shared(*owned[:3], count)]
 
     def bytes_sent(self) -> dict[str, int]:
         """Bytes that this rank gives to each kind of collective in a step; an all-to-all's part for itself left out.
 
-        With ZeRO-1 `all-gather` is what it gives when all parameters have gradients.
+        Shared matrices are taken to be iterated as `sums_of_shared` says. With ZeRO-1 `all-gather` is what it gives when all parameters have gradients.
         """
         lengths = self.lengths if self.shares_directions else self.lengths[:2]
         exchanged = sum(exchange.sent for exchange in (*self.to_owners, *self.from_owners))

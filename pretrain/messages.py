@@ -9,7 +9,8 @@ from torch import Tensor
 
 from celo2 import FusedCelo2
 from celo2.groups import group_view, named_parameters
-from celo2.newton_schulz import newton_schulz_flops, summed_grams
+from celo2.newton_schulz import newton_schulz_flops
+from celo2.owners import sums_of_shared
 from celo2.plan import Plan
 from celo2.pretrain.device import DTYPES
 from celo2.pretrain.machines import Links, Machine, needs_workspace, newton_schulz_launches
@@ -128,11 +129,8 @@ class Loads:
 
     def sums(self, rank: int) -> list[int]:
         """Return the elements of each all-reduce of a rank with those that it shares matrices with, in float32."""
-        found = []
-        for (other, m, n, steps, parts), count in self.batches.items():
-            if other == rank and parts > 1:
-                found += [count, *[count * min(m, n) ** 2] * summed_grams(m, n, steps), count]
-        return found
+        shared = [(batch[1:4], count) for batch, count in self.batches.items() if batch[0] == rank and batch[4] > 1]
+        return [size for shape, count in shared for size in sums_of_shared(*shape, count)]
 
 
 def model_messages(

@@ -144,11 +144,14 @@ def beside_other_groups(mesh) -> tuple[float, int]:
 
 @shared
 def differing(mesh) -> list[str]:
-    """What is said to ranks that were told different nodes, or round products otherwise."""
+    """What is said to ranks that were told different nodes, or round products otherwise, at first or after a step."""
     answers = []
-    for options in ({"ranks_per_node": 1 + dist.get_rank() % 2}, {"ranks_per_node": 2}):
+    cases = [{"ranks_per_node": 1 + dist.get_rank() % 2}, {"ranks_per_node": 2}, {"ranks_per_node": 2}]
+    for number, options in enumerate(cases):
         params, optimizer = sharded.build("celo2", [Shard(0)], mesh, specs=FEW, **options)
         sharded.set_gradients(params, 0)
+        if number == 2:
+            optimizer.step()
         torch.set_float32_matmul_precision("high" if dist.get_rank() == 0 else "highest")
         try:
             answers.append(sharded.refusal(RuntimeError, optimizer.step))
