@@ -432,8 +432,8 @@ class Plan:
     def bytes_sent(self) -> dict[str, int]:
         """Bytes that this rank gives to each kind of collective in a step; an all-to-all's part for itself left out.
 
-        Shared matrices are taken to be iterated as `sums_of_shared` says. With ZeRO-1 `all-gather` is what it gives when
-        all parameters have gradients.
+        Shared matrices are taken to be iterated as `sums_of_shared` says. With ZeRO-1 `all-gather` is what it gives
+        when all parameters have gradients.
         """
         lengths = self.lengths if self.shares_directions else self.lengths[:2]
         exchanged = sum(exchange.sent for exchange in (*self.to_owners, *self.from_owners))
