@@ -80,10 +80,10 @@ class FusedCelo2(Optimizer):
             bytes; `"int8"`, momenta of 8 bits with a scale for 64 columns and a bfloat16 second moment, 5.2 bytes. All
             but the first are rounded stochastically.
         backend: `"triton"` steps the learned rule by the kernels of `celo2.kernels`, `"torch"` by `celo2.phases`;
-            `"auto"` takes the kernels for parameters on a GPU where Triton is installed. On a CPU `"triton"` needs
-            `TRITON_INTERPRET=1` in the environment, for tests. `"compiled"` is `"torch"` with phases 2 and 3 of whole
-            float32 matrices on a CPU through `torch.compile`: less time, after a minute of compilation the
-            first time on a machine; without a C++ compiler it says so in the log, and is `"torch"`.
+            `"compiled"` is `"torch"` with whole float32 matrices on a CPU stepped in C++, which the machine's compiler
+            makes of `celo2/backends/compiled.cpp` in a few seconds, once. `"auto"` takes the kernels for parameters on
+            a GPU where Triton is installed, and is `"compiled"` on a CPU, or `"torch"` where there is no compiler. On
+            a CPU `"triton"` needs `TRITON_INTERPRET=1` in the environment, for tests.
         comm_dtype: what directions of sharded parameters travel in to the rank that orthogonalises them and back:
             `"float16"`, `"bfloat16"`, `"float32"`, or `"auto"`: float16 on a GPU, where the kernels keep directions in
             it anyway, and float32 on a CPU. What rounding it does that one process would not, Newton-Schulz amplifies.

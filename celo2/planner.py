@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from celo2.adamw import AdamWJob, step_adamw
+from celo2.backends.compiled import can_compile
 from celo2.backends.slices import Memory
 from celo2.backends.torch import TorchBackend
 from celo2.comm import Local, Ranks
@@ -316,7 +317,9 @@ class Planner:
             self.grad_norm = None
             return
         device = slots[0].shard.device if ranks is None else ranks.device
-        plan, compiled = None if ranks is None else ranks.plan, self.host.backend == "compiled"
+        plan = None if ranks is None else ranks.plan
+        # where it was asked for and cannot be had, that is said
+        compiled = self.host.backend == "auto" or (self.host.backend == "compiled" and can_compile())
         backend = TorchBackend(plan, collected.whole, self.memory, device, compiled=compiled)
         inputs = self._inputs(ranks, backend.vectors, collected.adam, grad_scale, found_inf)
 

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 
 from celo2 import reference
-from celo2.backends import compiled
+from celo2.backends.compiled import CompiledSteps, Member, takes, widths
 from celo2.backends.slices import Memory, Slices, vector_state, write_vector_state
 from celo2.comm import Comm
 from celo2.norms import foreach_norm, global_norm
@@ -51,7 +51,7 @@ def matrices_of(slot: Slot) -> Matrices:
 class TorchBackend:
     """One step in PyTorch of the entries of `plan` (None: there are none) and of `whole` slots.
 
-    With `compiled` those of the whole that can be go through `celo2.backends.compiled`.
+    With `compiled` those of the whole that can be go through C++ (`celo2.backends.compiled`).
     Raises ValueError, with its name, for a parameter that is no batch of matrices in memory.
     """
 
@@ -64,16 +64,22 @@ class TorchBackend:
         *,
         compiled: bool = False,
     ) -> None:
-        self.compiled = compiled
         self.plan, self.memory, self.device = plan, memory, device
         self.vectors = [slot for slot in whole if slot.is_vector]
         self.matrices: list[tuple[Slot, Matrices]] = []
+        members: dict[tuple[int, int], list[Member]] = {}
         for slot in whole:
             if not slot.is_vector:
                 try:
-                    self.matrices.append((slot, matrices_of(slot)))
+                    matrices = matrices_of(slot)
                 except ValueError as error:
                     raise ValueError(f"{slot.name}: {error}") from error
+                theta = memory.folded(slot)
+                if compiled and takes(matrices, theta):
+                    members.setdefault(widths(theta), []).append(Member(slot, matrices, theta))
+                else:
+                    self.matrices.append((slot, matrices))
+        self.compiled = [CompiledSteps(some, memory.workspace(some[0].slot)) for some in members.values()]
         self.moments: list[GradientMoments] = []
         self.slices = None if plan is None else Slices(plan, memory)
         self.norm = math.nan
@@ -132,9 +138,10 @@ class TorchBackend:
         if clipped:
             message.zero_()
         else:
-            self.moments = [gradient_moments(m.g, self.memory.workspace(slot)) for slot, m in self.matrices]
-            totals = [moment.total for moment in self.moments]
-            self.whole_norm = global_norm(totals, [*(m.g for _, m in self.matrices), *self.inputs.whole])
+            totals = self._whole_moments()
+            matrices = [*(member.matrices for steps in self.compiled for member in steps.members)]
+            matrices += [m for _, m in self.matrices]
+            self.whole_norm = global_norm(totals, [*(m.g for m in matrices), *self.inputs.whole])
         if self.slices is None:
             return
         self.slices.gradient_moments(clipped=clipped)
@@ -168,10 +175,18 @@ class TorchBackend:
     def step_alone(self, inputs: Inputs, scales: Sequence[float]) -> None:
         """Step the whole slots, whose gradients are to be multiplied by `scales` of their groups."""
         self.inputs, self.scales = inputs, scales
-        self.moments = [gradient_moments(m.g, self.memory.workspace(slot)) for slot, m in self.matrices]
+        self._whole_moments()
         self.step_whole()
 
+    def _whole_moments(self) -> list[float]:
+        """Phase 1 of whole matrices; returns their sums of g^2, those that go through C++ first."""
+        totals = [total for steps in self.compiled for total in steps.gradient_moments()]
+        self.moments = [gradient_moments(m.g, self.memory.workspace(slot)) for slot, m in self.matrices]
+        return [*totals, *(moment.total for moment in self.moments)]
+
     def step_whole(self) -> None:
+        for steps in self.compiled:
+            steps.step(self.inputs.groups, self.scales)
         for (slot, matrices), moments in zip(self.matrices, self.moments, strict=True):
             self._step_matrices(slot, matrices, moments)
         for slot in self.vectors:
@@ -191,10 +206,7 @@ class TorchBackend:
             fast, medium, slow = (slot.view.matrices(value) for value in values)
             matrices = dataclasses.replace(matrices, momenta=(fast, medium, slow))
         step = MatrixStep(matrices, moments, self.memory.folded(slot), workspace, scale=scale, clip=clip, seed=seed)
-        if self.compiled and compiled.takes(matrices):
-            direction = compiled.learned_update(step)
-        else:
-            direction = step.learned_update(step.feature_scales())
+        direction = step.learned_update(step.feature_scales())
         step.commit_factors()
         if values is not None:
             write_momenta(state, slot.view, values, seed)
