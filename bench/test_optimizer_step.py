@@ -6,6 +6,7 @@ time; `--benchmark-json PATH` keeps the numbers (in `extra_info`).
 
 from __future__ import annotations
 
+import itertools
 import statistics
 import time
 
@@ -37,7 +38,7 @@ def parameters(shapes: list[tuple[int, int]]) -> list[torch.nn.Parameter]:
 @pytest.fixture
 def celo2_is_correct(theta: Theta) -> None:
     """The gate: two steps of FusedCelo2 agree with the float64 oracle, or nothing is timed."""
-    for orthogonalize, backend in ((False, "torch"), (True, "torch"), (False, "compiled")):
+    for orthogonalize, backend in itertools.product((False, True), ("torch", "compiled")):
         # several blocks, and wide: five float32 Newton-Schulz iterations on a square matrix are off by more than 3e-5
         (p,) = parameters([(96, 2304)])
         optimizer = FusedCelo2([p], lr=1.0, weights=theta, orthogonalize=orthogonalize, backend=backend)
@@ -54,11 +55,12 @@ def celo2_is_correct(theta: Theta) -> None:
 @pytest.mark.usefixtures("celo2_is_correct")
 def test_step_time(theta: Theta, benchmark: BenchmarkFixture, report: list[str]) -> None:
     optimizers: dict[str, Optimizer] = {
-        "FusedCelo2": FusedCelo2(parameters(SHAPES), lr=1e-4, weights=theta, orthogonalize=False),
-        "FusedCelo2, compiled": FusedCelo2(
-            parameters(SHAPES), lr=1e-4, weights=theta, orthogonalize=False, backend="compiled"
-        ),
-        "FusedCelo2, Newton-Schulz": FusedCelo2(parameters(SHAPES), lr=1e-4, weights=theta, orthogonalize=True),
+        **{
+            f"FusedCelo2, {backend}{', Newton-Schulz' * orthogonalize}": FusedCelo2(
+                parameters(SHAPES), lr=1e-4, weights=theta, orthogonalize=orthogonalize, backend=backend
+            )
+            for orthogonalize, backend in itertools.product((False, True), ("torch", "compiled"))
+        },
         BASELINE: AdamW(parameters(SHAPES), lr=1e-4, fused=True),
     }
     size = sum(rows * columns for rows, columns in SHAPES)

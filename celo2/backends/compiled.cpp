@@ -35,7 +35,8 @@ typedef float Vec __attribute__((vector_size(4 * LANES)));
 typedef float Loose __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 
 constexpr int COLUMNS = 18;
-constexpr int64_t TILE_COLUMNS = 4096, TILE = 65536;
+// a column's sum within a tile is in float32
+constexpr int64_t TILE_COLUMNS = 4096, TILE_ROWS = 256, TILE = 65536;
 // additions in float32 before a sum goes on in float64
 constexpr int FLUSH = 64;
 
@@ -77,7 +78,7 @@ struct Tiling {
     int64_t tile_rows, row_tiles, column_tiles;
     explicit Tiling(const Matrix& a) {
         int64_t tile_columns = std::min(a.columns, TILE_COLUMNS);
-        tile_rows = std::max<int64_t>(1, TILE / tile_columns);
+        tile_rows = std::clamp<int64_t>(TILE / tile_columns, 1, TILE_ROWS);
         row_tiles = (a.rows + tile_rows - 1) / tile_rows;
         column_tiles = (a.columns + TILE_COLUMNS - 1) / TILE_COLUMNS;
     }

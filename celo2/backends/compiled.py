@@ -1,7 +1,7 @@
-"""The phases of whole float32 matrices on a CPU, in C++ (`compiled.cpp`), which is compiled on the machine that runs it.
+"""The phases of whole float32 matrices on a CPU, in C++ (`compiled.cpp`), compiled on the machine that runs it.
 
-A phase goes over tiles of all matrices at once, on as many threads as PyTorch has. The compiler takes some seconds, once
-for a machine: the library is kept in `celo2` of the user's folder of caches (`XDG_CACHE_HOME`).
+A phase goes over tiles of all matrices at once, on as many threads as PyTorch has. The compiler takes some seconds,
+once a machine: the library is kept in `celo2` of the user's folder of caches (`XDG_CACHE_HOME`).
 """
 
 from __future__ import annotations
@@ -294,7 +294,7 @@ class CompiledSteps:
     def _step_group(self, first: int, last: int) -> None:
         members = self.members[first:last]
         sizes = [member.matrices.p.numel() for member in members]
-        directions = self.workspace.take("directions", sum(sizes)).split(sizes)
+        directions = torch.split(self.workspace.take("directions", sum(sizes)), sizes)
         for rows, direction in zip(self.rows[first:last], directions, strict=True):
             rows["direction"] = direction.data_ptr() + 4 * len(direction) // len(rows) * np.arange(len(rows))
         for phase in (Phase.FACTORS, Phase.FEATURE_SUMS, Phase.LEARNED_UPDATE, Phase.NEWTON_SCHULZ):
@@ -308,8 +308,6 @@ class CompiledSteps:
     def _orthogonalize(self, member: Member, rows: NDArray[Any], direction: Tensor) -> None:
         """Newton-Schulz of larger matrices and phase 4, through PyTorch."""
         moves = torch.from_numpy(rows["moves"].copy()).view(-1, 1, 1)
-        direction, rms_scale = normalise_direction(
-            direction, moves, orthogonalize=True, ns_steps=member.slot.ns_steps
-        )
+        direction, rms_scale = normalise_direction(direction, moves, orthogonalize=True, ns_steps=member.slot.ns_steps)
         lr, weight_decay = float(rows["lr"][0]), float(rows["weight_decay"][0])
         apply_update(member.matrices.p, direction, rms_scale, lr=lr, weight_decay=weight_decay)
