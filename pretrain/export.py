@@ -108,6 +108,8 @@ def _replace(folder: Path, model: GPT, state: RunState) -> None:
         save_file(hf_tensors(model), temporary / "model.safetensors", metadata={"format": "pt"})
         with open(temporary / "model.safetensors", "rb") as file:
             os.fsync(file.fileno())
+            # safetensors lets the owner alone read it
+            os.fchmod(file.fileno(), (temporary / "config.json").stat().st_mode)
         old = None
         if folder.exists():
             old = folder.rename(_temporary(folder))

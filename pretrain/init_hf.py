@@ -44,7 +44,7 @@ def load_gpt2(model: GPT, source: str, world: World) -> str:
         with ExitStack() as opened:
             weights = _Weights(folder, opened)
             if wrong := _mismatches(model.config, weights):
-                raise ValueError(f"it is of another model: {'; '.join(wrong)}{_size_of(weights.config)}")
+                raise ValueError(f"it is of another model: {'; '.join(wrong)}")
             _fill(model, weights)
         if world.main:
             digest = weights.digest()
@@ -152,7 +152,7 @@ def _mismatches(config: GPTConfig, weights: _Weights) -> list[str]:
         if (there := weights.config.get(name, default)) not in here
     ]
     if wrong:
-        return wrong
+        return [*wrong[:-1], wrong[-1] + _size_of(config, weights.config)]
     wanted = dict(gpt2_names(config).values())
     missing, unknown = sorted(set(wanted) - weights.names()), sorted(weights.names() - set(wanted))
     if missing or unknown:
@@ -171,13 +171,13 @@ def _mismatches(config: GPTConfig, weights: _Weights) -> list[str]:
     return wrong
 
 
-def _size_of(there: dict[str, Any]) -> str:
-    """Which `--size` has the shape of a GPT-2's configuration, as the end of a message."""
-    shape = tuple(there.get(key, default) for key, default in (("n_layer", 12), ("n_head", 12), ("n_embd", 768)))
-    for name, size in SIZES.items():
-        if shape == (size.n_layer, size.n_head, size.n_head * size.head_dim) and size.arch == "gpt2":
-            return f" (its layers are those of --size {name})"
-    return ""
+def _size_of(config: GPTConfig, there: dict[str, Any]) -> str:
+    """Which other `--size` has the layers of a GPT-2's configuration, as the end of a message."""
+    layers = tuple(there.get(key, default) for key, default in (("n_layer", 12), ("n_head", 12), ("n_embd", 768)))
+    shapes = {name: (size.n_layer, size.n_head, size.n_head * size.head_dim) for name, size in SIZES.items()}
+    found = next((name for name, shape in shapes.items() if shape == layers), None)
+    same = layers == (config.n_layer, config.n_head, config.width)
+    return "" if found is None or same else f" (its layers are those of --size {found})"
 
 
 @torch.no_grad()
