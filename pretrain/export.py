@@ -132,9 +132,11 @@ def _small_files(config: GPTConfig, state: RunState) -> dict[str, bytes]:
         "config.json": hf_config(config) | {ORIGIN: {"run": state.run_id, "step": state.step, "arch": config.arch}},
         "generation_config.json": {"bos_token_id": end, "eos_token_id": end},
     }
-    tokenizer = next(name for name, size in VOCAB_SIZES.items() if size == config.vocab_size)
     files = {name: json.dumps(content, indent=1).encode() for name, content in contents.items()}
-    return files | tokenizer_files(tokenizer, config.context)
+    for tokenizer, size in VOCAB_SIZES.items():
+        if size == config.vocab_size:
+            files |= tokenizer_files(tokenizer, config.context)
+    return files
 
 
 def main(argv: Sequence[str] | None = None) -> int:
