@@ -117,8 +117,9 @@ def _replace(folder: Path, model: GPT, state: RunState) -> None:
         if old is not None:
             shutil.rmtree(old)
     except (OSError, SafetensorError) as error:
-        shutil.rmtree(temporary, ignore_errors=True)
         raise OSError(f"cannot export to {folder}: {error}; free space or give another folder") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _temporary(folder: Path) -> Path:
