@@ -7,6 +7,8 @@ parameter to an update direction. `FusedCelo2` is what a trainer uses; `Theta` h
 
 from celo2.matrices import MatrixView
 from celo2.optimizer import FusedCelo2
+from celo2.publish import push_theta
+from celo2.pylo import save_pylo
 from celo2.routing import param_groups
 from celo2.theta import Theta, load_weights
 from celo2.velo import VeLO
@@ -24,4 +26,6 @@ __all__ = [
     "load_velo_weights",
     "load_weights",
     "param_groups",
+    "push_theta",
+    "save_pylo",
 ]

@@ -1,7 +1,7 @@
 """Theta: the learned MLP's weights as a small value, its files, and its names.
 
-347 floats in 19 arrays at the published sizes (30 -> 8 -> 8 -> 3). Files are safetensors with a metadata card, or the
-authors' `theta.state` (`celo2.flax_state`).
+347 floats in 19 arrays at the published sizes (30 -> 8 -> 8 -> 3). Files are safetensors with a metadata card, the
+authors' `theta.state` (`celo2.flax_state`), or PyLO's (`celo2.pylo`).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from numpy.typing import ArrayLike, NDArray
 from safetensors.numpy import load as load_safetensors
 from safetensors.numpy import save as save_safetensors
 
-from celo2 import flax_state, hub
+from celo2 import flax_state, hub, pylo
 from celo2.files import write_atomic
 
 # columns of each of the 14 feature groups, in the order of the rule
@@ -173,7 +173,7 @@ class Theta:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Theta:
-        """Read a theta from safetensors or from the authors' `theta.state` (told apart by content, not by name).
+        """Read a theta from safetensors, the authors' `theta.state` or PyLO's files, told apart by content.
 
         Raises FileNotFoundError, or ValueError that names the file when it is damaged or holds something else.
         """
@@ -184,16 +184,18 @@ class Theta:
                 arrays = load_safetensors(data)
                 header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
                 card = dict(header.get("__metadata__", {}))
+            elif data[:2] == b"PK":
+                arrays, card = pylo.read_checkpoint(data), {}
             else:
                 arrays, card = flax_state.loads(data), {}
             recorded = card.pop("sha256", None)
             card.pop("format", None)
-            theta = cls.from_arrays(arrays, {"name": path.stem} | card)
+            theta = cls.from_arrays(pylo.from_pylo(arrays), {"name": path.stem} | card)
         except (ValueError, KeyError, TypeError, RecursionError, safetensors.SafetensorError) as error:
             # the decoders answer a damaged byte with any of these
             raise ValueError(
                 f"{path} is not a readable theta ({error}); it must be safetensors or a theta.state with the arrays "
-                "w0__0 .. w0__13, b0, w1, b1, w2, b2: fetch or save it again"
+                "w0__0 .. w0__13, b0, w1, b1, w2, b2, or a file of PyLO: fetch or save it again"
             ) from error
         if recorded is not None and recorded != theta.sha256:
             raise ValueError(f"{path} is damaged: its arrays hash to {theta.sha256}, its card says {recorded}")
@@ -250,7 +252,7 @@ def load_weights(weights: str | os.PathLike[str] | Theta) -> Theta:
         return Theta.load(found[0])
     if isinstance(weights, str) and (where := hub.parse_id(name)) is not None:
         return Theta.load(hub.fetch(*where))
-    if "/" in name or name.endswith(hub.SUFFIXES) or not isinstance(weights, str):
+    if "/" in name or name.endswith(hub.FILES) or not isinstance(weights, str):
         raise FileNotFoundError(f"weights={name!r}: no such file")
     raise ValueError(
         f"weights={name!r}: not a known name ({', '.join((*TRAINED, *CLOSED_FORMS))}), a file, or a hub id owner/name"

@@ -266,26 +266,38 @@ class Checkpoints:
         `config` is this model's, as JSON values. Returns which it was, as `run 0123abcd, step 120`. Raises ValueError
         when there is none, when it is damaged or of another model, naming what differs; OSError when it cannot be read.
         """
+        path, state = self.find(source, "--init-from")
+        if different := _differences(state.identity.get("model", {}), config):
+            raise ValueError(f"--init-from {path} is of another model: {'; '.join(different.values())}")
+        self.read_weights(model, path, "--init-from")
+        return f"run {state.run_id}, step {state.step}"
+
+    def find(self, source: Path, flag: str) -> tuple[Path, RunState]:
+        """A checkpoint, or the newest whole one in a run's folder, checked, and its state; collective.
+
+        `flag` is the option that messages name. Raises ValueError when there is none, or when it is damaged.
+        """
         candidates = [source] if _NAME.fullmatch(source.name) else Checkpoints(source)._folders()
         candidates = self.world.broadcast_object([path for path in candidates if (path / DONE).is_file()])
         if not candidates:
             raise ValueError(
-                f"--init-from {source}: holds no complete checkpoint; give the --out-dir of a run, or one of its "
+                f"{flag} {source}: holds no complete checkpoint; give the --out-dir of a run, or one of its "
                 "step-* folders"
             )
         path = candidates[0]
         state, problem = self._checked(path)
         if state is None:
-            raise ValueError(f"--init-from {path} is not usable: {problem}; give another checkpoint of the run")
-        if different := _differences(state.identity.get("model", {}), config):
-            raise ValueError(f"--init-from {path} is of another model: {'; '.join(different.values())}")
+            raise ValueError(f"{flag} {path} is not usable: {problem}; give another checkpoint of the run")
+        return path, state
+
+    def read_weights(self, model: nn.Module, path: Path, flag: str) -> None:
+        """Read a model's parameters from a checkpoint of it; collective. Raises OSError when it cannot be read."""
         tensors = {"model": dict(model.named_parameters())}
         group = self.world.control
         try:
             _quietly(load_distributed, tensors, checkpoint_id=path, process_group=group, no_dist=group is None)
         except (RuntimeError, ValueError, OSError, CheckpointException) as error:
-            raise OSError(f"--init-from {path} cannot be read: {_describe(error)}") from error
-        return f"run {state.run_id}, step {state.step}"
+            raise OSError(f"{flag} {path} cannot be read: {_describe(error)}") from error
 
     def latest(self) -> RunState | None:
         """State of the newest complete checkpoint, without its tensors."""

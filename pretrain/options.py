@@ -136,11 +136,24 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     data.add_argument("--data", type=path, metavar="DIR", help="folder of .bin shards (default: the embedded text)")
     data.add_argument("--out-dir", type=path, metavar="DIR", help="folder of this run (default: runs/SIZE-OPT)")
     data.add_argument("--resume", choices=("auto", "never"), default="never", help="auto: go on where --out-dir stands")
-    data.add_argument(
+    first = data.add_mutually_exclusive_group()
+    first.add_argument(
         "--init-from",
         type=path,
         metavar="DIR",
         help="first weights: the newest checkpoint of another run, or one of them",
+    )
+    first.add_argument(
+        "--init-hf",
+        type=given,
+        metavar="DIR_OR_ID",
+        help="first weights: a GPT-2 of transformers, a folder or a hub id (openai-community/gpt2, with --bias)",
+    )
+    data.add_argument(
+        "--export-hf",
+        type=path,
+        metavar="DIR",
+        help="write the finished model as one of transformers, into this folder",
     )
     data.add_argument(
         "--extend",

@@ -147,11 +147,20 @@ class GPT2Tokenizer(Tokenizer):
         return np.array(counts, dtype=np.int64)
 
 
-def _gpt2_ranks(path: Path) -> dict[bytes, int]:
-    """Merge ranks {token bytes: id} of GPT-2's encoder.json, whose ids are the merge order.
+def byte_characters() -> list[str]:
+    """The character that files of GPT-2's encoding write for each byte.
 
-    The file writes byte b as chr(b) where that prints and is no space, and the others as U+0100, U+0101, ...
-    in order.
+    Byte b is chr(b) where that prints and is no space; the others are U+0100, U+0101, ... in order.
+    """
+    plain = {b for b in range(256) if chr(b).isprintable() and chr(b) != " "}
+    escaped = (chr(code) for code in range(256, 512))
+    return [chr(b) if b in plain else next(escaped) for b in range(256)]
+
+
+def gpt2_ids(path: Path = GPT2_RANKS) -> dict[str, int]:
+    """The ids of GPT-2's encoder.json by token, in the characters of `byte_characters`; ids are the merge order.
+
+    Raises ValueError when the file is damaged.
     """
     raw = path.read_bytes()
     if hashlib.sha256(raw).hexdigest() != GPT2_RANKS_SHA256:
@@ -159,12 +168,14 @@ def _gpt2_ranks(path: Path) -> dict[bytes, int]:
             f"{path}: not the published GPT-2 encoder.json (its SHA-256 differs); restore the file, "
             "for example with `git checkout` or by reinstalling the package"
         )
-    plain = [b for b in range(256) if chr(b).isprintable() and chr(b) != " "]
-    escaped = [b for b in range(256) if b not in plain]
-    byte_of = {chr(b): b for b in plain} | {chr(256 + i): b for i, b in enumerate(escaped)}
     ids: dict[str, int] = json.loads(raw)
-    del ids[END_OF_TEXT]
-    return {bytes(byte_of[c] for c in token): i for token, i in ids.items()}
+    return ids
+
+
+def _gpt2_ranks(path: Path) -> dict[bytes, int]:
+    """Merge ranks {token bytes: id} of GPT-2's encoder.json."""
+    byte_of = {character: b for b, character in enumerate(byte_characters())}
+    return {bytes(byte_of[c] for c in token): i for token, i in gpt2_ids(path).items() if token != END_OF_TEXT}
 
 
 def _gpt2_encoding() -> "tiktoken.Encoding":

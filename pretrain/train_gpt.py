@@ -28,9 +28,11 @@ from celo2.pretrain import require
 from celo2.pretrain.checkpoint import Checkpoints, RunState
 from celo2.pretrain.device import OptimizerTimer, device_name, peak_flops, precision, send
 from celo2.pretrain.evaluation import bits_per_byte
+from celo2.pretrain.export import check_export, export_run
 from celo2.pretrain.failures import explain, require_compiler
 from celo2.pretrain.folder_lock import locked
 from celo2.pretrain.hellaswag import score
+from celo2.pretrain.init_hf import load_gpt2
 from celo2.pretrain.interruption import Interruption, signals_restored
 from celo2.pretrain.model import GPT, model_config
 from celo2.pretrain.optimizers import Optimizers
@@ -83,6 +85,8 @@ def train(arguments: argparse.Namespace, held: ExitStack) -> int:
         print(plan_of(arguments, recipe))
         return 0
     config = model_config(arguments.size, arguments.arch or recipe.arch, bias=arguments.bias)
+    if arguments.export_hf is not None:
+        check_export(config, arguments.export_hf)
     world = World.start(arguments.device, background=arguments.async_save)
     interruption = Interruption(world)
     log0 = print if world.main else _silent
@@ -139,6 +143,8 @@ def train(arguments: argparse.Namespace, held: ExitStack) -> int:
         identity["weights_of"] = state.identity.get("weights_of")
     elif arguments.init_from is not None:
         identity["weights_of"] = checkpoints.load_weights(model, arguments.init_from, identity["model"])
+    elif arguments.init_hf is not None:
+        identity["weights_of"] = load_gpt2(model, arguments.init_hf, world)
     if identity["weights_of"] is not None:
         log0(f"weights:    began as those of {identity['weights_of']}")
     step, skipped = (state.step, state.skipped) if state else (0, 0)
@@ -264,6 +270,8 @@ def train(arguments: argparse.Namespace, held: ExitStack) -> int:
     hellaswag = score(model, data.items, data.tokenizer, world, autocast) if data.items else None
     finish(arguments, schedule, model, optimizers, data.tokenizer, log, out_dir, run.skipped, world, hellaswag)
     log.close()
+    if arguments.export_hf is not None:
+        log0(f"export:     {export_run(out_dir, arguments.export_hf, world)}")
     world.barrier()
     return 0
 

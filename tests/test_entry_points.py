@@ -15,6 +15,7 @@ PROGRAMS = {
     "train_gpt": ["-m", "celo2.pretrain.train_gpt"],
     "prepare_data": ["-m", "celo2.pretrain.prepare_data"],
     "prepare_data.py": [str(ROOT / "pretrain" / "prepare_data.py")],
+    "export": ["-m", "celo2.pretrain.export"],
     "plan": ["-m", "celo2.pretrain.plan"],
     "sweep": ["-m", "celo2.pretrain.sweep"],
     "meta.train": ["-m", "celo2.meta.train"],
