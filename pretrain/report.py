@@ -114,7 +114,7 @@ def write_page(comparison: Comparison, out: Path, title: str) -> Page:
         page.table(*_at_equal(comparison))
         what = "bits per byte" if comparison.metric == BITS else "loss"
         page.text(
-            f"Of the validation {what}, on straight lines between validations. The target, unless --target gives it, is "
+            f"Of the validation {what}, on straight lines between validations. The target, without --target, is "
             "what the worst of the runs that have ended ended at; the speed-up is tokens to it, the first run's over "
             "this one's."
         )
