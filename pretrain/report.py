@@ -133,6 +133,9 @@ def write_page(comparison: Comparison, out: Path, title: str) -> Page:
         path = out / f"{what.split()[0]}.png"
         draw(comparison, path)
         page.picture(what, path)
+    about = comparison.logs[0].about
+    versions = ", ".join(f"{name} {version}" for name, version in about.get("versions", {}).items())
+    page.text(f"{comparison.logs[0].name} was made on {about.get('device')}, with {versions}. The runs:")
     page.bullets([f"{log.name}: {log.path}" for log in comparison.logs])
     write_atomic(out / REPORT, [page.markdown().encode()])
     write_atomic(out / HTML, [page.html().encode()])

@@ -16,6 +16,7 @@ PROGRAMS = {
     "prepare_data": ["-m", "celo2.pretrain.prepare_data"],
     "prepare_data.py": [str(ROOT / "pretrain" / "prepare_data.py")],
     "plan": ["-m", "celo2.pretrain.plan"],
+    "pretrain.report": ["-m", "celo2.pretrain.report"],
     "sweep": ["-m", "celo2.pretrain.sweep"],
     "meta.train": ["-m", "celo2.meta.train"],
     "meta.select": ["-m", "celo2.meta.select"],
