@@ -263,9 +263,12 @@ class Comparison:
             values = [math.isfinite(value) for value in log.val[self.metric]]
             curve = {key: log.val[key] for key in ("step", self.metric)} if any(values) else {}
             metrics = {"step": float(log.step), self.metric: log.last(self.metric)}
-            point = Point(PROGRAM, (), tuple((key, log.settings.get(key, "")) for key in [*by, SEED]))
+            point = Point(PROGRAM, (), tuple((key, log.settings.get(key) or "none") for key in [*by, SEED]))
             runs.append(Run(point, {"status": "done", "metrics": metrics, "curve": curve}))
         if len({run.point for run in runs}) < len(runs) or len({run.without_seed() for run in runs}) == len(runs):
             # the same run twice, or nothing to take a mean of
             return None
-        return Findings(runs, [], Metric(self.metric), by)
+        # the first options that tell the settings apart
+        count = len({run.without_seed() for run in runs})
+        few = next(n for n in range(len(by) + 1) if len({run.point.method(by[:n]) for run in runs}) == count)
+        return Findings(runs, [], Metric(self.metric), by[:few])

@@ -121,7 +121,8 @@ def write_page(comparison: Comparison, out: Path, title: str) -> Page:
     findings = comparison.findings()
     if findings is not None:
         page.heading("Over seeds")
-        page.table(*comparison_rows(findings))
+        (method, count, _, *rest), rows = comparison_rows(findings)
+        page.table([method, count, "setting", *rest], rows)
         page.text(
             "Runs that have ended and differ by their seed alone are one row: mean and 95% interval (Student's t) of "
             "what they ended at; differences and speed-ups are paired by seed."
