@@ -41,7 +41,7 @@ def _draw(comparison: Comparison, panels: Sequence[Panel], path: Path) -> None:
         heights: list[float] = []
         for index, group in enumerate(comparison.groups().values()):
             style = {"color": f"C{index % 10}", "linestyle": STYLES[index // 10 % len(STYLES)]}
-            label = group[0].name + (f" and {len(group) - 1} more of its setting" if len(group) > 1 else "")
+            label = group[0].name + (f", one of {len(group)} seeds" if len(group) > 1 else "")
             for log in group:
                 xs, ys = panel.points(log)
                 # one validation is a point
