@@ -134,7 +134,7 @@ class RunLog:
             self._sent = _last_steps(self.path)
         # first what can fail for reasons of its own
         start = Start(Path(folder), run_id, f"{name}-{run_id}", resume_step, config)
-        self._trackers = Trackers(trackers, start, self._sent)
+        self._trackers = Trackers(trackers, start, self._sent, lambda: self._kept(resume_step or 0))
         if resume_step is not None:
             write_atomic(self.path, ((json.dumps(record) + "\n").encode() for record in self._kept(resume_step)))
         elif self.path.exists() and self.path.stat().st_size:

@@ -8,11 +8,13 @@ fails is a warning, and the run goes on without it.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
 import json
 import math
+import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -59,9 +61,11 @@ class Tracker(Protocol):
 
 
 class WandbTracker:
-    """Weights & Biases: a run goes on under its id, and has no way back to an earlier step."""
+    """Weights & Biases: a run goes on under its id, and has no way back to an earlier step.
 
-    kept = math.inf
+    Offline, every start has a folder of its own; what was in a killed one's last 32 KiB is lost, so each gets the whole
+    run.
+    """
 
     def __init__(self, start: Start, mode: str) -> None:
         wandb = _package(f"wandb-{mode}")
@@ -80,6 +84,8 @@ class WandbTracker:
             raise ValueError(
                 f"--wandb {mode} cannot start: {reason}; run `wandb login`, or use --wandb offline"
             ) from error
+        # what the server has; offline nothing is resumed
+        self.kept: float = self._run.starting_step - 1 if self._run.resumed else -1
 
     def log(self, numbers: Mapping[str, float], step: int) -> None:
         self._run.log(dict(numbers), step=step)
@@ -101,9 +107,9 @@ class TensorBoardTracker:
         _package("tensorboard")
         from torch.utils.tensorboard import SummaryWriter
 
-        resumed_at = -1 if start.resume_step is None else start.resume_step
-        self.kept: float = resumed_at
-        self._writer: Any = SummaryWriter(str(start.folder / TENSORBOARD), purge_step=resumed_at + 1, flush_secs=10)
+        folder, resumed_at = start.folder / TENSORBOARD, -1 if start.resume_step is None else start.resume_step
+        self.kept: float = resumed_at if any(folder.glob("events.*")) else -1
+        self._writer: Any = SummaryWriter(str(folder), purge_step=int(self.kept) + 1, flush_secs=10)
         # indented by four: a block of code in the Markdown that TensorBoard shows
         text = json.dumps({"name": start.name, **start.config}, indent=1)
         self._writer.add_text("run", "\n".join(f"    {line}" for line in text.splitlines()), max(0, resumed_at))
@@ -126,11 +132,16 @@ class TrackioTracker:
     thread of its own writes every half second.
     """
 
-    kept = math.inf
-
     def __init__(self, start: Start) -> None:
         trackio = _package("trackio")
+        self.kept = math.inf
         try:
+            if not any(os.environ.get(name) for name in ("TRACKIO_SPACE_ID", "TRACKIO_SERVER_URL")):
+                with contextlib.suppress(ValueError):
+                    # no project of this name yet: nothing is there
+                    self.kept = -1
+                    known = {run.name for run in trackio.Api().runs(PROJECT)}
+                    self.kept = math.inf if start.name in known else -1
             self._run = trackio.init(
                 project=PROJECT, name=start.name, config=dict(start.config), resume="allow", embed=False
             )
@@ -186,10 +197,17 @@ class Trackers:
     """The trackers of a run, each until it fails.
 
     `sent` is the last step of each kind that earlier starts have logged: what is made again after a resume goes only to
-    trackers that have dropped it.
+    trackers that have dropped it. `earlier` are the records that the run goes on from: those that a tracker lacks it
+    gets now.
     """
 
-    def __init__(self, names: Sequence[str], start: Start, sent: Mapping[str, int]) -> None:
+    def __init__(
+        self,
+        names: Sequence[str],
+        start: Start,
+        sent: Mapping[str, int],
+        earlier: Callable[[], Iterable[Mapping[str, Any]]] = tuple,
+    ) -> None:
         self._sent = dict(sent)
         self._open: dict[str, Tracker] = {}
         try:
@@ -198,6 +216,10 @@ class Trackers:
         except BaseException:
             self.close()
             raise
+        if start.resume_step is not None and any(each.kept < start.resume_step for each in self._open.values()):
+            for record in earlier():
+                if record["kind"] in TRACKED:
+                    self.log(record["kind"], {key: value for key, value in record.items() if key != "kind"})
 
     def log(self, kind: str, values: Mapping[str, Any]) -> None:
         """Log the numbers of a record, with its step among them."""

@@ -38,7 +38,7 @@ def open_log(folder: Path, *names: str, resume_step: int | None = None) -> RunLo
 def test_wandb_gets_numbers_under_the_run_id(tmp_path, monkeypatch) -> None:
     calls: list[Any] = []
     run = types.SimpleNamespace(
-        log=lambda numbers, step: calls.append((numbers, step)), finish=lambda: calls.append("end")
+        log=lambda numbers, step: calls.append((numbers, step)), finish=lambda: calls.append("end"), resumed=False
     )
     fake = types.SimpleNamespace(init=lambda **options: calls.append(options) or run, Error=RuntimeError)
     monkeypatch.setitem(sys.modules, "wandb", fake)
@@ -49,6 +49,18 @@ def test_wandb_gets_numbers_under_the_run_id(tmp_path, monkeypatch) -> None:
     assert calls[0]["id"] == "abc" and calls[0]["name"] == "nano-celo2-abc" and calls[0]["mode"] == "offline"
     assert calls[0]["config"]["versions"] == {"git": "0123abc"}
     assert calls[1:] == [({"train/step": 3, "train/loss": 2.0, "train/skipped": 1}, 3), "end"]
+
+    # a server that has the steps before 3: the other ones of what the run goes on from
+    log = open_log(tmp_path, resume_step=9)
+    log.write("train", step=4, loss=3.0)
+    log.close()
+    calls.clear()
+    run.resumed, run.starting_step = True, 3
+    open_log(tmp_path, "wandb-online", resume_step=9).close()
+    assert calls[1:-1] == [
+        ({"train/step": 3, "train/loss": 2.0, "train/skipped": 1}, 3),
+        ({"train/step": 4, "train/loss": 3.0}, 4),
+    ]
 
     class Error(Exception):
         pass
@@ -184,6 +196,20 @@ def test_what_is_made_again_is_sent_once(tmp_path, monkeypatch) -> None:
     for tracker in (append, rewind):
         steps = {kind: [step for step, numbers in tracker.got if f"{kind}/loss" in numbers] for kind in TRACKED}
         assert steps == {"train": [*range(1, 11)], "val": [2, 4, 6, 8, 10], "norms": [], "final": [10]}
+
+
+def test_one_that_is_added_at_a_resume_gets_what_was_before(tmp_path, monkeypatch) -> None:
+    new, old = Recorder(kept=-1), Recorder()
+    monkeypatch.setattr(trackers, "_open", lambda name, start: new if name == "tensorboard" else old)
+    log = open_log(tmp_path, "trackio")
+    for step in range(1, 6):
+        log.write("train", step=step, loss=1.0)
+    log = open_log(tmp_path, "trackio", "tensorboard", resume_step=3)
+    for step in range(4, 7):
+        log.write("train", step=step, loss=1.0)
+    log.close()
+    for tracker in (new, old):
+        assert [step for step, _ in tracker.got] == [1, 2, 3, 4, 5, 6]
 
 
 def test_a_run_from_the_start_forgets_what_was_sent(tmp_path, monkeypatch) -> None:
@@ -345,20 +371,20 @@ def leveldb_log(content: bytes) -> Iterator[bytes]:
 def test_wandb_has_every_step_once(killed: Path) -> None:
     from wandb.proto import wandb_internal_pb2
 
+    """The newest folder has the whole run: the killed one's is cut where its last block began."""
     folders = sorted((killed / "wandb").glob("offline-run-*"))
     run_id = read_metrics(killed / METRICS)[0]["run_id"]
     assert len(folders) == 2 and all(folder.name.endswith(f"-{run_id}") for folder in folders)
     found: Curves = {}
     configs = []
-    for folder in folders:
-        for data in leveldb_log(next(folder.glob("run-*.wandb")).read_bytes()):
-            record = wandb_internal_pb2.Record()
-            record.ParseFromString(data)
-            configs += [record.run.config] if record.HasField("run") else []
-            items = {"/".join(i.nested_key) or i.key: json.loads(i.value_json) for i in record.history.item}
-            for name, value in items.items():
-                if "/" in name:
-                    found.setdefault(name, []).append((items["_step"], value))
+    for data in leveldb_log(next(folders[-1].glob("run-*.wandb")).read_bytes()):
+        record = wandb_internal_pb2.Record()
+        record.ParseFromString(data)
+        configs += [record.run.config] if record.HasField("run") else []
+        items = {"".join(i.nested_key) or i.key: json.loads(i.value_json) for i in record.history.item}
+        for name, value in items.items():
+            if "/" in name:
+                found.setdefault(name, []).append((items["_step"], value))
     assert_same(found, killed)
     about = {update.key: json.loads(update.value_json) for update in configs[-1].update}
     assert about["arguments"]["steps"] == 12 and {"git", "torch"} <= set(about["versions"])
