@@ -145,7 +145,7 @@ def run(arguments: argparse.Namespace, held: ExitStack) -> int:
     print(f"row:       {arguments.row}: {what}")
     print(f"theta:     {weights.label}, {weights.num_parameters} floats, {weights.card.get('recipe')}")
     print(f"model:     {settings.model()}, {settings.steps} steps of {settings.sequences} x {settings.context} bytes")
-    log = RunLog(out_dir, resume_step=None, wandb="off", run_id="ablation", config={})
+    log = RunLog(out_dir, resume_step=None, run_id="ablation", config={})
     log.write("run", step=0, row=arguments.row, theta=weights.label, device=device_name(torch.device("cpu")),
               versions=versions(), arguments={"lr": arguments.lr, "seed": arguments.seed})  # fmt: skip
     text = Text(prepare_embedded("bytes", Path("data/wikipedia-bytes")), settings)

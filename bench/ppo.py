@@ -39,6 +39,7 @@ from celo2.pretrain.parallel import World
 from celo2.pretrain.recipes import OPTS, Tuning
 from celo2.pretrain.runlog import METRICS, RunLog, duration, has_records, iterate_metrics, quantity, versions, write_png
 from celo2.pretrain.terminal import attempt, unfailing_streams
+from celo2.pretrain.trackers import tracker_names
 
 MAX_SKIPS = 20
 # of a step in the name of a checkpoint
@@ -214,7 +215,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     output.add_argument("--resume", choices=("auto", "never"), default="never", help="auto: go on with --out-dir")
     output.add_argument("--save-every", type=positive, default=500, metavar="N", help="updates (default: 500)")
     output.add_argument("--log-every", type=positive, default=10, metavar="N", help="updates (default: 10)")
-    output.add_argument("--wandb", choices=("off", "online", "offline"), default="off", help="Weights & Biases")
+    options.add_trackers(output)
     machine = parser.add_argument_group("machine")
     machine.add_argument("--device", type=options.given, default="auto", help="auto, cpu, cuda, mps (default: auto)")
     machine.add_argument("--threads", type=options.threads, metavar="N", help="CPU threads (default: PyTorch's choice)")
@@ -307,9 +308,10 @@ def train(arguments: argparse.Namespace, held: ExitStack) -> int:
     log = RunLog(
         out_dir,
         resume_step=step if state else None,
-        wandb=arguments.wandb,
         run_id=run_id,
         config={**identity, "arguments": given, "versions": versions()},
+        name=f"{arguments.game}-{arguments.opt}",
+        trackers=tracker_names(arguments),
     )
     trained, random = 0.0, None
     for record in iterate_metrics(out_dir / METRICS) if state else ():

@@ -50,6 +50,7 @@ from celo2.pretrain.parallel import World, micro_step, replicate
 from celo2.pretrain.recipes import OPTS, learning_rate, warmup_steps
 from celo2.pretrain.runlog import METRICS, RunLog, duration, has_records, iterate_metrics, quantity, versions
 from celo2.pretrain.terminal import end_with, unfailing_streams
+from celo2.pretrain.trackers import tracker_names
 from celo2.theta import VARIANTS
 
 MAX_SKIPS = 20
@@ -122,7 +123,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     output.add_argument("--save-every", type=positive, metavar="N", help="steps (default: 1000 [200])")
     output.add_argument("--eval-every", type=positive, metavar="N", help="steps (default: 2500 [100])")
     output.add_argument("--log-every", type=positive, metavar="N", help="steps, norms too (default: 50 [25])")
-    output.add_argument("--wandb", choices=("off", "online", "offline"), default="off", help="Weights & Biases")
+    options.add_trackers(output)
     machine = parser.add_argument_group("machine")
     machine.add_argument("--device", type=options.given, default="auto", help="auto, cpu, cuda, mps (default: auto)")
     machine.add_argument("--dtype", choices=DTYPES, help="of the forward pass (default: bfloat16 on a GPU)")
@@ -268,9 +269,10 @@ def train(arguments: argparse.Namespace, held: ExitStack) -> int:
     log = RunLog(
         out_dir,
         resume_step=step if state else None,
-        wandb=arguments.wandb,
         run_id=run_id,
         config={**identity, "arguments": given, "versions": packages},
+        name=f"{arguments.model}-{arguments.opt}",
+        trackers=tracker_names(arguments),
         main=world.main,
     )
     log.write(

@@ -1,6 +1,9 @@
 """The device of a run: which one, its peak FLOP rate, its precision."""
 
+import os
 import platform
+import resource
+import sys
 import time
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -71,6 +74,23 @@ def precision(device: torch.device, dtype: str) -> AbstractContextManager[object
 def send(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     """Copy a tensor of the host to the device, without waiting where that is a GPU."""
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
+def memory_gib(device: torch.device) -> float:
+    """GiB of memory: on a GPU the most that PyTorch has allocated there so far, on a CPU what the process has now.
+
+    Nothing waits for a GPU.
+    """
+    gib = 2**30
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / gib
+    if device.type == "mps":
+        return torch.mps.driver_allocated_memory() / gib
+    statm = Path("/proc/self/statm")
+    if statm.is_file():
+        return int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / gib
+    # the most so far; macOS counts bytes, others KiB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / gib
 
 
 class OptimizerTimer:

@@ -71,6 +71,13 @@ def add_tuning(parser: argparse.ArgumentParser | argparse._ArgumentGroup) -> Non
     parser.add_argument("--newton-schulz", choices=NEWTON_SCHULZ, help="of celo2 (auto: not of celo2-base)")
 
 
+def add_trackers(parser: argparse.ArgumentParser | argparse._ArgumentGroup) -> None:
+    """The flags of the trackers beside `metrics.jsonl`: `trackers.tracker_names` reads them."""
+    parser.add_argument("--wandb", choices=("off", "online", "offline"), default="off", help="log to Weights & Biases")
+    parser.add_argument("--tensorboard", action="store_true", help="log to TensorBoard, in tensorboard/ of the output")
+    parser.add_argument("--trackio", action="store_true", help="log to trackio: pip install 'celo2[trackio]'")
+
+
 def tuned(tuning: AnyTuning, arguments: argparse.Namespace) -> AnyTuning:
     """`tuning` with what the flags of `add_tuning` say; raises ValueError for a value out of range."""
     fields = (
@@ -181,7 +188,14 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     data.add_argument("--prompt", default="The ", help="start of the text sample")
     data.add_argument("--sample-tokens", type=int, default=200, metavar="N", help="length of the sample, 0 for none")
-    data.add_argument("--wandb", choices=("off", "online", "offline"), default="off", help="log to Weights & Biases")
+    add_trackers(data)
+    data.add_argument(
+        "--norms-every",
+        type=whole_number(0),
+        default=0,
+        metavar="N",
+        help="log weight and update norms of each kind of parameter every N steps (default: 0, never)",
+    )
     machine = parser.add_argument_group("machine")
     machine.add_argument("--device", type=given, default="auto", help="auto, cpu, cuda, cuda:1, mps (default: auto)")
     machine.add_argument(

@@ -22,6 +22,7 @@ from celo2.pretrain.recipes import Recipe, Schedule
 from celo2.pretrain.runlog import RunLog, versions
 from celo2.pretrain.shards import Loader, find_shards, open_shard, shard_fingerprint, validation_batches
 from celo2.pretrain.tokenizer import Tokenizer, get_tokenizer
+from celo2.pretrain.trackers import tracker_names
 
 
 @dataclass
@@ -119,7 +120,15 @@ def open_log(
     """Open the run's log, from the step it is resumed at (None: from the start), and note what goes on."""
     given = {key: str(value) if isinstance(value, Path) else value for key, value in vars(arguments).items()}
     config = {**identity, "arguments": given, "recipe_name": recipe.name, "versions": versions()}
-    log = RunLog(out_dir, resume_step=resumed_at, wandb=arguments.wandb, run_id=run_id, config=config, main=main)
+    log = RunLog(
+        out_dir,
+        resume_step=resumed_at,
+        run_id=run_id,
+        config=config,
+        name=f"{arguments.size}-{arguments.opt}",
+        trackers=tracker_names(arguments),
+        main=main,
+    )
     log.write(
         "run",
         step=resumed_at or 0,

@@ -1,4 +1,4 @@
-"""What a run leaves to read: the line a step, `metrics.jsonl`, Weights & Biases, the picture and the report."""
+"""What a run leaves to read: the line a step, `metrics.jsonl`, its trackers, the picture and the report."""
 
 import functools
 import io
@@ -10,13 +10,14 @@ import statistics
 import subprocess
 import warnings
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Literal, TextIO
+from typing import Any, TextIO
 
 from celo2.files import write_atomic
 from celo2.pretrain.terminal import printable
+from celo2.pretrain.trackers import TRACKED, Start, Trackers
 from celo2.tables import markdown_table
 
 METRICS = "metrics.jsonl"
@@ -24,7 +25,6 @@ CURVE = "loss.png"
 REPORT = "report.md"
 PACKAGES = ("celo2", "torch", "triton", "numpy", "safetensors", "tiktoken")
 WINDOW = 128
-WandbMode = Literal["off", "online", "offline"]
 
 
 @functools.cache
@@ -99,12 +99,13 @@ def format_step(record: dict[str, Any], total: int, seconds_left: float) -> str:
 
 
 class RunLog:
-    """Appends records to `metrics.jsonl` and, when asked, to Weights & Biases.
+    """Appends records to `metrics.jsonl` and, when asked, to trackers (`celo2.pretrain.trackers`, by their names).
 
     A record is a JSON object with `kind`: `run` (once a start), `train` (a step), `val`, `final`; other programs have
     kinds of their own, as `norms`. Values that are not finite are null. On a resume, records of steps after the
     checkpoint are dropped, since they are made again; a run from the start keeps an older file as `metrics.jsonl.old`.
     The last 128 values of each number stay in memory. With `main=False`, on the other ranks of a run, nothing is kept.
+    Trackers call the run by `name` and `run_id`.
     """
 
     def __init__(
@@ -112,14 +113,17 @@ class RunLog:
         folder: Path,
         *,
         resume_step: int | None,
-        wandb: WandbMode,
         run_id: str,
         config: dict[str, Any],
+        name: str = "run",
+        trackers: Sequence[str] = (),
         main: bool = True,
     ) -> None:
         self.path = Path(folder) / METRICS
         self._values: dict[tuple[str, str], deque[float]] = {}
-        self._wandb: Any = None
+        self._trackers: Trackers | None = None
+        # by kind, the last step that trackers got from earlier starts
+        self._sent: dict[str, int] = {}
         self._main = main
         self._file: TextIO | None = None
         if not main:
@@ -127,9 +131,10 @@ class RunLog:
         if resume_step is not None:
             for record in self._kept(resume_step):
                 self._remember(record)
+            self._sent = _last_steps(self.path)
         # first what can fail for reasons of its own
-        if wandb != "off":
-            self._wandb = _start_wandb(folder, wandb, run_id, config)
+        start = Start(Path(folder), run_id, f"{name}-{run_id}", resume_step, config)
+        self._trackers = Trackers(trackers, start, self._sent, lambda: self._kept(resume_step or 0))
         if resume_step is not None:
             write_atomic(self.path, ((json.dumps(record) + "\n").encode() for record in self._kept(resume_step)))
         elif self.path.exists() and self.path.stat().st_size:
@@ -151,6 +156,9 @@ class RunLog:
         record = {"kind": kind, **values}
         if not self._main:
             return record
+        if kind == "run" and self._sent:
+            # steps that the next lines will not show
+            record["sent"] = self._sent
         stored = {key: _json_value(value) for key, value in record.items()}
         self._remember(stored)
         if self._file is None:
@@ -164,9 +172,8 @@ class RunLog:
                 f"cannot write {self.path}: {error.strerror}; free space, then go on from the last checkpoint with "
                 "--resume auto",
             ) from error
-        if self._wandb is not None and kind in ("train", "val", "norms", "final"):
-            numbers = {f"{kind}/{key}": value for key, value in values.items() if isinstance(value, (int, float))}
-            self._wandb.log(numbers, step=values["step"])
+        if self._trackers is not None and kind in TRACKED:
+            self._trackers.log(kind, values)
         return record
 
     def last(self, kind: str, key: str, count: int = WINDOW) -> list[float]:
@@ -177,12 +184,14 @@ class RunLog:
         """Make what is written survive a power loss; before a checkpoint that counts on it."""
         if self._file is not None:
             os.fsync(self._file.fileno())
+        if self._trackers is not None:
+            self._trackers.flush()
 
     def close(self) -> None:
         if self._file is not None:
             self._file.close()
-        if self._wandb is not None:
-            self._wandb.finish()
+        if self._trackers is not None:
+            self._trackers.close()
 
 
 def _json_value(value: Any) -> Any:
@@ -209,6 +218,17 @@ def iterate_metrics(path: Path) -> Iterator[dict[str, Any]]:
             yield record
 
 
+def _last_steps(path: Path) -> dict[str, int]:
+    """The last step of each tracked kind that any start of a run has written, also of records dropped since."""
+    steps: dict[str, int] = {}
+    for record in iterate_metrics(path):
+        kind = record["kind"]
+        found = record.get("sent", {}) if kind == "run" else {kind: record["step"]} if kind in TRACKED else {}
+        for key, step in found.items():
+            steps[key] = max(step, steps.get(key, step))
+    return steps
+
+
 def has_records(path: Path) -> bool:
     """Whether a `metrics.jsonl` holds anything."""
     return next(iterate_metrics(path), None) is not None
@@ -217,20 +237,6 @@ def has_records(path: Path) -> bool:
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """Records of a `metrics.jsonl`, as `iterate_metrics` gives them."""
     return list(iterate_metrics(path))
-
-
-def _start_wandb(folder: Path, mode: Literal["online", "offline"], run_id: str, config: dict[str, Any]) -> Any:
-    try:
-        import wandb
-    except ImportError as error:
-        raise ImportError(
-            f"--wandb {mode} needs the package wandb: pip install 'celo2[train]', or drop --wandb"
-        ) from error
-    try:
-        return wandb.init(project="celo2", id=run_id, resume="allow", mode=mode, dir=str(folder), config=config)
-    except wandb.Error as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"--wandb {mode} cannot start: {reason}; run `wandb login`, or use --wandb offline") from error
 
 
 def draw_curve(records: Iterable[dict[str, Any]], path: Path, title: str) -> None:

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from celo2.files import write_atomic
+from celo2.pretrain.curves import first_reaching
 from celo2.pretrain.intervals import Mean, margin, mean, paired_difference
 from celo2.pretrain.runlog import duration, write_png
 from celo2.pretrain.sweep_points import Point
@@ -53,9 +54,6 @@ class Metric:
 
     def best(self, values: Sequence[float]) -> float:
         return max(values) if self.maximize else min(values)
-
-    def reaches(self, value: float | None, target: float) -> bool:
-        return value is not None and (value >= target if self.maximize else value <= target)
 
 
 @dataclass(frozen=True)
@@ -118,15 +116,7 @@ class Method:
         run = next((run for run in self.compared if run.seed == seed), None)
         if run is None:
             return None
-        steps, values = _curve(run.record, self.metric.name)
-        for index, value in enumerate(values):
-            if self.metric.reaches(value, target):
-                if index == 0 or not math.isfinite(values[index - 1]):
-                    return steps[index]
-                before = values[index - 1]
-                part = (before - target) / (before - value)
-                return steps[index - 1] + part * (steps[index] - steps[index - 1])
-        return None
+        return first_reaching(*_curve(run.record, self.metric.name), target, maximize=self.metric.maximize)
 
 
 def _curve(record: Record, name: str) -> tuple[list[float], list[float]]:

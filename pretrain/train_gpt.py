@@ -26,7 +26,7 @@ from torch import nn
 
 from celo2.pretrain import require
 from celo2.pretrain.checkpoint import Checkpoints, RunState
-from celo2.pretrain.device import OptimizerTimer, device_name, peak_flops, precision, send
+from celo2.pretrain.device import OptimizerTimer, device_name, memory_gib, peak_flops, precision, send
 from celo2.pretrain.evaluation import bits_per_byte
 from celo2.pretrain.export import check_export, export_run
 from celo2.pretrain.failures import explain, require_compiler
@@ -41,8 +41,10 @@ from celo2.pretrain.parallel import Parallel, World, micro_step, replicate, shar
 from celo2.pretrain.recipes import Schedule, split_batch
 from celo2.pretrain.run import Data, Run, identity_of, open_log
 from celo2.pretrain.runlog import METRICS, ZScore, format_step, has_records
+from celo2.pretrain.step_norms import StepNorms
 from celo2.pretrain.summary import describe, finish, plan_of, setting_of
 from celo2.pretrain.terminal import end_with, unfailing_streams
+from celo2.pretrain.trackers import check_packages, tracker_names
 
 
 def build(
@@ -110,6 +112,7 @@ def train(arguments: argparse.Namespace, held: ExitStack) -> int:
     if arguments.dry_run:
         return 0
     require("matplotlib", "tqdm")
+    check_packages(tracker_names(arguments))
     from tqdm import tqdm
 
     data = Data.open(arguments, recipe, config.context, world)
@@ -156,7 +159,7 @@ def train(arguments: argparse.Namespace, held: ExitStack) -> int:
     log = open_log(out_dir, arguments, identity, recipe, optimizers, where, run_id, step if state else None, world.main)
     loss_z, norm_z = ZScore(log.last("train", "loss")), ZScore(log.last("train", "grad_norm"))
     peak, flops = peak_flops(where), model.flops_per_token()
-    timer = OptimizerTimer(device)
+    timer, norms = OptimizerTimer(device), StepNorms(model, world, parallel.replicas)
     in_a_row, saved_at = 0, step if state else -1
     recent: list[float] = []
     # None: no bar unless standard error is a terminal
@@ -195,6 +198,9 @@ def train(arguments: argparse.Namespace, held: ExitStack) -> int:
         # what ranks tell each other in a step, in one message: losses, bytes of text, signals
         numbers = send(torch.tensor([text_bytes, *interruption.flags()], dtype=torch.float32), device)
         means = world.mean(torch.cat((torch.stack(losses).sum()[None], numbers)))
+        measured = arguments.norms_every and (run.step + 1) % arguments.norms_every == 0
+        if measured:
+            norms.before()
         timer.start()
         grad_norm = optimizers.step(means[0])
         timer.stop()
@@ -220,10 +226,14 @@ def train(arguments: argparse.Namespace, held: ExitStack) -> int:
             lr=recipe.lr * factor,
             step_ms=1000 * seconds,
             optimizer_ms=optimizer_ms,
+            optimizer_share=optimizer_ms / (1000 * seconds),
             tokens_per_s=recipe.batch_tokens / seconds,
             mfu=flops * recipe.batch_tokens / seconds / (peak * world.ranks) if peak else None,
+            memory_gib=memory_gib(device),
             skipped=not finite,
         )
+        if measured:
+            log.write("norms", step=run.step, **norms.after())
         bar.update()
         if run.step % arguments.log_every == 0 or run.step == total or not finite:
             log_line(format_step(record, total, seconds_left))

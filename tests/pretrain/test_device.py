@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from celo2.pretrain.device import OptimizerTimer, device_name, peak_flops, precision, select_device
+from celo2.pretrain.device import OptimizerTimer, device_name, memory_gib, peak_flops, precision, select_device
 
 
 @pytest.mark.parametrize(
@@ -52,3 +52,11 @@ def test_timer_measures_what_is_between() -> None:
     timer.start()
     timer.stop()
     assert 0 <= timer.elapsed_ms() < 1000
+
+
+def test_memory_of_the_process() -> None:
+    before = memory_gib(torch.device("cpu"))
+    assert 0.05 < before < 64
+    held = torch.ones(2**26)
+    # a quarter of a GiB, and what the allocator likes
+    assert memory_gib(torch.device("cpu")) - before == pytest.approx(held.nbytes / 2**30, rel=0.2)

@@ -36,6 +36,7 @@ SMALL = [
     "4",
 ]
 SMALL += ["--steps", "8", "--save-every", "4", "--comm-dtype", "float32"]
+SMALL += ["--norms-every", "4"]
 
 
 @pytest.fixture(scope="module")
@@ -64,6 +65,11 @@ def losses(out: Path, kind: str = "train") -> dict[int, float]:
     return {record["step"]: record["loss"] for record in read_metrics(out / METRICS) if record["kind"] == kind}
 
 
+def norms(out: Path) -> dict[tuple[int, str], float]:
+    records = [record for record in read_metrics(out / METRICS) if record["kind"] == "norms"]
+    return {(record["step"], key): record[key] for record in records for key in record if "/" in key}
+
+
 @pytest.fixture(scope="module")
 def alone(data, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("runs") / "alone"
@@ -84,6 +90,9 @@ def assert_same_losses(out: Path, expected: Path, first: int = 1, tolerance: flo
     for step in range(first, 9):
         assert found[step] == pytest.approx(wanted[step], abs=tolerance), step
     assert losses(out, "val") == pytest.approx(losses(expected, "val"), abs=tolerance)
+    measured = norms(expected)
+    assert {step for step, _ in measured} == {4, 8}
+    assert norms(out) == pytest.approx(measured, rel=10 * tolerance)
     assert wanted[8] < wanted[1] - 1
 
 

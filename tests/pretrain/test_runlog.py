@@ -4,8 +4,6 @@ import importlib.metadata
 import io
 import json
 import math
-import sys
-import types
 
 import pytest
 
@@ -73,7 +71,7 @@ def test_z_score_is_of_the_values_before() -> None:
 
 
 def open_log(folder, resume_step=None, **options) -> RunLog:
-    return RunLog(folder, resume_step=resume_step, wandb="off", run_id="r", config={}, **options)
+    return RunLog(folder, resume_step=resume_step, run_id="r", config={}, **options)
 
 
 def test_records_are_json_lines_without_nan(tmp_path) -> None:
@@ -129,35 +127,6 @@ def test_full_disk_names_the_file(tmp_path) -> None:
         log._file = io.TextIOWrapper(full)
         with pytest.raises(OSError, match=message):
             log.write("train", step=1)
-
-
-def test_wandb_gets_numbers_under_the_run_id(tmp_path, monkeypatch) -> None:
-    calls = []
-    run = types.SimpleNamespace(
-        log=lambda numbers, step: calls.append((numbers, step)), finish=lambda: calls.append("end")
-    )
-    fake = types.SimpleNamespace(init=lambda **options: calls.append(options) or run, Error=RuntimeError)
-    monkeypatch.setitem(sys.modules, "wandb", fake)
-    log = RunLog(tmp_path, resume_step=None, wandb="offline", run_id="abc", config={"a": 1})
-    log.write("train", step=3, loss=2.0, note="text")
-    log.write("run", step=3)
-    log.close()
-    assert calls[0]["id"] == "abc" and calls[0]["mode"] == "offline" and calls[0]["config"] == {"a": 1}
-    assert calls[1:] == [({"train/step": 3, "train/loss": 2.0}, 3), "end"]
-
-    class Error(Exception):
-        pass
-
-    def refuse(**options: object) -> None:
-        raise Error("No API key configured\nmore")
-
-    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=refuse, Error=Error))
-    with pytest.raises(ValueError, match="--wandb online cannot start: No API key configured; run `wandb login`"):
-        RunLog(tmp_path / "new", resume_step=None, wandb="online", run_id="abc", config={})
-    assert not (tmp_path / "new").exists()
-    monkeypatch.setitem(sys.modules, "wandb", None)
-    with pytest.raises(ImportError, match=r"--wandb online needs the package wandb: pip install 'celo2\[train\]'"):
-        RunLog(tmp_path, resume_step=None, wandb="online", run_id="abc", config={})
 
 
 @pytest.mark.needs("matplotlib")

@@ -127,6 +127,8 @@ def test_a_run_prints_and_leaves_what_it_promises(tmp_path, data) -> None:
     # one byte a token, but for the end-of-text tokens
     assert train[0]["bits_per_byte"] == pytest.approx(train[0]["loss"] / math.log(2), rel=0.01)
     assert 0 < train[5]["lr"] < 1e-4 and train[0]["lr"] == recipe_for("nano", "celo2").lr
+    assert all(0.05 < r["memory_gib"] < 64 and r["mfu"] is None for r in train)
+    assert all(r["optimizer_share"] == pytest.approx(r["optimizer_ms"] / r["step_ms"]) for r in train)
     assert (out / "loss.png").read_bytes().startswith(b"\x89PNG")
     assert f"{records[-1]['loss']:.4f} nats a token" in (out / "report.md").read_text()
     assert Checkpoints(out).latest().step == 6
