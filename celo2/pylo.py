@@ -2,8 +2,10 @@
 
 Its network of Celo2 has the arrays `w0.0` .. `w0.13`, `b0`, `dense_w.0`, `dense_b.0`, `dense_w.1` and `dense_b.1`, all
 used as `x @ W`. On a hub they are a `model.safetensors` beside a `config.json` with the network's sizes; PyLO's
-`checkpoint_path=` takes a state dict that `torch.save` wrote.
-Source: `pylo/models/CELO2_MLP.py` of Belilovsky-Lab/pylo at 38fa59c.
+`checkpoint_path=` takes a state dict that `torch.save` wrote. Another of its versions has `torch.nn.Linear` layers,
+`first_layer`, `hidden` and `output`, with the first layer whole or in parts, `first_layer_weights.0` to `.13`: these are
+read, not written.
+Source: `pylo/models/CELO2_MLP.py` of Belilovsky-Lab/pylo at 38fa59c, and `Celo2_MLP.py` at da51c81.
 """
 
 from __future__ import annotations
@@ -12,7 +14,8 @@ import io
 import json
 import os
 import pickle
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,11 +39,36 @@ _NAMES = {
 _HERE = {there: here for here, there in _NAMES.items()}
 
 
-def from_pylo(arrays: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return arrays by the names of a theta where they have PyLO's; others are left as they are."""
-    if "dense_w.0" not in arrays:
-        return arrays
-    return {_HERE.get(name, name): array for name, array in arrays.items()}
+def from_pylo(arrays: Mapping[str, Any], groups: Sequence[int]) -> Mapping[str, Any]:
+    """Return arrays by the names of a theta where they have PyLO's; others are left as they are.
+
+    `groups` are the numbers of columns of the 14 groups of inputs.
+    """
+    if "dense_w.0" in arrays:
+        return {_HERE.get(name, name): array for name, array in arrays.items()}
+    if "first_layer.weight" in arrays or "first_layer_weights.0" in arrays:
+        return _from_linear_layers(dict(arrays), groups)
+    return arrays
+
+
+def _from_linear_layers(arrays: dict[str, Any], groups: Sequence[int]) -> dict[str, Any]:
+    found = {}
+    if "first_layer.weight" in arrays:
+        ends = list(accumulate(groups))
+        first = arrays.pop("first_layer.weight")
+        parts = [first[:, begin:end] for begin, end in pairwise((0, *ends))]
+    else:
+        parts = [arrays.pop(f"first_layer_weights.{group}") for group in range(len(groups))]
+    for group, part in enumerate(parts):
+        found[f"w0__{group}"] = part.T
+    for name, array in arrays.items():
+        layer, _, kind = name.rpartition(".")
+        if name == "first_layer_bias":
+            layer, kind = "first_layer", "bias"
+        place = {"first_layer": 0, "hidden": 1, "output": 2}.get(layer)
+        known = place is not None and kind in ("weight", "bias")
+        found[f"{kind[0]}{place}" if known else name] = array.T if known else array
+    return found
 
 
 def read_checkpoint(data: bytes) -> dict[str, Any]:

@@ -190,7 +190,7 @@ class Theta:
                 arrays, card = flax_state.loads(data), {}
             recorded = card.pop("sha256", None)
             card.pop("format", None)
-            theta = cls.from_arrays(pylo.from_pylo(arrays), {"name": path.stem} | card)
+            theta = cls.from_arrays(pylo.from_pylo(arrays, GROUP_COLUMNS), {"name": path.stem} | card)
         except (ValueError, KeyError, TypeError, RecursionError, safetensors.SafetensorError) as error:
             # the decoders answer a damaged byte with any of these
             raise ValueError(

@@ -93,3 +93,31 @@ def test_what_is_refused(random_theta: Any, tmp_path: Path) -> None:
             load_weights(tmp_path / name)
     with pytest.raises(FileNotFoundError, match="no such file"):
         load_weights("me/theta.pt")
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_files_with_linear_layers_are_read(whole: bool, tmp_path: Path) -> None:
+    first, hidden, output = nn.Linear(30, 8), nn.Linear(8, 8), nn.Linear(8, 3)
+    state = {
+        f"{name}.{key}": value
+        for name, layer in (("hidden", hidden), ("output", output))
+        for key, value in layer.state_dict().items()
+    }
+    if whole:
+        state |= {"first_layer.weight": first.weight, "first_layer.bias": first.bias}
+    else:
+        parts = first.weight.split(GROUP_COLUMNS, dim=1)
+        state |= {f"first_layer_weights.{group}": part for group, part in enumerate(parts)}
+        state["first_layer_bias"] = first.bias
+    torch.save({name: tensor.detach().clone() for name, tensor in state.items()}, tmp_path / "theta.pt")
+    theta = load_weights(tmp_path / "theta.pt")
+    columns = torch.randn(100, 30)
+    with torch.no_grad():
+        there = output(hidden(first(columns).relu()).relu())[:, 0]
+    torch.testing.assert_close(mlp(theta.tensors(torch.float32, columns.device), columns), there)
+
+
+def test_linear_layers_with_a_part_missing_are_refused(tmp_path: Path) -> None:
+    torch.save({"first_layer.weight": torch.zeros(8, 30), "hidden.weight": torch.zeros(8, 8)}, tmp_path / "theta.pt")
+    with pytest.raises(ValueError, match="theta.pt is not a readable theta"):
+        load_weights(tmp_path / "theta.pt")
