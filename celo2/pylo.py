@@ -3,8 +3,8 @@
 Its network of Celo2 has the arrays `w0.0` .. `w0.13`, `b0`, `dense_w.0`, `dense_b.0`, `dense_w.1` and `dense_b.1`, all
 used as `x @ W`. On a hub they are a `model.safetensors` beside a `config.json` with the network's sizes; PyLO's
 `checkpoint_path=` takes a state dict that `torch.save` wrote. Another of its versions has `torch.nn.Linear` layers,
-`first_layer`, `hidden` and `output`, with the first layer whole or in parts, `first_layer_weights.0` to `.13`: these are
-read, not written.
+`first_layer`, `hidden` and `output`, with the first layer whole or in parts, `first_layer_weights.0` to `.13`: these
+are read, not written.
 Source: `pylo/models/CELO2_MLP.py` of Belilovsky-Lab/pylo at 38fa59c, and `Celo2_MLP.py` at da51c81.
 """
 
