@@ -49,8 +49,7 @@ def test_nanogpt(tmp_path: Path) -> None:
 
 @pytest.mark.needs("skimage", "matplotlib", "tqdm")
 def test_own_learned_optimizer(tmp_path: Path) -> None:
-    command = ("own_learned_optimizer.py", "--steps", "11", "--outer-steps", "2")
-    text = run(*command, folder=tmp_path).stdout
+    text = run("own_learned_optimizer.py", "--steps", "11", "--outer-steps", "2", folder=tmp_path).stdout
     assert text.count("$ python -m celo2.meta.") == 2 and text.count("| validation ") == 6
     assert sorted(path.name for path in (tmp_path / "own-theta").glob("*.safetensors") if "theta" in path.name) == [
         "theta-0000001.safetensors",
@@ -59,9 +58,6 @@ def test_own_learned_optimizer(tmp_path: Path) -> None:
     ]
     first, last = losses(text)
     assert first > 5 and last < 4
-    # a second time it has the theta and the scores already
-    again = run(*command, folder=tmp_path).stdout
-    assert "| validation " not in again and losses(again) == losses(text)
 
 
 @pytest.mark.parametrize(

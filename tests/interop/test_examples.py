@@ -29,9 +29,7 @@ def run(
         command += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
     command += [str(program), *map(str, arguments)]
     variables = {**os.environ, **OFFLINE, **environment}
-    result = subprocess.run(
-        command, cwd=folder, capture_output=True, text=True, timeout=600, env=variables, check=False
-    )
+    result = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=600, env=variables)
     assert result.returncode == status, result.stderr[-4000:]
     return result
 

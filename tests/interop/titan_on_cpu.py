@@ -1,7 +1,8 @@
 """torchtitan's own program on a CPU; what it asks of a GPU alone is replaced.
 
-It takes the first accelerator of PyTorch for its device, reads that device's memory, and attends by FlexAttention, which
-has no backward pass on CPUs: here by PyTorch's attention, causal over the whole sequence. Gloo has no timeout to set.
+It takes the first accelerator of PyTorch for its device, reads that device's memory, and attends by FlexAttention,
+which has no backward pass on CPUs: here by PyTorch's attention, causal over the whole sequence. Gloo has no timeout to
+set.
 """
 
 from __future__ import annotations
