@@ -63,6 +63,11 @@ def select(arguments: argparse.Namespace) -> int:
     compiled = not arguments.no_compile
     if compiled:
         require_compiler(torch.device("cpu"), "give --no-compile")
+    paths = sorted(arguments.run.glob("theta-*.safetensors"))[-4:]
+    if not paths:
+        raise ValueError(f"{arguments.run} has no theta-*.safetensors, which celo2.meta.train writes at --save-every")
+    if arguments.steps is not None:
+        paths = [arguments.run / f"theta-{step:07d}.safetensors" for step in arguments.steps]
     settings = replace(SELECTION, steps=arguments.train_steps)
     torch.set_num_threads(arguments.threads)
     text = Text(
@@ -76,11 +81,6 @@ def select(arguments: argparse.Namespace) -> int:
     context = {"settings": asdict(settings), "data": text.fingerprint}
     records = [record for record in records if {key: record.get(key) for key in context} == context]
     known = {(record["theta"], record["tuned"]["lr"]) for record in records}
-    paths = sorted(arguments.run.glob("theta-*.safetensors"))[-4:]
-    if not paths:
-        raise ValueError(f"{arguments.run} has no theta-*.safetensors, which celo2.meta.train writes at --save-every")
-    if arguments.steps is not None:
-        paths = [arguments.run / f"theta-{step:07d}.safetensors" for step in arguments.steps]
     files: dict[str, Path] = {}
     for path in paths:
         # of a checkpoint's theta the run's card says how it is used
