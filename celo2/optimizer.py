@@ -39,9 +39,9 @@ from celo2.theta import Theta, load_weights
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
-# set by learning-rate schedulers and by torch.optim itself
+# set by learning-rate schedulers (lr_scale: timm's, and its layer decay) and by torch.optim itself
 _FOREIGN_KEYS = frozenset(
-    {"params", "param_names", "initial_lr", "max_lr", "min_lr", "swa_lr", "kind", "lr_mult", "reasons"}
+    {"params", "param_names", "initial_lr", "max_lr", "min_lr", "swa_lr", "lr_scale", "kind", "lr_mult", "reasons"}
 )
 
 

@@ -44,7 +44,8 @@ def test_nanogpt(tmp_path: Path) -> None:
     first, last = losses(text)
     assert first > 5 and last < 3.8
     validation = float(re.findall(r"^validation loss ([\d.]+)$", text, re.MULTILINE)[0])
-    assert validation < 3.8
+    # 3.54 when the loop leaves out the groups' multiples
+    assert validation < 3.4
 
 
 @pytest.mark.needs("skimage", "matplotlib", "tqdm")

@@ -196,6 +196,15 @@ def test_table_prints_rule_rate_and_matrices():
     assert len(table.splitlines()) == 2 + len(list(model.parameters()))
 
 
+def test_the_scales_of_a_layer_decay_stay_in_the_groups(recwarn):
+    model = Tied()
+    scales = {0.5: model.blocks[0].parameters(), 1.0: model.blocks[1].parameters()}
+    groups = [{"params": list(members), "lr": scale * 1e-3, "lr_scale": scale} for scale, members in scales.items()]
+    optimizer = FusedCelo2(groups, module=model, weights="momentum")
+    assert {group["lr"] / group["lr_mult"] / group["lr_scale"] for group in optimizer.param_groups} == {1e-3}
+    assert list(recwarn) == []
+
+
 def test_views_go_by_patterns():
     model = Tied()
     views = {"blocks.*.qkv.weight": MatrixView(split=3, heads=2), "blocks.1.*kv.weight": MatrixView(split=3)}

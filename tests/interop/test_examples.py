@@ -53,7 +53,7 @@ def test_help_and_a_bad_value(name: str, tmp_path: Path) -> None:
     launcher = HERE / "run_example.py"
     assert "--steps" in run(launcher, EXAMPLES / name, "--help", folder=tmp_path).stdout
     refused = run(launcher, EXAMPLES / name, "--steps", 0, folder=tmp_path, status=2)
-    assert refused.stderr.endswith("error: --steps 0: must be at least 1\n") and refused.stdout == ""
+    assert refused.stderr.endswith("error: --steps 0: must be at least 1\n")
     assert list(tmp_path.iterdir()) == []
 
 
