@@ -7,8 +7,8 @@ The second command goes on from the last checkpoint. `--ready-made` hands over a
 already, through `optimizers=`; with FSDP the Trainer takes the first way alone.
 
 For the real size: a `GPT2Config` of yours (or any model of transformers), a tokenizer and a data set, `bf16=True`,
-and half of the rate that AdamW had (docs/learning-rates.md). `TrainingArguments.learning_rate` and `weight_decay` are
-not read in either way: the optimizer's own `lr` and `weight_decay` are. `max_grad_norm` of the Trainer is.
+and half of the rate that AdamW had (docs/learning-rates.md). The Trainer hands over groups with the weight decay of its
+`TrainingArguments`, which wins over one beside `lr`; its `learning_rate` is not read. With `--ready-made` neither is.
 """
 
 import argparse
