@@ -39,9 +39,9 @@ from celo2.theta import Theta, load_weights
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
-# set by learning-rate schedulers and by torch.optim itself
+# set by learning-rate schedulers (lr_scale: timm's, and its layer decay) and by torch.optim itself
 _FOREIGN_KEYS = frozenset(
-    {"params", "param_names", "initial_lr", "max_lr", "min_lr", "swa_lr", "kind", "lr_mult", "reasons"}
+    {"params", "param_names", "initial_lr", "max_lr", "min_lr", "swa_lr", "lr_scale", "kind", "lr_mult", "reasons"}
 )
 
 
@@ -98,6 +98,8 @@ class FusedCelo2(Optimizer):
         module: routes tensors or groups that have no names, from a trainer that hands over nothing else: each group is
             split by the rule that the module gives its members, and keeps its options.
         overrides: patterns of names to rules, `{"*.router.*": "adamw"}`, for a module (either way): `param_groups`.
+        views: patterns of names to matrix views, `{"h.*.c_attn.weight": MatrixView(split=3)}`, of the module that is
+            `params`: `param_groups`.
 
     `fused=` and `foreach=` of PyTorch's optimizers are accepted, and make no difference.
 
@@ -163,6 +165,7 @@ class FusedCelo2(Optimizer):
         zero1_mesh: DeviceMesh | None = None,
         module: nn.Module | None = None,
         overrides: Mapping[str, str] | None = None,
+        views: Mapping[str, MatrixView] | None = None,
         **others: Any,
     ) -> None:
         comm_dtype = renamed(others, "wire_dtype", "comm_dtype", comm_dtype)
@@ -214,7 +217,11 @@ class FusedCelo2(Optimizer):
         }
         use_plain_numbers(defaults)
         if isinstance(params, nn.Module):
-            params = param_groups(params, variant=theta.variant, overrides=overrides)
+            params = param_groups(params, variant=theta.variant, views=views, overrides=overrides)
+        elif views is not None:
+            raise ValueError(
+                "views= goes by the names of a module that is given first; in groups set split, heads and axis"
+            )
         elif module is not None:
             self._routes = {route.parameter: route for route in route_module(module, overrides=overrides)}
         elif overrides is not None:

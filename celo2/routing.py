@@ -7,7 +7,8 @@ both). `celo2.routes` decides for each parameter, `FusedCelo2.table()` prints th
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from fnmatch import fnmatchcase
 from typing import Any
 
 from torch import nn
@@ -39,22 +40,20 @@ def param_groups(
     One group for each rule, kind (hidden matrices, embeddings, heads, vectors) and matrix view, the learned rule's
     first. `variant="celo2"` routes by `celo2.routes.route_module`; `"celo2-base"` sends everything to the learned rule.
     A tied weight counts once, under its first name, and goes to AdamW when any of its uses does. Frozen parameters are
-    kept, for when they are unfrozen: they have no state until then. `views` maps parameter names to their `MatrixView`;
+    kept, for when they are unfrozen: they have no state until then. `views` maps parameter names, or
+    patterns of them, to their `MatrixView`, `{"h.*.c_attn.weight": MatrixView(split=3)}`; the last that matches wins;
     convolution kernels are flattened to `[out, in * kh * kw]` without one. `overrides` maps patterns of names to a
     rule, `{"*.router.*": "adamw"}`; the last that matches wins. A group's `reasons` say by name why a parameter is
     there.
 
-    Raises ValueError for an unknown variant, rule or name in `views`, for a pattern without a match, and for a view
+    Raises ValueError for an unknown variant or rule, for a name or pattern without a match, and for a view
     that does not fit.
     """
     if not isinstance(module, nn.Module):
         raise TypeError(f"param_groups takes a torch.nn.Module, got {type(module).__name__}")
     check_variant(variant)
-    views = dict(views or {})
     routes = route_module(module, overrides=overrides)
-    unknown = sorted(set(views) - {route.name for route in routes})
-    if unknown:
-        raise ValueError(f"views for unknown parameters {unknown}; names are those of module.named_parameters()")
+    views = _match_views(views or {}, routes)
     if not any(route.parameter.requires_grad for route in routes):
         raise ValueError(f"{type(module).__name__} has no parameter that requires a gradient")
 
@@ -73,6 +72,20 @@ def param_groups(
         group["reasons"][route.name] = describe(route, variant, viewed=route.name in views)
     # what others log is the first group's rate
     return sorted(groups.values(), key=lambda group: (group["rule"] != "celo2", group["kind"] in VECTORS))
+
+
+def _match_views(views: Mapping[str, MatrixView], routes: Sequence[Route]) -> dict[str, MatrixView]:
+    """Return the views by name that names and patterns of them ask for."""
+    found: dict[str, MatrixView] = {}
+    unknown = []
+    for pattern, view in views.items():
+        names = [route.name for route in routes if fnmatchcase(route.name, pattern)]
+        found.update(dict.fromkeys(names, view))
+        if not names:
+            unknown.append(pattern)
+    if unknown:
+        raise ValueError(f"views for unknown parameters {unknown}; names are those of module.named_parameters()")
+    return found
 
 
 def rule_of_route(route: Route, variant: str) -> str:

@@ -10,11 +10,13 @@ def format_table(header: tuple[str, ...], rows: list[tuple[str, ...]], *, collap
     """Align rows of text in columns.
 
     With `collapse`, rows that differ only in a number within the name, the first cell, become one: `blocks.*.qkv x12`.
+    Other cells that repeat the name are written so as well.
     """
     if collapse:
         counts: dict[tuple[str, ...], int] = {}
         for name, *cells in rows:
-            key = (re.sub(r"(?<=\.)\d+(?=\.)", "*", name), *cells)
+            pattern = re.sub(r"(?<=\.)\d+(?=\.)", "*", name)
+            key = (pattern, *(cell.replace(name, pattern) for cell in cells))
             counts[key] = counts.get(key, 0) + 1
         rows = [(f"{name} x{count}" if "*" in name else name, *cells) for (name, *cells), count in counts.items()]
     rows = [header, *rows]

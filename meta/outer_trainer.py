@@ -157,7 +157,10 @@ class OuterTrainer:
 
     @property
     def theta(self) -> Theta:
-        return unflatten(self._parameter.detach().numpy().copy(), self.recipe.hidden)
+        """Theta as it is now; its card says how the recipe's variant is used."""
+        variant = self.recipe.variant
+        card = {"variant": variant, "orthogonalize": "true" if variant == "celo2" else "false"}
+        return unflatten(self._parameter.detach().numpy().copy(), self.recipe.hidden, card)
 
     @property
     def inner_steps_per_outer(self) -> int:

@@ -13,7 +13,7 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ import torch
 from celo2.meta.language_model import SELECTION, Method, Text, selection_shards, train_once
 from celo2.meta.train import THETA
 from celo2.pretrain import options
+from celo2.pretrain.failures import require_compiler
 from celo2.pretrain.prepare_data import prepare_embedded
 from celo2.pretrain.terminal import unfailing_streams
 from celo2.theta import Theta
@@ -44,6 +45,14 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         help="outer steps of the checkpoints that compete (default: last 4)",
     )
     parser.add_argument(
+        "--train-steps",
+        type=options.whole_number(1),
+        default=SELECTION.steps,
+        metavar="N",
+        help=f"steps of the language model that each trains (default: {SELECTION.steps})",
+    )
+    parser.add_argument("--no-compile", action="store_true", help="train it eagerly, several times slower")
+    parser.add_argument(
         "--threads", type=options.threads, default=torch.get_num_threads(), metavar="N", help="CPU threads"
     )
     return parser.parse_args(argv)
@@ -51,30 +60,37 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def select(arguments: argparse.Namespace) -> int:
     final = Theta.load(arguments.run / THETA)
+    compiled = not arguments.no_compile
+    if compiled:
+        require_compiler(torch.device("cpu"), "give --no-compile")
+    paths = sorted(arguments.run.glob("theta-*.safetensors"))[-4:]
+    if not paths:
+        raise ValueError(f"{arguments.run} has no theta-*.safetensors, which celo2.meta.train writes at --save-every")
+    if arguments.steps is not None:
+        paths = [arguments.run / f"theta-{step:07d}.safetensors" for step in arguments.steps]
+    settings = replace(SELECTION, steps=arguments.train_steps)
     torch.set_num_threads(arguments.threads)
     text = Text(
-        selection_shards(prepare_embedded("bytes", Path("data/wikipedia-bytes")), Path("data/selection")), SELECTION
+        selection_shards(prepare_embedded("bytes", Path("data/wikipedia-bytes")), Path("data/selection")), settings
     )
     scores = arguments.run / "selection.jsonl"
     records: list[dict[str, Any]] = []
     if scores.is_file():
         records = [json.loads(line) for line in scores.read_text().splitlines()]
     # a score counts for a theta, not for a file's name, and on this data in this setting
-    context = {"settings": asdict(SELECTION), "data": text.fingerprint}
+    context = {"settings": asdict(settings), "data": text.fingerprint}
     records = [record for record in records if {key: record.get(key) for key in context} == context]
     known = {(record["theta"], record["tuned"]["lr"]) for record in records}
-    paths = sorted(arguments.run.glob("theta-*.safetensors"))[-4:]
-    if arguments.steps is not None:
-        paths = [arguments.run / f"theta-{step:07d}.safetensors" for step in arguments.steps]
     files: dict[str, Path] = {}
     for path in paths:
-        # a checkpoint's theta has no card: the variant says how it is used
+        # of a checkpoint's theta the run's card says how it is used
         theta = Theta.from_arrays(Theta.load(path).arrays, dict(final.card))
         files[theta.sha256] = path
         for lr in LEARNING_RATES[final.variant]:
             if (theta.sha256, lr) in known:
                 continue
-            record = train_once(Method(path.stem, final.variant, theta), {"lr": lr}, SEED, SELECTION, text) | context
+            method = Method(path.stem, final.variant, theta)
+            record = train_once(method, {"lr": lr}, SEED, settings, text, compiled=compiled) | context
             records.append(record)
             with scores.open("a") as file:
                 file.write(json.dumps(record) + "\n")
@@ -88,7 +104,7 @@ def select(arguments: argparse.Namespace) -> int:
     card["inner_steps"] = str(int(card["inner_steps"]) // int(card["outer_steps"]) * step)
     card |= {
         "outer_steps": f"{step} of {card['outer_steps']}",
-        "selection": f"{best['final']:.4f} nats/byte at lr {best['tuned']['lr']:.3g}, {SELECTION.steps} steps of a "
+        "selection": f"{best['final']:.4f} nats/byte at lr {best['tuned']['lr']:.3g}, {settings.steps} steps of a "
         f"{best['parameters']:,}-parameter GPT, best of {len(records)} runs",
     }
     out = arguments.out or arguments.run / "selected.safetensors"

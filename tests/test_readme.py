@@ -33,7 +33,7 @@ def test_the_views_of_the_page_on_routing() -> None:
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_the_files_it_names_exist(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
-    paths = re.findall(r"`((?:celo2|pretrain|docs|tests|bench|kernels|meta)/[\w./-]+)`", text)
+    paths = re.findall(r"`((?:celo2|pretrain|docs|tests|bench|kernels|meta|examples)/[\w./-]+)`", text)
     assert len(paths) > 8 or page.name != "README.md"
     assert [path for path in paths if not (ROOT / path).exists()] == []
     links = re.findall(r"\]\(([\w./-]+\.(?:md|png))\)", text)

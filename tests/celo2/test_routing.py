@@ -196,6 +196,46 @@ def test_table_prints_rule_rate_and_matrices():
     assert len(table.splitlines()) == 2 + len(list(model.parameters()))
 
 
+def test_the_scales_of_a_layer_decay_stay_in_the_groups(recwarn):
+    model = Tied()
+    scales = {0.5: model.blocks[0].parameters(), 1.0: model.blocks[1].parameters()}
+    groups = [{"params": list(members), "lr": scale * 1e-3, "lr_scale": scale} for scale, members in scales.items()]
+    optimizer = FusedCelo2(groups, module=model, weights="momentum")
+    assert {group["lr"] / group["lr_mult"] / group["lr_scale"] for group in optimizer.param_groups} == {1e-3}
+    assert list(recwarn) == []
+
+
+def test_views_go_by_patterns():
+    model = Tied()
+    views = {"blocks.*.qkv.weight": MatrixView(split=3, heads=2), "blocks.1.*kv.weight": MatrixView(split=3)}
+    optimizer = FusedCelo2(model, weights="momentum", views=views)
+    lines = {line.split()[0]: line for line in optimizer.table().splitlines()}
+    # the last that matches wins
+    assert "6 x [4, 8]" in lines["blocks.0.qkv.weight"] and "3 x [8, 8]" in lines["blocks.1.qkv.weight"]
+    with pytest.raises(ValueError, match=r"unknown parameters \['\*.kqv.weight'\]"):
+        FusedCelo2(model, views={"*.kqv.weight": MatrixView(split=3)})
+    with pytest.raises(ValueError, match="views= goes by the names of a module that is given first"):
+        FusedCelo2(model.named_parameters(), views=views)
+
+
+def test_a_collapsed_table_gives_one_view_for_all_blocks():
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.num_heads = 2
+            self.c_attn = nn.Linear(8, 24, bias=False)
+
+    model = nn.ModuleDict({"h": nn.ModuleList(Block() for _ in range(3))})
+    table = FusedCelo2(model, weights="momentum").table(collapse=True)
+    (line,) = table.splitlines()[2:]
+    assert line.startswith("h.*.c_attn.weight x3")
+    hint = 'views={"h.*.c_attn.weight": MatrixView(split=3, heads=2)}'
+    assert line.endswith(hint)
+    # and it is one that the optimizer takes
+    views = eval(hint.removeprefix("views="), {"MatrixView": MatrixView})
+    assert FusedCelo2(model, weights="momentum", views=views).table(collapse=True).count("6 x [4, 8]") == 1
+
+
 def test_views_split_every_matrix_of_a_batch():
     """The fused gate and up projections of experts, [E, 2 d, n]: what steps them apart steps them together."""
     torch.manual_seed(0)

@@ -43,7 +43,7 @@ def accelerator_for(way: str) -> Accelerator:
 def train(way: str, folder: Path | None, first: int = 0) -> dict[str, Any]:
     """Train; save at a step, or begin at one with what was saved."""
     accelerator = accelerator_for(way)
-    names = run_snippet("accelerate", accelerator=accelerator, model=byte_model())
+    names = run_snippet("accelerate", accelerator=accelerator, model=byte_model(), lr=1e-2)
     model, optimizer = names["model"], names["optimizer"]
     before = unsharded(optimizer.optimizer)
     if first:

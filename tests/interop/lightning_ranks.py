@@ -36,7 +36,7 @@ from celo2 import FusedCelo2
 STEPS, SAVED = 6, 3
 EXPECTED = routes(FusedCelo2(byte_model()))
 WORLD = int(os.environ["WORLD_SIZE"])
-TASK = run_snippet("Lightning", loss_of=next_token_loss)["Task"]
+TASK = run_snippet("Lightning", loss_of=next_token_loss, lr=1e-2)["Task"]
 
 
 class Sharded(TASK):

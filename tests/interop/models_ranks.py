@@ -81,13 +81,13 @@ def main() -> None:
 
             def make(name: str = name, layout: torch.memory_format = layout) -> tuple[nn.Module, FusedCelo2]:
                 model = vision(name).to(memory_format=layout)
-                return model, run_snippet("timm", model=model)["optimizer"]
+                return model, run_snippet("timm", model=model, lr=1e-3)["optimizer"]
 
             found[f"{name} {layout}"] = run(make, lambda model, step, layout=layout: image_loss(model, step, layout))
 
     def adapted() -> tuple[nn.Module, FusedCelo2]:
         torch.manual_seed(0)
-        names = run_snippet("PEFT", model=llama())
+        names = run_snippet("PEFT", model=llama(), lr=1e-2)
         return names["model"], names["optimizer"]
 
     found["lora"] = run(adapted, lambda model, step: model(input_ids=batch(step), labels=batch(step)).loss)

@@ -293,3 +293,17 @@ def test_adapters_and_copies_of_heads() -> None:
     assert len(saved) == 2 and set(saved.values()) == {"adamw"}
     assert {rule for name, rule in rules.items() if "lora_" in name} == {"celo2"}
     assert {rule for name, rule in rules.items() if "embed_tokens" in name} == {"adamw"}
+
+
+def test_the_trainer_gives_the_weight_decay(tmp_path: Path) -> None:
+    """What docs/interop.md says: the decay of the Trainer's arguments wins, and their rate is not read."""
+    from transformers import Trainer, TrainingArguments
+
+    given = {"output_dir": str(tmp_path), "use_cpu": True, "report_to": "none"}
+    arguments = TrainingArguments(**given, weight_decay=0.3, learning_rate=7e-5)
+    model = common.llama()
+    options = {"lr": 1e-3, "weight_decay": 0.1, "module": model}
+    trainer = Trainer(model, arguments, optimizer_cls_and_kwargs=(FusedCelo2, options))
+    groups = trainer.create_optimizer().param_groups
+    found = {(group["kind"], group["lr"], group["weight_decay"]) for group in groups}
+    assert found == {("matrix", 1e-3, 0.3), ("embedding", 0.02, 0.3), ("head", 0.02, 0.3), ("vector", 0.02, 0.0)}

@@ -38,7 +38,9 @@ def build() -> tuple[Any, Any]:
     for block in model.blocks:
         fully_shard(block, mesh=mesh)
     fully_shard(model, mesh=mesh)
-    return model, run_snippet("torchtitan", model=model)["optimizers"]
+    # the snippet's dataclass asks for the module that it is of
+    config = run_snippet("torchtitan", __name__=__name__)["celo2_optimizer"](lr=1e-2)
+    return model, config.build(model_parts=[model])
 
 
 def train(model: Any, optimizers: Any, steps: range) -> list[float]:

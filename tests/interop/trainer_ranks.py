@@ -57,7 +57,7 @@ def train(way: str, folder: Path, *, accumulation: int = 1, resume: bool = False
     )
     checkpoint = str(folder / f"checkpoint-{SAVED}") if resume else None
     model = llama()
-    names = run_snippet(way, model=model, arguments=arguments, dataset=dataset(), checkpoint=checkpoint)
+    names = run_snippet(way, model=model, arguments=arguments, dataset=dataset(), checkpoint=checkpoint, lr=1e-2)
     trainer = names["trainer"]
     optimizer = getattr(trainer.optimizer, "optimizer", trainer.optimizer)
     assert isinstance(optimizer, FusedCelo2)

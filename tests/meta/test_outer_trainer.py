@@ -16,6 +16,7 @@ import torch
 from celo2.meta.learned_rule import flatten
 from celo2.meta.outer_trainer import CURVE, OuterTrainer, initial_theta
 from celo2.reference import MatrixState, matrix_update
+from celo2.theta import Theta
 
 
 def trainer(recipe, image_sets, seed=0):
@@ -48,6 +49,14 @@ def test_theta_starts_as_the_paper_says():
     assert theta.arrays["w1"].std() * np.sqrt(8) == pytest.approx(0.88, rel=0.3)
     assert not any(theta.arrays[name].any() for name in ("b0", "b1", "b2"))
     assert initial_theta(0) == theta != initial_theta(1)
+
+
+@pytest.mark.parametrize("variant", ["celo2", "celo2-base"])
+def test_theta_says_how_it_is_used(image_sets, small_recipe, tmp_path, variant):
+    run = trainer(small_recipe(variant=variant), image_sets)
+    run.save(tmp_path)
+    for theta in (run.theta, Theta.load(tmp_path / "theta-0000000.safetensors")):
+        assert theta.variant == variant and theta.orthogonalize == (variant == "celo2")
 
 
 @pytest.mark.parametrize("start", ["muon", "adam"])
