@@ -22,6 +22,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from celo2 import FusedCelo2, Theta
 from celo2.pretrain.activations import Activations, count_activations
 from celo2.pretrain.device import DTYPES
+from celo2.pretrain.loss import automatic_chunks
 from celo2.pretrain.machines import ASSUMPTIONS, LAUNCH, MACHINES, RULE_LAUNCHES, USABLE, Links, Machine
 from celo2.pretrain.messages import Loads, Messages, model_messages, row_messages, rule_messages
 from celo2.pretrain.model import GPT, GPTConfig, model_config
@@ -142,7 +143,7 @@ def make_plan(
     micro_batch: int | None = None,
     reduce: str = "last",
     recompute: bool = False,
-    loss_chunks: int = 1,
+    loss_chunks: int | None = None,
     weights: str | Theta | None = None,
     bias: bool = False,
     comm_dtype: str = "auto",
@@ -164,6 +165,8 @@ def make_plan(
         raise ValueError(f"--world-size {world_size} in nodes of {local_ranks}: both must be at least 1")
     machine, config = MACHINES[gpu], model_config(size, arch, bias=bias)
     micro_batch, micro_steps = split_batch(micro_batch, recipe.batch_tokens, config.context, world_size)
+    if loss_chunks is None:
+        loss_chunks = automatic_chunks(micro_batch * config.context, config.padded_vocab_size)
     reductions = micro_steps if reduce == "every" else 1
     local_ranks = min(local_ranks, world_size)
     with fake_processes(world_size):

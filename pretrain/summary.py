@@ -52,7 +52,8 @@ def describe(
         "versions": ", ".join(f"{name} {version}" for name, version in versions().items()),
         "device": where + ("" if peak else ": not in the table of peak FLOPs, so no MFU"),
         "model": f"{arguments.size}, {config.arch}: {config.n_layer} layers, {config.n_head} x {config.head_dim} "
-        f"heads, width {config.width}, context {config.context}, vocabulary {config.vocab_size}",
+        f"heads, width {config.width}, context {config.context}, vocabulary {config.vocab_size}"
+        + (", attention within documents" if arguments.mask_documents else ""),
         "parameters": f"{parameters:,} ({', '.join(f'{count:,} by {rule}' for rule, count in rules.items())})",
         "optimizer": arguments.opt + weights,
         "recipe": f"{recipe.name}; source: {recipe.source}",
