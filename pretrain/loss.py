@@ -145,8 +145,8 @@ def linear_cross_entropy(
     """Cross-entropy of the logits x W^T + b in `chunks` parts, as `torch.nn.functional.cross_entropy` of all of them.
 
     targets_N is int64; those of IGNORED do not count. Logits are computed in the dtype of x, or in that of autocast,
-    the loss and the head's gradient in float32 or wider. Rows from `vocab_size` on are padding, and do not exist for the
-    softmax; logits stay within `cap`, if there is one. `compiled` takes the softmax and its gradient through
+    the loss and the head's gradient in float32 or wider. Rows from `vocab_size` on are padding, which the softmax
+    leaves out; logits stay within `cap`, if there is one. `compiled` takes the softmax and its gradient through
     torch.compile. The gradient is there once: a second backward pass raises RuntimeError.
     """
     counted = (targets_N != IGNORED).sum()

@@ -185,6 +185,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         action=argparse.BooleanOptionalAction,
         help="torch.compile every block (default: on a GPU, where a compiler is)",
     )
+    machine.add_argument("--fp8", action="store_true", help="blocks multiply in FP8 (torchao; H100, RTX 4090 or newer)")
     machine.add_argument(
         "--activation-checkpointing", action="store_true", help="compute a block's activations again for its backward"
     )

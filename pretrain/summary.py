@@ -92,6 +92,8 @@ def plan_of(arguments: argparse.Namespace, recipe: Recipe) -> str:
     """What the run would be on `--world-size` GPUs of the kind `--gpu`."""
     from celo2.pretrain import plan
 
+    if arguments.fp8:
+        raise ValueError("--fp8 cannot be planned: there is no model of its speed; leave it or --world-size out")
     return plan.describe(
         plan.make_plan(
             size=arguments.size,

@@ -24,7 +24,7 @@ from typing import NoReturn
 import torch
 from torch import nn
 
-from celo2.pretrain import require
+from celo2.pretrain import fp8, require
 from celo2.pretrain.batches import Batches
 from celo2.pretrain.checkpoint import Checkpoints, RunState
 from celo2.pretrain.device import OptimizerTimer, device_name, peak_flops, precision, send
@@ -58,6 +58,8 @@ def build(
             loss_chunks=arguments.loss_chunks,
             mask_documents=arguments.mask_documents,
         )
+    if arguments.fp8 and not arguments.dry_run:
+        fp8.convert(model)
     if arguments.compile:
         model.compile_parts()
     if parallel.sharded:
@@ -104,6 +106,8 @@ def train(arguments: argparse.Namespace, held: ExitStack) -> int:
 
     uncompiled = None
     if not arguments.dry_run:
+        if arguments.fp8:
+            fp8.require_fp8(device, dtype)
         arguments.compile, uncompiled = resolve_compile(arguments.compile, device)
         # blocks of one run are alike on all ranks
         arguments.compile = bool(arguments.compile) and not world.all_reduce_max(uncompiled is not None)
