@@ -21,6 +21,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -132,6 +133,20 @@ def other_loop(config: GPTConfig, path: Path, batch: int, micro_steps: int, peak
         yield
 
 
+class Clock(NamedTuple):
+    """Seconds on the wall, and of this process on its cores, which other programs of the machine do not lengthen."""
+
+    wall: float
+    cpu: float
+
+    @classmethod
+    def now(cls) -> Clock:
+        return cls(time.perf_counter(), time.process_time())
+
+    def since(self, before: Clock) -> Clock:
+        return Clock(self.wall - before.wall, self.cpu - before.cpu)
+
+
 class Turns:
     """Stands where the trainer asks for a step's learning rate: every `block` steps the other loop has as many.
 
@@ -140,21 +155,21 @@ class Turns:
 
     def __init__(self, other: Iterator[None], block: int) -> None:
         self.other, self.block = other, block
-        self.ours: list[float] = []
-        self.theirs: list[float] = []
+        self.ours: list[Clock] = []
+        self.theirs: list[Clock] = []
         self._learning_rate = Schedule.learning_rate
-        self._since = 0.0
+        self._since = Clock.now()
 
     def learning_rate(self, schedule: Schedule, step: int) -> float:
         if step >= WARM_UP and (step - WARM_UP) % self.block == 0:
-            begun = time.perf_counter()
+            begun = Clock.now()
             if step > WARM_UP:
-                self.ours.append(begun - self._since)
+                self.ours.append(begun.since(self._since))
             for _ in range(self.block if step > WARM_UP else WARM_UP):
                 next(self.other)
-            self._since = time.perf_counter()
+            self._since = Clock.now()
             if step > WARM_UP:
-                self.theirs.append(self._since - begun)
+                self.theirs.append(self._since.since(begun))
         return self._learning_rate(schedule, step)
 
 
@@ -186,9 +201,12 @@ def compare(case: str, arguments: argparse.Namespace, data: Path, out: Path) -> 
         train_gpt.Optimizers, Schedule.learning_rate = Optimizers, turns._learning_rate  # type: ignore[misc, method-assign]
     if status:
         raise SystemExit(status)
-    rates = [[arguments.block * tokens / seconds for seconds in side] for side in (turns.ours, turns.theirs)]
-    ratios = [ours / theirs for ours, theirs in zip(*rates, strict=True)]
-    return f"| {arguments.size} | {case} | {tokens:,} | {spread(rates[0])} | {spread(rates[1])} | {spread(ratios)} |"
+    rates = [[arguments.block * tokens / clock.wall for clock in side] for side in (turns.ours, turns.theirs)]
+    pairs = list(zip(turns.ours, turns.theirs, strict=True))
+    cells = [spread(rates[0]), spread(rates[1])]
+    cells += [spread([theirs[clock] / ours[clock] for ours, theirs in pairs]) for clock in range(2)]
+    named = f"{case}{' ' if arguments.trainer else ''}{' '.join(arguments.trainer)}"
+    return f"| {arguments.size} | {named} | {tokens:,} | {' | '.join(cells)} |"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -208,11 +226,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         data = prepare_embedded("bytes" if arguments.size == "nano" else "gpt2", Path(folder) / "data")
         rows = [compare(case, arguments, data, Path(folder) / case.replace(", ", "-")) for case in arguments.opt]
     print(f"\n{torch.get_num_threads()} threads, PyTorch {torch.__version__}; tokens a second, median (quartiles)\n")
-    print(
-        "| size | optimizer | tokens a step | the trainer | nanoGPT's loop, AdamW | ratio of pairs |\n"
-        + "|---" * 6
-        + "|"
-    )
+    print("| size | optimizer | tokens a step | the trainer | nanoGPT's loop, AdamW | ratio | by CPU time |")
+    print("|---" * 7 + "|")
     print("\n".join(rows))
     return 0
 
