@@ -201,6 +201,8 @@ def compare(case: str, arguments: argparse.Namespace, data: Path, out: Path) -> 
         train_gpt.Optimizers, Schedule.learning_rate = Optimizers, turns._learning_rate  # type: ignore[misc, method-assign]
     if status:
         raise SystemExit(status)
+    if len(turns.theirs) < arguments.rounds:
+        raise SystemExit(f"interrupted in block {len(turns.theirs) + 1} of {arguments.rounds}")
     rates = [[arguments.block * tokens / clock.wall for clock in side] for side in (turns.ours, turns.theirs)]
     pairs = list(zip(turns.ours, turns.theirs, strict=True))
     cells = [spread(rates[0]), spread(rates[1])]

@@ -51,6 +51,8 @@ def _compiled_creation() -> Callable[..., Any]:
 def attend(q_BHTK: Tensor, k_BHTK: Tensor, v_BHTK: Tensor, mask: Mask, scale: float | None) -> Tensor:
     """Attention under a mask, None: causal; `scale` None is over the root of K."""
     if isinstance(mask, BlockMask):
+        # compiled for a CPU (PyTorch 2.13), it reads what is computed just before as if it lay contiguous
+        q_BHTK, k_BHTK, v_BHTK = q_BHTK.contiguous(), k_BHTK.contiguous(), v_BHTK.contiguous()
         y_BHTK: Tensor = flex_attention(q_BHTK, k_BHTK, v_BHTK, block_mask=mask, scale=scale)
         return y_BHTK
     return F.scaled_dot_product_attention(q_BHTK, k_BHTK, v_BHTK, attn_mask=mask, is_causal=mask is None, scale=scale)

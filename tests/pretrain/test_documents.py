@@ -83,6 +83,21 @@ def test_a_window_of_one_document_is_causal() -> None:
     assert copy.deepcopy(masked).mask_documents
 
 
+def test_the_blocks_of_a_gpu_compile_with_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU but for the backward pass: a mask of blocks that goes into compiled blocks."""
+    config = GPTConfig("modern", n_layer=1, n_head=2, head_dim=32, context=128, vocab_size=31)
+    model = GPT(config, mask_documents=True)
+    model.init_weights(0)
+    tokens_BT = torch.randint(END + 1, (2, 128), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = model(tokens_BT)
+        monkeypatch.setattr(
+            "celo2.pretrain.model.document_mask", lambda tokens, end: document_blocks(tokens, end, create_block_mask)
+        )
+        model.compile_parts()
+        torch.testing.assert_close(model(tokens_BT), expected, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 @pytest.mark.parametrize("scale", [None, 0.12])
 def test_the_blocks_of_a_gpu_mask_alike(scale: float | None) -> None:
