@@ -173,10 +173,10 @@ class Turns:
         return self._learning_rate(schedule, step)
 
 
-def spread(values: Sequence[float]) -> str:
+def spread(values: Sequence[float], digits: int) -> str:
     """Median and quartiles."""
     low, middle, high = statistics.quantiles(values, n=4)
-    return f"{middle:.3f} ({low:.3f}, {high:.3f})" if high < 100 else f"{middle:,.0f} ({low:,.0f}, {high:,.0f})"
+    return f"{middle:,.{digits}f} ({low:,.{digits}f}, {high:,.{digits}f})"
 
 
 def compare(case: str, arguments: argparse.Namespace, data: Path, out: Path) -> str:
@@ -205,8 +205,8 @@ def compare(case: str, arguments: argparse.Namespace, data: Path, out: Path) -> 
         raise SystemExit(f"interrupted in block {len(turns.theirs) + 1} of {arguments.rounds}")
     rates = [[arguments.block * tokens / clock.wall for clock in side] for side in (turns.ours, turns.theirs)]
     pairs = list(zip(turns.ours, turns.theirs, strict=True))
-    cells = [spread(rates[0]), spread(rates[1])]
-    cells += [spread([theirs[clock] / ours[clock] for ours, theirs in pairs]) for clock in range(2)]
+    cells = [spread(side, 0) for side in rates]
+    cells += [spread([theirs[clock] / ours[clock] for ours, theirs in pairs], 3) for clock in range(2)]
     named = f"{case}{' ' if arguments.trainer else ''}{' '.join(arguments.trainer)}"
     return f"| {arguments.size} | {named} | {tokens:,} | {' | '.join(cells)} |"
 
