@@ -51,15 +51,19 @@ def loss_and_gradient(
         logits_NP = cap * logits_NP * root_NP
         # of cap * z / sqrt(z^2 + cap^2)
         slope_NP = root_NP.pow_(3).mul_(cap**3)
-    if vocab_size != logits_NP.shape[-1]:
+    columns_P = torch.arange(logits_NP.shape[-1], device=logits_NP.device)
+    compiling = torch.compiler.is_compiling()
+    if vocab_size != logits_NP.shape[-1] and compiling:
+        # what is written in place would be written back
+        logits_NP = logits_NP.masked_fill(columns_P >= vocab_size, -torch.inf)
+    elif vocab_size != logits_NP.shape[-1]:
         logits_NP[:, vocab_size:] = -torch.inf
     counted_N = targets_N != IGNORED
     target_N1 = torch.where(counted_N, targets_N, 0)[:, None]
     log_odds_NP = torch.log_softmax(logits_NP, -1, dtype=wide)
     nats_N = torch.where(counted_N, -log_odds_NP.gather(1, target_N1).squeeze(1), 0.0)
-    if torch.compiler.is_compiling():
+    if compiling:
         # a comparison becomes part of the loop over the chunk, a scatter does not
-        columns_P = torch.arange(logits_NP.shape[-1], device=logits_NP.device)
         gradient_NP = log_odds_NP.exp() - (columns_P == target_N1).to(wide)
     else:
         gradient_NP = log_odds_NP.exp_()

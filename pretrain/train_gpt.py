@@ -110,7 +110,8 @@ def train(arguments: argparse.Namespace, held: ExitStack) -> int:
             fp8.require_fp8(device, dtype)
         arguments.compile, uncompiled = resolve_compile(arguments.compile, device)
         # blocks of one run are alike on all ranks
-        arguments.compile = bool(arguments.compile) and not world.all_reduce_max(uncompiled is not None)
+        uncompiled = next((text for text in world.gather(uncompiled) if text is not None), None)
+        arguments.compile = bool(arguments.compile) and uncompiled is None
     if arguments.loss_chunks is None:
         tokens = micro_batch * config.context
         arguments.loss_chunks = automatic_chunks(tokens, config.padded_vocab_size) if device.type == "cuda" else 1
