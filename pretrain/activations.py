@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from celo2.pretrain.device import DTYPES
+from celo2.pretrain.loss import CAPPED_ELEMENT_BYTES, ELEMENT_BYTES
 from celo2.pretrain.model import GPT, GPTConfig
 
 # log-probabilities, their gradient and the gradient of the logits, in float32, when the backward pass begins
@@ -21,7 +22,7 @@ class Activations(NamedTuple):
     kept: int
     """What layers keep from their forward pass for their backward pass, but for the loss."""
     loss: int
-    """Logits, log-probabilities and gradients of the part of the loss whose backward pass runs."""
+    """Log-probabilities and gradients of the loss; of one in chunks, what a chunk has beside the head's gradient."""
     block: int
     """With recomputed blocks, what one computes again above its input; else 0."""
 
@@ -120,4 +121,10 @@ def count_activations(
     if loss_chunks == 1:
         # the log-probabilities, which the loss counts
         kept -= 4 * tokens * config.padded_vocab_size
-    return Activations(kept, LOSS_BYTES * -(-tokens // loss_chunks) * config.padded_vocab_size, block)
+        return Activations(kept, LOSS_BYTES * tokens * config.padded_vocab_size, block)
+    element = CAPPED_ELEMENT_BYTES if config.arch == "speedrun" else ELEMENT_BYTES
+    loss = element * -(-tokens // loss_chunks) * config.padded_vocab_size
+    if autocast and dtype != "float32":
+        # the head's weight, for all chunks
+        loss += 2 * config.padded_vocab_size * config.width
+    return Activations(kept, loss, block)

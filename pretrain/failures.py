@@ -3,6 +3,7 @@
 import os
 import shutil
 import sys
+from importlib.util import find_spec
 
 import torch
 
@@ -18,11 +19,29 @@ def require_compiler(device: torch.device, cure: str) -> None:
         kind, names = "C++", [os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")]
     else:
         kind, names = "C", [os.environ["CC"]] if "CC" in os.environ else ["gcc", "clang"]
+    if device.type != "cpu" and find_spec("triton") is None:
+        raise ValueError(f"no Triton is here, which torch.compile needs on a GPU: install celo2[triton], or {cure}")
     if not any(map(shutil.which, names)):
         raise ValueError(
             f"no {kind} compiler is here ({' or '.join(map(repr, names))}), which torch.compile needs: install one, or "
             f"{cure}"
         )
+
+
+def resolve_compile(asked: bool | None, device: torch.device) -> tuple[bool, str | None]:
+    """Whether to compile, as asked or by default on a GPU, and a line where the default finds no compiler.
+
+    Raises ValueError where it is asked for and there is none.
+    """
+    if asked is False or (asked is None and device.type != "cuda"):
+        return False, None
+    try:
+        require_compiler(device, "leave --compile out" if asked else "give --no-compile")
+    except ValueError as error:
+        if asked:
+            raise
+        return False, str(error)
+    return True, None
 
 
 def explain(error: BaseException, *, memory: str, compiler: str) -> str | None:

@@ -18,7 +18,8 @@ from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
 from celo2.pretrain.device import precision
-from celo2.pretrain.model import GPT, IGNORED
+from celo2.pretrain.loss import IGNORED
+from celo2.pretrain.model import GPT
 from celo2.pretrain.parallel import World
 from celo2.pretrain.tokenizer import Tokenizer
 

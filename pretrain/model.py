@@ -22,11 +22,12 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.checkpoint import checkpoint
 
 from celo2 import MatrixView
+from celo2.pretrain.documents import Mask, attend, document_blocks, document_mask
+from celo2.pretrain.loss import cap_logits, linear_cross_entropy
 
 ARCHS = ("gpt2", "modern", "speedrun")
 VOCAB_SIZES = {"bytes": 257, "gpt2": 50257}
 ROPE_BASE = 1e4
-IGNORED = -100  # the target that cross_entropy leaves out
 # modules whose rows are tokens
 PADDED = ("token_embedding", "lm_head")
 NORM_EPS = {"gpt2": 1e-5, "modern": 1e-6, "speedrun": torch.finfo(torch.float32).eps}
@@ -210,13 +211,14 @@ class Attention(nn.Module):
         self.qkv = Linear(config.width, 3 * config.width, bias=config.biased)
         self.out = Linear(config.width, config.width, bias=config.biased)
 
-    def forward(self, x_BTD: Tensor, rope: tuple[Tensor, Tensor] | None) -> Tensor:
+    def forward(self, x_BTD: Tensor, rope: tuple[Tensor, Tensor] | None, mask: Mask = None) -> Tensor:
         qkv_BTCHK = self.qkv(x_BTD).unflatten(-1, self.heads_shape)
-        q_BHTK, k_BHTK, v_BHTK = qkv_BTCHK.permute(2, 0, 3, 1, 4).unbind(0)
+        # heads and tokens change places after the parts are apart: the gradients then come together as qkv lies
+        q_BHTK, k_BHTK, v_BHTK = (part_BTHK.transpose(1, 2) for part_BTHK in qkv_BTCHK.unbind(2))
         if rope is not None:
             q_BHTK = rotate(qk_norm(q_BHTK), *rope).type_as(v_BHTK)
             k_BHTK = rotate(qk_norm(k_BHTK), *rope).type_as(v_BHTK)
-        y_BHTK = F.scaled_dot_product_attention(q_BHTK, k_BHTK, v_BHTK, is_causal=True, scale=self.scale)
+        y_BHTK = attend(q_BHTK, k_BHTK, v_BHTK, mask, self.scale)
         return self.out(y_BHTK.transpose(1, 2).flatten(2))
 
 
@@ -246,14 +248,14 @@ class Block(nn.Module):
         self.mlp_norm = make_norm(config)
         self.mlp = MLP(config)
 
-    def forward(self, x_BTD: Tensor, rope: tuple[Tensor, Tensor] | None) -> Tensor:
+    def forward(self, x_BTD: Tensor, rope: tuple[Tensor, Tensor] | None, mask: Mask = None) -> Tensor:
         if self.recompute and torch.is_grad_enabled():
             # within the block, so that what fully_shard gathers for it is gathered once for both
-            return checkpoint(self._forward, x_BTD, rope, use_reentrant=False, preserve_rng_state=False)
-        return self._forward(x_BTD, rope)
+            return checkpoint(self._forward, x_BTD, rope, mask, use_reentrant=False, preserve_rng_state=False)
+        return self._forward(x_BTD, rope, mask)
 
-    def _forward(self, x_BTD: Tensor, rope: tuple[Tensor, Tensor] | None) -> Tensor:
-        x_BTD = x_BTD + self.attention(self.attention_norm(x_BTD), rope)
+    def _forward(self, x_BTD: Tensor, rope: tuple[Tensor, Tensor] | None, mask: Mask) -> Tensor:
+        x_BTD = x_BTD + self.attention(self.attention_norm(x_BTD), rope, mask)
         return x_BTD + self.mlp(self.mlp_norm(x_BTD))
 
 
@@ -261,15 +263,20 @@ class GPT(nn.Module):
     """A language model of one of `ARCHS`; its weights are NaN until `init_weights` or a loaded state.
 
     `recompute` trades time for memory in every block's backward pass; `loss_chunks` above 1 computes the loss in that
-    many parts, each with its logits, which the backward pass computes again.
+    many parts (`linear_cross_entropy`), so that logits never exist all at once. With `mask_documents` attention stays
+    within documents, which begin with the last token of the vocabulary.
     """
 
-    def __init__(self, config: GPTConfig, *, recompute: bool = False, loss_chunks: int = 1) -> None:
+    def __init__(
+        self, config: GPTConfig, *, recompute: bool = False, loss_chunks: int = 1, mask_documents: bool = False
+    ) -> None:
         super().__init__()
         if loss_chunks < 1:
             raise ValueError(f"loss_chunks={loss_chunks}: must be at least 1")
         self.config = config
         self.loss_chunks = loss_chunks
+        self.mask_documents = mask_documents
+        self.compiled = False
         self.token_embedding = Embedding(config.padded_vocab_size, config.width)
         self.position_embedding = Embedding(config.context, config.width) if config.arch == "gpt2" else None
         self.embedding_norm = make_norm(config) if config.arch == "speedrun" else None
@@ -287,6 +294,12 @@ class GPT(nn.Module):
     def tie(self) -> None:
         if self.config.tied:
             self.lm_head.weight = self.token_embedding.weight
+
+    def compile_parts(self) -> None:
+        """Compile every block, and the softmax of a loss in chunks, when they are first used."""
+        self.compiled = True
+        for block in self.blocks:
+            block.compile()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         # leaving the meta device (to_empty) makes new parameters and would untie the head
@@ -323,8 +336,13 @@ class GPT(nn.Module):
             x_BTD = x_BTD + self.position_embedding(torch.arange(length, device=tokens_BT.device))
         if self.embedding_norm is not None:
             x_BTD = self.embedding_norm(x_BTD)
+        mask: Mask = None
+        if self.mask_documents:
+            # flex_attention is a kernel where it is compiled, and has a backward pass on GPUs alone
+            make = document_blocks if self.compiled and tokens_BT.is_cuda else document_mask
+            mask = make(tokens_BT, self.config.vocab_size - 1)
         for block in self.blocks:
-            x_BTD = block(x_BTD, rope)
+            x_BTD = block(x_BTD, rope, mask)
         x_BTD = self.final_norm(x_BTD)
         if targets_BT is None or self.loss_chunks == 1:
             logits_BTP = self._logits(x_BTD)
@@ -332,28 +350,24 @@ class GPT(nn.Module):
                 return logits_BTP[..., : self.config.vocab_size]
             logits_NP = self._without_padding(logits_BTP).flatten(0, 1).float()
             return F.cross_entropy(logits_NP, targets_BT.flatten(), reduction=reduction)
-        parts = zip(
-            x_BTD.flatten(0, 1).chunk(self.loss_chunks), targets_BT.flatten().chunk(self.loss_chunks), strict=True
+        return linear_cross_entropy(
+            x_BTD.flatten(0, 1),
+            self.lm_head.weight,
+            self.lm_head.bias,
+            targets_BT.flatten(),
+            chunks=self.loss_chunks,
+            vocab_size=self.config.vocab_size,
+            cap=LOGIT_CAP if self.config.arch == "speedrun" else None,
+            reduction=reduction,
+            compiled=self.compiled,
         )
-        if torch.is_grad_enabled():
-            losses = [
-                checkpoint(self._summed_loss, *part, use_reentrant=False, preserve_rng_state=False) for part in parts
-            ]
-        else:
-            losses = [self._summed_loss(*part) for part in parts]
-        total = torch.stack(losses).sum()
-        return total / (targets_BT != IGNORED).sum() if reduction == "mean" else total
-
-    def _summed_loss(self, x_ND: Tensor, targets_N: Tensor) -> Tensor:
-        return F.cross_entropy(self._without_padding(self._logits(x_ND)).float(), targets_N, reduction="sum")
 
     def _logits(self, x_D: Tensor) -> Tensor:
         """The head's logits [..., P] of x [..., D]; those of `speedrun` stay within LOGIT_CAP, in float32 or wider."""
         logits_P: Tensor = self.lm_head(x_D)
         if self.config.arch != "speedrun":
             return logits_P
-        logits_P = logits_P if logits_P.dtype == torch.float64 else logits_P.float()
-        return LOGIT_CAP * logits_P * torch.rsqrt(logits_P.square() + LOGIT_CAP**2)
+        return cap_logits(logits_P, LOGIT_CAP)
 
     def _without_padding(self, logits_P: Tensor) -> Tensor:
         """Take the logits [..., P] of rows that are padding out of every softmax, in place.

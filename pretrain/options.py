@@ -133,6 +133,9 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         type=given,
         help="theta of celo2 (default: the bundled one of --opt) or weights of velo: a name, a file or a hub id",
     )
+    run.add_argument(
+        "--mask-documents", action="store_true", help="attention does not cross end-of-text tokens, in validation too"
+    )
     run.add_argument("--seed", type=seed, default=1337, help="initial weights and data order (default: 1337)")
     recipe = parser.add_argument_group("changes to the recipe")
     recipe.add_argument("--steps", type=int, metavar="N", help="optimizer steps")
@@ -204,12 +207,20 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     machine.add_argument(
         "--micro-batch", type=int, metavar="N", help="sequences a forward pass (default: 16,384 tokens)"
     )
-    machine.add_argument("--compile", action="store_true", help="torch.compile every block")
+    machine.add_argument(
+        "--compile",
+        action=argparse.BooleanOptionalAction,
+        help="torch.compile every block (default: on a GPU, where a compiler is)",
+    )
+    machine.add_argument("--fp8", action="store_true", help="blocks multiply in FP8 (torchao; H100, RTX 4090 or newer)")
     machine.add_argument(
         "--activation-checkpointing", action="store_true", help="compute a block's activations again for its backward"
     )
     machine.add_argument(
-        "--loss-chunks", type=int, default=1, metavar="N", help="parts of the loss, each with its logits (default: 1)"
+        "--loss-chunks",
+        type=int,
+        metavar="N",
+        help="parts of the loss, each with its logits (default: of up to 512 MiB on a GPU, else 1)",
     )
     machine.add_argument(
         "--max-skips", type=int, default=20, metavar="N", help="skipped steps in a row that end the run"

@@ -22,6 +22,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from celo2 import FusedCelo2, Theta
 from celo2.pretrain.activations import Activations, count_activations
 from celo2.pretrain.device import DTYPES
+from celo2.pretrain.loss import automatic_chunks
 from celo2.pretrain.machines import ASSUMPTIONS, LAUNCH, MACHINES, RULE_LAUNCHES, USABLE, Links, Machine
 from celo2.pretrain.messages import Loads, Messages, model_messages, row_messages, rule_messages
 from celo2.pretrain.model import GPT, GPTConfig, model_config
@@ -107,6 +108,15 @@ class Plan:
         return max(self.compute, self.hidden) + self.optimizer_seconds
 
     @property
+    def tokens_per_second(self) -> float:
+        return self.batch_tokens / self.step_seconds
+
+    @property
+    def mfu(self) -> float:
+        """Model FLOPs of all ranks over their peak; what is computed again does not count."""
+        return self.flops_per_token * self.tokens_per_second / (self.ranks * self.machine.peak)
+
+    @property
     def share(self) -> float:
         """The optimizer's part of a step."""
         return self.optimizer_seconds / self.step_seconds
@@ -142,7 +152,7 @@ def make_plan(
     micro_batch: int | None = None,
     reduce: str = "last",
     recompute: bool = False,
-    loss_chunks: int = 1,
+    loss_chunks: int | None = None,
     weights: str | Theta | None = None,
     bias: bool = False,
     comm_dtype: str = "auto",
@@ -164,6 +174,8 @@ def make_plan(
         raise ValueError(f"--world-size {world_size} in nodes of {local_ranks}: both must be at least 1")
     machine, config = MACHINES[gpu], model_config(size, arch, bias=bias)
     micro_batch, micro_steps = split_batch(micro_batch, recipe.batch_tokens, config.context, world_size)
+    if loss_chunks is None:
+        loss_chunks = automatic_chunks(micro_batch * config.context, config.padded_vocab_size)
     reductions = micro_steps if reduce == "every" else 1
     local_ranks = min(local_ranks, world_size)
     with fake_processes(world_size):
@@ -351,7 +363,7 @@ def describe(plan: Plan) -> str:
                 lines.append(f"  {name:<28}{1e3 * value:8.2f}  {models.get(name, '')}".rstrip())
         lines.append(
             f"  {'a step':<28}{1e3 * plan.step_seconds:8.1f}  optimizer {1e3 * plan.optimizer_seconds:.1f}, "
-            f"{plan.share:.2%} of it; {quantity(plan.batch_tokens / plan.step_seconds)} tokens/s"
+            f"{plan.share:.2%} of it; {quantity(plan.tokens_per_second)} tokens/s, {plan.mfu:.1%} MFU"
         )
     return "\n".join([*lines, *(f"  {line}" for line in ASSUMPTIONS)]) + "\n"
 
@@ -393,9 +405,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="What runs of celo2 on 8 to 1024 GPUs would be.")
     parser.add_argument("--gpu", choices=MACHINES, default="h100")
     parser.add_argument("--size", nargs="+", choices=TABLE_SIZES, default=TABLE_SIZES)
+    parser.add_argument("--speeds", action="store_true", help="also tokens a second and MFU beside published runs")
     arguments = parser.parse_args(argv)
     print(f"celo2, fully_shard over all ranks, 8 x {MACHINES[arguments.gpu].chip.name} in a node; predictions")
     print("\n".join([table(arguments.gpu, arguments.size), *LEGEND, *ASSUMPTIONS]))
+    if arguments.speeds:
+        # it plans too
+        from celo2.pretrain.speeds import speed_table
+
+        print(f"\nbeside published runs; predictions\n{speed_table(arguments.gpu)}")
     return 0
 
 

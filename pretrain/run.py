@@ -98,6 +98,8 @@ def identity_of(
             and (key, v) not in (("momentum", 0.95), ("newton_schulz", "auto"), ("cooldown_frac", None))
         },
         "seed": arguments.seed,
+        # checkpoints from before they were options have none
+        **{key: True for key in ("mask_documents", "fp8") if getattr(arguments, key)},
         "shards": fingerprints,
         **split,
         "extensions": list(schedule.extensions),

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from celo2.files import PathLike, write_atomic
-from celo2.pretrain.model import IGNORED
+from celo2.pretrain.loss import IGNORED
 from celo2.pretrain.tokenizer import vocabulary
 from celo2.stochastic_rounding import mix64
 

@@ -52,7 +52,8 @@ def describe(
         "versions": ", ".join(f"{name} {version}" for name, version in versions().items()),
         "device": where + ("" if peak else ": not in the table of peak FLOPs, so no MFU"),
         "model": f"{arguments.size}, {config.arch}: {config.n_layer} layers, {config.n_head} x {config.head_dim} "
-        f"heads, width {config.width}, context {config.context}, vocabulary {config.vocab_size}",
+        f"heads, width {config.width}, context {config.context}, vocabulary {config.vocab_size}"
+        + (", attention within documents" if arguments.mask_documents else ""),
         "parameters": f"{parameters:,} ({', '.join(f'{count:,} by {rule}' for rule, count in rules.items())})",
         "optimizer": arguments.opt + weights,
         "recipe": f"{recipe.name}; source: {recipe.source}",
@@ -91,6 +92,8 @@ def plan_of(arguments: argparse.Namespace, recipe: Recipe) -> str:
     """What the run would be on `--world-size` GPUs of the kind `--gpu`."""
     from celo2.pretrain import plan
 
+    if arguments.fp8:
+        raise ValueError("--fp8 cannot be planned: there is no model of its speed; leave it or --world-size out")
     return plan.describe(
         plan.make_plan(
             size=arguments.size,

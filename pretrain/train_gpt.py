@@ -24,16 +24,18 @@ from typing import NoReturn
 import torch
 from torch import nn
 
-from celo2.pretrain import require
+from celo2.pretrain import fp8, require
+from celo2.pretrain.batches import Batches
 from celo2.pretrain.checkpoint import Checkpoints, RunState
 from celo2.pretrain.device import OptimizerTimer, device_name, memory_gib, peak_flops, precision, send
 from celo2.pretrain.evaluation import bits_per_byte
 from celo2.pretrain.export import check_export, export_run
-from celo2.pretrain.failures import explain, require_compiler
+from celo2.pretrain.failures import explain, resolve_compile
 from celo2.pretrain.folder_lock import locked
 from celo2.pretrain.hellaswag import score
 from celo2.pretrain.init_hf import load_gpt2
 from celo2.pretrain.interruption import Interruption, signals_restored
+from celo2.pretrain.loss import automatic_chunks
 from celo2.pretrain.model import GPT, model_config
 from celo2.pretrain.optimizers import Optimizers
 from celo2.pretrain.options import parse_arguments, resolve_recipe
@@ -54,10 +56,16 @@ def build(
     config = model_config(arguments.size, arguments.arch or schedule.recipe.arch, bias=arguments.bias)
     # a sharded model never exists whole, and a dry run builds any size
     with torch.device("meta" if arguments.dry_run or parallel.sharded else world.device):
-        model = GPT(config, recompute=arguments.activation_checkpointing, loss_chunks=arguments.loss_chunks)
+        model = GPT(
+            config,
+            recompute=arguments.activation_checkpointing,
+            loss_chunks=arguments.loss_chunks,
+            mask_documents=arguments.mask_documents,
+        )
+    if arguments.fp8 and not arguments.dry_run:
+        fp8.convert(model)
     if arguments.compile:
-        for block in model.blocks:
-            block.compile()
+        model.compile_parts()
     if parallel.sharded:
         shard(model, parallel, dtype)
     forward: nn.Module = model
@@ -102,8 +110,17 @@ def train(arguments: argparse.Namespace, held: ExitStack) -> int:
     # fully_shard casts by itself
     autocast = "float32" if parallel.sharded else dtype
 
-    if arguments.compile and not arguments.dry_run:
-        require_compiler(device, "leave --compile out")
+    uncompiled = None
+    if not arguments.dry_run:
+        if arguments.fp8:
+            fp8.require_fp8(device, dtype)
+        arguments.compile, uncompiled = resolve_compile(arguments.compile, device)
+        # blocks of one run are alike on all ranks
+        uncompiled = next((text for text in world.gather(uncompiled) if text is not None), None)
+        arguments.compile = bool(arguments.compile) and uncompiled is None
+    if arguments.loss_chunks is None:
+        tokens = micro_batch * config.context
+        arguments.loss_chunks = automatic_chunks(tokens, config.padded_vocab_size) if device.type == "cuda" else 1
 
     torch.manual_seed(arguments.seed)
     model, forward, optimizers = build(arguments, schedule, world, parallel, dtype)
@@ -167,9 +184,21 @@ def train(arguments: argparse.Namespace, held: ExitStack) -> int:
     bar = tqdm(total=total, initial=step, unit="step", disable=disable, dynamic_ncols=True)
     log_line = tqdm.write if world.main else _silent
 
+    batches = Batches(
+        data.loader,
+        data.token_bytes,
+        micro_batch,
+        device=device,
+        total=total * micro_steps,
+        rank=world.rank,
+        ranks=world.ranks,
+    )
+    held.enter_context(batches)
     run = Run(model, optimizers, checkpoints, log, data, world, interruption, log_line, run_id, identity)
     run.step, run.skipped, run.total = step, skipped, total
     run.dtype, run.micro_batch, run.val_tokens = autocast, micro_batch, recipe.val_tokens
+    if uncompiled is not None:
+        log0(f"compile:    no, {uncompiled}")
     if arguments.compile:
         log0("compile:    each kind of block when it is first used, a minute or more each unless it is in the cache")
     if run.step % arguments.eval_every == 0 and not run.is_validated():
@@ -183,9 +212,8 @@ def train(arguments: argparse.Namespace, held: ExitStack) -> int:
         optimizers.zero_grad()
         losses, text_bytes = [], 0
         for index in range(micro_steps):
-            first = ((run.step * micro_steps + index) * world.ranks + world.rank) * micro_batch
-            inputs_BT, targets_BT = data.loader.batch(first, micro_batch)
-            text_bytes += int(data.token_bytes[targets_BT.numpy()].sum())
+            inputs_BT, targets_BT, count = batches.read(run.step * micro_steps + index)
+            text_bytes += count
             with micro_step(forward, index == micro_steps - 1, arguments.reduce):
                 with precision(device, autocast):
                     micro_loss = forward(send(inputs_BT, device), send(targets_BT, device)) / micro_steps
@@ -309,7 +337,9 @@ def _train(arguments: argparse.Namespace) -> int:
         return 1
     except (RuntimeError, MemoryError) as error:
         text = explain(
-            error, memory="lower --micro-batch, which keeps the numbers, or --size", compiler="leave --compile out"
+            error,
+            memory="lower --micro-batch, which keeps the numbers, or --size",
+            compiler="leave --compile out, or give --no-compile",
         )
         if text is None:
             raise

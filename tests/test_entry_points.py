@@ -28,6 +28,7 @@ PROGRAMS = {
     "gpu_page.py": [str(ROOT / "bench" / "gpu_page.py")],
     "ablation.py": [str(ROOT / "bench" / "ablation.py")],
     "evaluate_small.py": [str(ROOT / "bench" / "evaluate_small.py")],
+    "harness.py": [str(ROOT / "bench" / "harness.py")],
     "ppo.py": [str(ROOT / "bench" / "ppo.py")],
     "vision.py": [str(ROOT / "bench" / "vision.py")],
     # installed beside the interpreter

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from celo2.pretrain import train_gpt
-from celo2.pretrain.failures import explain, require_compiler
+from celo2.pretrain.failures import explain, require_compiler, resolve_compile
 from celo2.pretrain.prepare_data import prepare_embedded
 
 CURES = {"memory": "use less", "compiler": "do without"}
@@ -88,3 +88,26 @@ def test_errors_and_their_cures(monkeypatch: pytest.MonkeyPatch) -> None:
         with pytest.raises(ValueError) as refused:
             require_compiler(torch.device(device), "leave it out")
         assert str(refused.value).startswith(message) and str(refused.value).endswith("install one, or leave it out")
+
+
+def test_a_gpu_compiles_by_default_where_it_can(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("celo2.pretrain.failures.find_spec", lambda name: name)
+    monkeypatch.setattr("celo2.pretrain.failures.shutil.which", lambda name: name)
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    for asked, device, expected in (
+        (None, cpu, False),
+        (None, gpu, True),
+        (True, cpu, True),
+        (True, gpu, True),
+        (False, cpu, False),
+        (False, gpu, False),
+    ):
+        assert resolve_compile(asked, device) == (expected, None)
+    for missing, lack in (("find_spec", "no Triton is here"), ("shutil.which", "no C compiler is here")):
+        with monkeypatch.context() as patch:
+            patch.setattr(f"celo2.pretrain.failures.{missing}", lambda _: None)
+            compiles, note = resolve_compile(None, gpu)
+            assert not compiles and note is not None and note.startswith(lack) and note.endswith("give --no-compile")
+            assert resolve_compile(None, cpu) == resolve_compile(False, gpu) == (False, None)
+            with pytest.raises(ValueError, match=f"{lack}.*or leave --compile out"):
+                resolve_compile(True, gpu)

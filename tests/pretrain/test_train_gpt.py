@@ -367,6 +367,22 @@ def test_compiled_blocks_and_eager_ones_are_told_apart(tmp_path, data, capsys, m
     assert "compile:    each kind of block when it is first used, a minute or more" in printed
 
 
+def test_attention_within_documents_is_another_run(tmp_path, data, capsys) -> None:
+    options = ["--opt", "adamw", "--steps", "2", "--save-every", "1", "--resume", "auto"]
+    assert main(command(data, tmp_path / "masked", *options, "--mask-documents")) == 0
+    assert "vocabulary 257, attention within documents" in capsys.readouterr().out
+    assert Checkpoints(tmp_path / "masked").latest().identity["mask_documents"] is True
+    whole = numbers(tmp_path / "masked")
+    assert main(command(data, tmp_path / "masked", *options)) == 1
+    assert "mask_documents is True there and None here; give the same options" in capsys.readouterr().err
+    shutil.rmtree(tmp_path / "masked" / "step-00000002")
+    assert main(command(data, tmp_path / "masked", *options, "--mask-documents")) == 0
+    assert numbers(tmp_path / "masked") == whole
+    # checkpoints from before it was an option have no word of it, and go on
+    assert main(command(data, tmp_path / "plain", *options, "--no-compile")) == 0
+    assert "mask_documents" not in Checkpoints(tmp_path / "plain").latest().identity
+
+
 # more of a run
 
 
