@@ -173,7 +173,7 @@ def takes(matrices: Matrices, theta: FoldedTheta) -> bool:
 def _flat(theta: FoldedTheta) -> Tensor:
     """Theta as struct Theta of compiled.cpp."""
     parts = (theta.element, theta.short, theta.long, theta.bias0, theta.hidden, theta.bias1, theta.output)
-    return torch.cat([*(part.reshape(-1) for part in parts), torch.tensor([theta.bias2])])
+    return torch.cat([*(part.reshape(-1) for part in parts), torch.tensor([theta.bias2], dtype=torch.float32)])
 
 
 class Member(NamedTuple):

@@ -102,7 +102,7 @@ def test_select_keeps_the_best_checkpoint_and_says_so(shards, tmp_path, monkeypa
     monkeypatch.chdir(tmp_path)
     calls = []
 
-    def score(method, tuned, seed, settings, text):
+    def score(method, tuned, seed, settings, text, *, compiled):
         lr = tuned["lr"]
         calls.append((method.name, lr))
         assert method.weights.variant == "celo2" and seed == select.SEED
