@@ -506,6 +506,16 @@ void apply_update(const Tile& tile) {
         });
 }
 
+// phases 2 to 4 of a small matrix on one thread, whose cache has it from phase to phase
+void step_alone(Matrix& a) {
+    factors(a);
+    std::vector<Tile> tiles = tiles_of(&a, 1);
+    for (const Tile& tile : tiles) feature_sums(tile);
+    for (const Tile& tile : tiles) learned_update(tile);
+    newton_schulz(a);
+    for (const Tile& tile : tiles) apply_update(tile);
+}
+
 }  // namespace
 
 extern "C" {
@@ -529,8 +539,11 @@ int64_t sizes(int64_t* matrix, int64_t* theta) {
 // returns 1 where there is no memory for the list of tiles
 int64_t run(int64_t phase, Matrix* matrices, int64_t count, int64_t threads) {
     try {
-        if (phase == 1 || phase == 4) {
-            share(count, threads, [=](int64_t i) { phase == 1 ? factors(matrices[i]) : newton_schulz(matrices[i]); });
+        if (phase == 1 || phase == 4 || phase == 6) {
+            share(count, threads, [=](int64_t i) {
+                Matrix& a = matrices[i];
+                phase == 1 ? factors(a) : phase == 4 ? newton_schulz(a) : step_alone(a);
+            });
             return 0;
         }
         std::vector<Tile> tiles = tiles_of(matrices, count);

@@ -42,6 +42,8 @@ COMPILERS = ("c++", "g++", "clang++")
 GROUP = 4 << 20
 # of a matrix whose Newton-Schulz one thread does: larger ones have products that PyTorch's library does faster
 SMALL_ELEMENTS = 1 << 20
+# of a matrix that one thread steps alone, from its cache; larger ones are divided, and each phase ends with a wait
+ALONE_ELEMENTS = 1 << 17
 
 STRIDED = ("p", "g", "fast", "medium", "slow", "v")
 # struct Matrix of compiled.cpp
@@ -68,6 +70,8 @@ class Phase(IntEnum):
     LEARNED_UPDATE = 3
     NEWTON_SCHULZ = 4
     APPLY_UPDATE = 5
+    # factors to update, a matrix on one thread
+    STEP_ALONE = 6
 
 
 class NoCompilerError(RuntimeError):
@@ -170,6 +174,13 @@ def takes(matrices: Matrices, theta: FoldedTheta) -> bool:
     return plain and laid_out and matrices.p.numel() > 0 and not isinstance(_library(widths(theta)), str)
 
 
+def kind(slot: Slot, matrices: Matrices, theta: FoldedTheta) -> tuple[object, ...]:
+    """What the parameters of one `CompiledSteps` have in common: the widths of their thetas, and small matrices."""
+    _, m, n = matrices.p.shape
+    alone = m * n <= ALONE_ELEMENTS and (not slot.orthogonalize or min(m, n) <= SMALL)
+    return *widths(theta), alone
+
+
 def _flat(theta: FoldedTheta) -> Tensor:
     """Theta as struct Theta of compiled.cpp."""
     parts = (theta.element, theta.short, theta.long, theta.bias0, theta.hidden, theta.bias1, theta.output)
@@ -193,13 +204,14 @@ class Tiles(NamedTuple):
 
 
 class CompiledSteps:
-    """The step of some whole parameters that `takes` takes, whose thetas have the same widths.
+    """The step of some whole parameters that `takes` takes, of one `kind`.
 
     `workspace` keeps the scratch memory from step to step: the directions of some matrices, and sums by row and column.
     """
 
     def __init__(self, members: Sequence[Member], workspace: Workspace) -> None:
         self.members, self.workspace = members, workspace
+        self.kind = kind(*members[0])
         self.widths = widths(members[0].theta)
         library = _library(self.widths)
         assert not isinstance(library, str)
@@ -238,7 +250,7 @@ class CompiledSteps:
             layouts.append(layout)
         sizes = [sum(layout.values()) + sum(layout.values()) % 2 for layout in layouts]
         total = sum(size * len(rows) for size, rows in zip(sizes, self.rows, strict=True))
-        scratch = self.workspace.take("compiled {} {}".format(*self.widths), total)
+        scratch = self.workspace.take(f"compiled {self.kind}", total)
         squares, begin = [], 0
         for layout, size, rows in zip(layouts, sizes, self.rows, strict=True):
             here = scratch[begin : begin + size * len(rows)].view(len(rows), size)
@@ -297,6 +309,11 @@ class CompiledSteps:
         directions = torch.split(self.workspace.take("directions", sum(sizes)), sizes)
         for rows, direction in zip(self.rows[first:last], directions, strict=True):
             rows["direction"] = direction.data_ptr() + 4 * len(direction) // len(rows) * np.arange(len(rows))
+        if self.kind[-1]:
+            self._run(Phase.STEP_ALONE, first, last)
+            for member in members:
+                member.slot.state["step"] += 1
+            return
         for phase in (Phase.FACTORS, Phase.FEATURE_SUMS, Phase.LEARNED_UPDATE, Phase.NEWTON_SCHULZ):
             self._run(phase, first, last)
         for member, rows, flat in zip(members, self.rows[first:last], directions, strict=True):

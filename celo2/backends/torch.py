@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 
 from celo2 import reference
-from celo2.backends.compiled import CompiledSteps, Member, takes, widths
+from celo2.backends.compiled import CompiledSteps, Member, kind, takes
 from celo2.backends.slices import Memory, Slices, vector_state, write_vector_state
 from celo2.comm import Comm
 from celo2.norms import foreach_norm, global_norm
@@ -67,7 +67,7 @@ class TorchBackend:
         self.plan, self.memory, self.device = plan, memory, device
         self.vectors = [slot for slot in whole if slot.is_vector]
         self.matrices: list[tuple[Slot, Matrices]] = []
-        members: dict[tuple[int, int], list[Member]] = {}
+        members: dict[tuple[object, ...], list[Member]] = {}
         for slot in whole:
             if not slot.is_vector:
                 try:
@@ -76,7 +76,7 @@ class TorchBackend:
                     raise ValueError(f"{slot.name}: {error}") from error
                 theta = memory.folded(slot)
                 if compiled and takes(matrices, theta):
-                    members.setdefault(widths(theta), []).append(Member(slot, matrices, theta))
+                    members.setdefault(kind(slot, matrices, theta), []).append(Member(slot, matrices, theta))
                 else:
                     self.matrices.append((slot, matrices))
         self.compiled = [CompiledSteps(some, memory.workspace(some[0].slot)) for some in members.values()]
