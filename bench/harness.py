@@ -40,7 +40,7 @@ WARM_UP = 3  # steps of each that do not count
 CASES = {
     "adamw": ("adamw", "auto"),
     "celo2": ("celo2", "auto"),
-    "celo2-compiled": ("celo2", "compiled"),
+    "celo2-torch": ("celo2", "torch"),
     "muon": ("muon", "auto"),
 }
 
@@ -215,7 +215,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Print the table; returns the exit status."""
     parser = argparse.ArgumentParser(description="The trainer's loop beside nanoGPT's, paired, on the CPU.")
     parser.add_argument("--size", choices=("nano", "30m", "small"), default="nano")
-    parser.add_argument("--opt", choices=CASES, nargs="+", default=["adamw", "celo2", "celo2-compiled"])
+    parser.add_argument("--opt", choices=CASES, nargs="+", default=["adamw", "celo2", "celo2-torch"])
     parser.add_argument("--micro-batch", type=int, default=4, help="sequences (default: 4)")
     parser.add_argument("--micro-steps", type=int, default=1, help="micro-batches a step (default: 1)")
     parser.add_argument("--block", type=int, default=5, help="steps of one before the other's turn (default: 5)")
