@@ -7,8 +7,7 @@ parameter to an update direction. `FusedCelo2` is what a trainer uses; `Theta` h
 
 from celo2.matrices import MatrixView
 from celo2.optimizer import FusedCelo2
-from celo2.publish import push_theta
-from celo2.pylo import save_pylo
+from celo2.publish import push_theta, save_pylo
 from celo2.routing import param_groups
 from celo2.theta import Theta, load_weights
 from celo2.velo import VeLO

@@ -1,17 +1,24 @@
-"""A theta on the Hugging Face hub: its files, and a model card from its metadata."""
+"""A theta for others: PyLO's files, and the Hugging Face hub with a model card from its metadata."""
 
 from __future__ import annotations
 
+import io
+import json
 import os
 import tempfile
 from pathlib import Path
 
+import torch
+from safetensors.numpy import save as save_safetensors
+
 from celo2 import hub
 from celo2.files import write_atomic
-from celo2.pylo import fits_pylo, save_pylo
+from celo2.pylo import NAMES
 from celo2.theta import BUNDLED, TRAINED, Theta, load_weights
 
 WEIGHTS, README = "theta.safetensors", "README.md"
+# of a model of PyLO
+PYLO_WEIGHTS, PYLO_CONFIG = "model.safetensors", "config.json"
 # entries of a theta's card that a reader looks for, and what they are called
 _FACTS = {
     "variant": "variant",
@@ -30,6 +37,41 @@ _FACTS = {
     "git": "revision of the code",
     "recipe_fields": "all of the recipe",
 }
+
+
+def fits_pylo(theta: Theta) -> bool:
+    """Whether PyLO's network can have a theta's sizes: it has one width for both hidden layers."""
+    return theta.arrays["b0"].size == theta.arrays["b1"].size
+
+
+def save_pylo(theta: Theta, path: str | os.PathLike[str]) -> None:
+    """Write a theta for PyLO: `*.pt` for its `checkpoint_path=`, anything else as a folder for its `from_pretrained`.
+
+    A folder gets `model.safetensors`, with the theta's card as metadata, and `config.json`; each is written atomically.
+    Raises ValueError for hidden layers of two widths, which PyLO does not have, and OSError naming the path when the
+    disk refuses.
+    """
+    path = Path(path)
+    if not fits_pylo(theta):
+        widths = f"{theta.hidden} and {theta.arrays['b1'].size}"
+        raise ValueError(f"{theta!r} has hidden layers of {widths}: PyLO's network has one width for both")
+    arrays = {there: theta.arrays[here] for here, there in NAMES.items()}
+    if path.suffix == ".pt":
+        file = io.BytesIO()
+        torch.save({name: torch.tensor(array) for name, array in arrays.items()}, file)
+        write_atomic(path, [file.getvalue()])
+        return
+    config = {
+        "feature_dims": [arrays[f"w0.{group}"].shape[0] for group in range(14)],
+        "hidden_size": theta.hidden,
+        "hidden_layers": 2,
+        "output_size": arrays["dense_b.1"].size,
+        "activation": "relu",
+    }
+    path.mkdir(parents=True, exist_ok=True)
+    card = {**theta.card, "format": "pt", "sha256": theta.sha256}
+    write_atomic(path / PYLO_WEIGHTS, [save_safetensors(arrays, metadata=card)])
+    write_atomic(path / PYLO_CONFIG, [json.dumps(config, indent=1).encode()])
 
 
 def theta_card(theta: Theta, repo_id: str, *, licence: str | None = None) -> str:

@@ -11,24 +11,14 @@ Source: `pylo/models/CELO2_MLP.py` of Belilovsky-Lab/pylo at 38fa59c, and `Celo2
 from __future__ import annotations
 
 import io
-import json
-import os
 import pickle
 from collections.abc import Mapping, Sequence
 from itertools import accumulate, pairwise
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from safetensors.numpy import save as save_safetensors
 
-from celo2.files import write_atomic
-
-if TYPE_CHECKING:
-    from celo2.theta import Theta
-
-WEIGHTS, CONFIG = "model.safetensors", "config.json"
-_NAMES = {
+NAMES = {
     **{f"w0__{group}": f"w0.{group}" for group in range(14)},
     "b0": "b0",
     "w1": "dense_w.0",
@@ -36,7 +26,7 @@ _NAMES = {
     "w2": "dense_w.1",
     "b2": "dense_b.1",
 }
-_HERE = {there: here for here, there in _NAMES.items()}
+_HERE = {there: here for here, there in NAMES.items()}
 
 
 def from_pylo(arrays: Mapping[str, Any], groups: Sequence[int]) -> Mapping[str, Any]:
@@ -78,38 +68,3 @@ def read_checkpoint(data: bytes) -> dict[str, Any]:
         return {str(name): tensor.numpy(force=True) for name, tensor in state.items()}
     except (RuntimeError, pickle.UnpicklingError, EOFError, AttributeError) as error:
         raise ValueError(f"no state dict of tensors: {str(error).splitlines()[0]}") from error
-
-
-def fits_pylo(theta: Theta) -> bool:
-    """Whether PyLO's network can have a theta's sizes: it has one width for both hidden layers."""
-    return theta.arrays["b0"].size == theta.arrays["b1"].size
-
-
-def save_pylo(theta: Theta, path: str | os.PathLike[str]) -> None:
-    """Write a theta for PyLO: `*.pt` for its `checkpoint_path=`, anything else as a folder for its `from_pretrained`.
-
-    A folder gets `model.safetensors`, with the theta's card as metadata, and `config.json`; each is written atomically.
-    Raises ValueError for hidden layers of two widths, which PyLO does not have, and OSError naming the path when the
-    disk refuses.
-    """
-    path = Path(path)
-    if not fits_pylo(theta):
-        widths = f"{theta.hidden} and {theta.arrays['b1'].size}"
-        raise ValueError(f"{theta!r} has hidden layers of {widths}: PyLO's network has one width for both")
-    arrays = {there: theta.arrays[here] for here, there in _NAMES.items()}
-    if path.suffix == ".pt":
-        file = io.BytesIO()
-        torch.save({name: torch.tensor(array) for name, array in arrays.items()}, file)
-        write_atomic(path, [file.getvalue()])
-        return
-    config = {
-        "feature_dims": [arrays[f"w0.{group}"].shape[0] for group in range(14)],
-        "hidden_size": theta.hidden,
-        "hidden_layers": 2,
-        "output_size": arrays["dense_b.1"].size,
-        "activation": "relu",
-    }
-    path.mkdir(parents=True, exist_ok=True)
-    card = {**theta.card, "format": "pt", "sha256": theta.sha256}
-    write_atomic(path / WEIGHTS, [save_safetensors(arrays, metadata=card)])
-    write_atomic(path / CONFIG, [json.dumps(config, indent=1).encode()])

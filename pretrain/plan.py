@@ -405,15 +405,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="What runs of celo2 on 8 to 1024 GPUs would be.")
     parser.add_argument("--gpu", choices=MACHINES, default="h100")
     parser.add_argument("--size", nargs="+", choices=TABLE_SIZES, default=TABLE_SIZES)
-    parser.add_argument("--speeds", action="store_true", help="also tokens a second and MFU beside published runs")
     arguments = parser.parse_args(argv)
     print(f"celo2, fully_shard over all ranks, 8 x {MACHINES[arguments.gpu].chip.name} in a node; predictions")
     print("\n".join([table(arguments.gpu, arguments.size), *LEGEND, *ASSUMPTIONS]))
-    if arguments.speeds:
-        # it plans too
-        from celo2.pretrain.speeds import speed_table
-
-        print(f"\nbeside published runs; predictions\n{speed_table(arguments.gpu)}")
     return 0
 
 

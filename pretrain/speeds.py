@@ -1,12 +1,16 @@
 """Predicted tokens a second and MFU of GPT-2 124M, GPT-2 XL and GPT-3 XL, beside what was published for such models.
 
-`python -m celo2.pretrain.plan --speeds` prints it. The rate of the passes is one constant, `UTILISATION` of
+`python -m celo2.pretrain.speeds` prints it. The rate of the passes is one constant, `UTILISATION` of
 `machines.py`, which was chosen among the published figures: the table shows what the optimizer and the messages leave
 of it, and is no evidence for it.
 """
 
+import argparse
 import dataclasses
+import sys
+from collections.abc import Sequence
 
+from celo2.pretrain.machines import MACHINES
 from celo2.pretrain.model import model_config
 from celo2.pretrain.plan import make_plan
 from celo2.pretrain.recipes import recipe_for
@@ -45,3 +49,16 @@ def speed_table(gpu: str = "h100") -> str:
                     )
                 )
     return format_table(header, rows)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Print the table; returns the exit status."""
+    parser = argparse.ArgumentParser(description="Predicted tokens a second and MFU beside published runs.")
+    parser.add_argument("--gpu", choices=MACHINES, default="h100")
+    arguments = parser.parse_args(argv)
+    print(f"{MACHINES[arguments.gpu].chip.name}; predictions\n{speed_table(arguments.gpu)}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -17,6 +17,7 @@ PROGRAMS = {
     "prepare_data.py": [str(ROOT / "pretrain" / "prepare_data.py")],
     "export": ["-m", "celo2.pretrain.export"],
     "plan": ["-m", "celo2.pretrain.plan"],
+    "speeds": ["-m", "celo2.pretrain.speeds"],
     "pretrain.report": ["-m", "celo2.pretrain.report"],
     "sweep": ["-m", "celo2.pretrain.sweep"],
     "meta.train": ["-m", "celo2.meta.train"],

@@ -3,6 +3,9 @@
 import dataclasses
 import itertools
 import math
+import re
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -503,3 +506,18 @@ def test_refusals(options: dict[str, Any], message: str) -> None:
 def test_no_plan_within_a_process_group() -> None:
     with fake_processes(2), pytest.raises(ValueError, match="without torchrun"):
         plan(world_size=2)
+
+
+def test_predicted_speeds_stand_beside_the_published_ones():
+    """Of eight H100s. They are no evidence for the model, whose constant was chosen among them; it must not drift away."""
+    command = [sys.executable, "-m", "celo2.pretrain.speeds"]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr
+    lines = [re.split(r"  +", line) for line in result.stdout.splitlines()]
+    found = {(line[0], line[2]): (line[5], line[8]) for line in lines if len(line) == 9 and line[1] == "8"}
+    assert set(found) == {(size, opt) for size in ("small", "gpt2-xl") for opt in ("celo2", "adamw")}
+    for (size, _), (predicted, published) in found.items():
+        scale = 1e6 if size == "small" else 1e3
+        low, high = (float(x) * scale for x in re.findall(r"([0-9.]+)[Mk]", published)[:2])
+        number = float(predicted[:-1]) * {"M": 1e6, "k": 1e3}[predicted[-1]]
+        assert 0.8 * low < number < 1.3 * high, (size, predicted, published)
