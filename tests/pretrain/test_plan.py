@@ -509,7 +509,7 @@ def test_no_plan_within_a_process_group() -> None:
 
 
 def test_predicted_speeds_stand_beside_the_published_ones():
-    """Of eight H100s. They are no evidence for the model, whose constant was chosen among them; it must not drift away."""
+    """Those of eight H100s; no evidence for the model, whose constant was chosen among them, but it must not drift."""
     command = [sys.executable, "-m", "celo2.pretrain.speeds"]
     result = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert result.returncode == 0, result.stderr
