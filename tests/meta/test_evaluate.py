@@ -336,6 +336,17 @@ def test_the_command_end_to_end(shards, tmp_path):
     assert typo.returncode == 2 and "invalid choice: 'shrt'" in typo.stderr
 
 
+def test_an_interruption_waits_until_new_processes_are_known():
+    reached = []
+    with pytest.raises(KeyboardInterrupt):
+        with evaluate._interruption_held_back():
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.01)
+            reached.append(True)
+        reached.append(False)
+    assert reached == [True] and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
 def workers_of(pid: int) -> list[int]:
     """The processes that a process has started and that train."""
     found = []
