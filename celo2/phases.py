@@ -123,8 +123,12 @@ def has_started(old: Tensor, square_sum: Tensor) -> Tensor:
 
 def advance_factor(old: Tensor, square_sum: Tensor, length: int, square_scale: float, started: Tensor) -> Tensor:
     """Return the new factor [B, L, 3], given sums of g^2 [B, L] over an axis of `length` elements."""
-    decay = torch.tensor(FACTOR_DECAYS, dtype=old.dtype, device=old.device)
-    new = decay * old + (1 - decay) * (square_sum[..., None] / length * square_scale + SQUARE_EPS)
+    # 1 - decay in float64: of 0.999 in float32 it is off by 1.3e-5
+    decay, rate = (
+        torch.tensor(values, dtype=old.dtype, device=old.device)
+        for values in (FACTOR_DECAYS, [1 - decay for decay in FACTOR_DECAYS])
+    )
+    new = decay * old + rate * (square_sum[..., None] / length * square_scale + SQUARE_EPS)
     return torch.where(started, new, 0.0)
 
 
