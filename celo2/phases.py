@@ -41,6 +41,8 @@ BLOCK = 98304
 # the statistics of phases 1 and 2 need at most 12 planes, so they take fewer, larger blocks
 STATISTICS_BLOCK = 2 * BLOCK
 
+LARGEST_SUM = 3e38
+
 Block = tuple[slice, slice, slice]  # matrices, rows, columns
 
 
@@ -130,6 +132,14 @@ def advance_factor(old: Tensor, square_sum: Tensor, length: int, square_scale: f
     )
     new = decay * old + rate * (square_sum[..., None] / length * square_scale + SQUARE_EPS)
     return torch.where(started, new, 0.0)
+
+
+def within_clip(total: float, scale: float) -> bool:
+    """Whether a sum of squares rules out an element of the scaled gradient above the clip of 1000.
+
+    A larger sum than float32 has may have overflowed in a row or a column.
+    """
+    return total * scale * scale <= GRADIENT_CLIP**2 and total < LARGEST_SUM
 
 
 def _scaled_gradient(g: Tensor, scale: float, clip: bool, out: Tensor) -> Tensor:

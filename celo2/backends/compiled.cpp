@@ -105,6 +105,7 @@ template <class Work>
 void share(int64_t count, int64_t threads, const Work& work) {
     struct Shared {
         std::atomic<int64_t> next{0}, done{0};
+        std::atomic<bool> failed{false};
         std::mutex mutex;
         std::condition_variable all_done;
     };
@@ -112,7 +113,11 @@ void share(int64_t count, int64_t threads, const Work& work) {
     // a late thread finds nothing to do, and does not touch `work`, which is gone by then
     auto take = [shared, count, &work] {
         for (int64_t i; (i = shared->next.fetch_add(1)) < count;) {
-            work(i);
+            try {
+                work(i);
+            } catch (...) {
+                shared->failed = true;
+            }
             if (shared->done.fetch_add(1) + 1 == count) {
                 std::lock_guard<std::mutex> lock(shared->mutex);
                 shared->all_done.notify_one();
@@ -127,11 +132,19 @@ void share(int64_t count, int64_t threads, const Work& work) {
     take();
     std::unique_lock<std::mutex> lock(shared->mutex);
     shared->all_done.wait(lock, [&] { return shared->done.load() >= count; });
+    if (shared->failed) throw std::bad_alloc();
+}
+
+// Add up what every tile has of `width` sums, in order, in the place of the first one.
+void add_up(double* sums, int64_t tiles, int64_t width) {
+    for (int64_t i = 1; i < tiles; ++i)
+        for (int64_t c = 0; c < width; ++c) sums[c] += sums[i * width + c];
 }
 
 inline Vec splat(float x) { return Vec{} + x; }
-inline Vec least(Vec a, Vec b) { return a < b ? a : b; }
-inline Vec most(Vec a, Vec b) { return a > b ? a : b; }
+// a NaN in the first one stays
+inline Vec least(Vec a, Vec b) { return b < a ? b : a; }
+inline Vec most(Vec a, Vec b) { return a < b ? b : a; }
 inline Vec clamp(Vec x, float limit) { return most(least(x, splat(limit)), splat(-limit)); }
 
 inline Vec inverse_root(Vec x) {
@@ -331,11 +344,8 @@ void learned_update(const Tile& tile) {
     const Matrix& a = *tile.matrix;
     const Theta& theta = *a.theta;
     float first[COLUMNS][HIDDEN0];
-    int64_t tiles = Tiling(a).count();
     for (int c = 0; c < COLUMNS; ++c) {
-        double total = 0;
-        for (int64_t i = 0; i < tiles; ++i) total += a.features[i * COLUMNS + c];
-        float normaliser = 1.0 / std::sqrt(total / (double(a.rows) * a.columns) + NORM_EPS);
+        float normaliser = 1.0 / std::sqrt(a.features[c] / (double(a.rows) * a.columns) + NORM_EPS);
         for (int unit = 0; unit < HIDDEN0; ++unit) first[c][unit] = theta.element[c][unit] * normaliser;
     }
     double total = 0;
@@ -436,10 +446,7 @@ void transpose(Dense& out, const Dense& a) {
 void newton_schulz(const Matrix& a) {
     if (a.ns_steps <= 0) return;
     const float ca = NS_COEFFICIENTS[0], cb = NS_COEFFICIENTS[1], cc = NS_COEFFICIENTS[2];
-    int64_t tiles = Tiling(a).count();
-    double square = 0;
-    for (int64_t i = 0; i < tiles; ++i) square += a.direction_squares[i];
-    float scale = 1.0 / (std::sqrt(square) + NS_EPS);
+    float scale = 1.0 / (std::sqrt(a.direction_squares[0]) + NS_EPS);
     bool tall = a.rows > a.columns;
     int64_t m = std::min(a.rows, a.columns), n = std::max(a.rows, a.columns);
     Dense x(m, n), y(m, n), xt(n, m), r(m, m), p(m, m), q(m, m), half(m, m);
@@ -478,7 +485,7 @@ void newton_schulz(const Matrix& a) {
         }
         std::swap(x.values, y.values);
     }
-    std::fill(a.direction_squares, a.direction_squares + tiles, 0.0);
+    a.direction_squares[0] = 0;
     for (int64_t i = 0; i < a.rows; ++i) {
         double total = 0;
         for (int64_t j = 0; j < a.columns; ++j) {
@@ -494,9 +501,7 @@ void newton_schulz(const Matrix& a) {
 void apply_update(const Tile& tile) {
     const Matrix& a = *tile.matrix;
     if (a.ns_steps < 0) return;
-    double square = 0;
-    for (int64_t i = 0, tiles = Tiling(a).count(); i < tiles; ++i) square += a.direction_squares[i];
-    float step = a.moves / std::sqrt(square / (double(a.rows) * a.columns) + NORM_EPS) * a.lr;
+    float step = a.moves / std::sqrt(a.direction_squares[0] / (double(a.rows) * a.columns) + NORM_EPS) * a.lr;
     float keep = 1.0 - double(a.lr) * a.weight_decay;
     for (int64_t row = tile.first_row; row < tile.last_row; ++row)
         each_vector(tile, [&](int64_t column, int64_t lanes, auto part) {
@@ -511,7 +516,9 @@ void step_alone(Matrix& a) {
     factors(a);
     std::vector<Tile> tiles = tiles_of(&a, 1);
     for (const Tile& tile : tiles) feature_sums(tile);
+    add_up(a.features, tiles.size(), COLUMNS);
     for (const Tile& tile : tiles) learned_update(tile);
+    add_up(a.direction_squares, tiles.size(), 1);
     newton_schulz(a);
     for (const Tile& tile : tiles) apply_update(tile);
 }
@@ -536,7 +543,7 @@ int64_t sizes(int64_t* matrix, int64_t* theta) {
     return 0;
 }
 
-// returns 1 where there is no memory for the list of tiles
+// returns 1 where there is no memory for lists and scratch
 int64_t run(int64_t phase, Matrix* matrices, int64_t count, int64_t threads) {
     try {
         if (phase == 1 || phase == 4 || phase == 6) {
@@ -549,6 +556,10 @@ int64_t run(int64_t phase, Matrix* matrices, int64_t count, int64_t threads) {
         std::vector<Tile> tiles = tiles_of(matrices, count);
         auto work = phase == 0 ? gradient_moments : phase == 2 ? feature_sums : phase == 3 ? learned_update : apply_update;
         share(tiles.size(), threads, [&](int64_t i) { work(tiles[i]); });
+        for (Matrix* a = matrices; a != matrices + count; ++a) {
+            if (phase == 2) add_up(a->features, Tiling(*a).count(), COLUMNS);
+            if (phase == 3) add_up(a->direction_squares, Tiling(*a).count(), 1);
+        }
         return 0;
     } catch (const std::bad_alloc&) {
         return 1;

@@ -16,6 +16,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from enum import IntEnum
 from functools import cache
 from itertools import accumulate, pairwise
@@ -27,10 +28,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from celo2 import reference
 from celo2.folded import ELEMENT_COLUMNS, FoldedTheta
 from celo2.newton_schulz import SMALL
-from celo2.phases import Matrices, Workspace, apply_update, normalise_direction
+from celo2.phases import Matrices, Workspace, apply_update, normalise_direction, within_clip
 from celo2.plan import Slot
 
 logger = logging.getLogger(__name__)
@@ -38,6 +38,7 @@ logger = logging.getLogger(__name__)
 SOURCE = Path(__file__).with_suffix(".cpp")
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC", "-pthread")
 COMPILERS = ("c++", "g++", "clang++")
+DIGEST = ".sha256"
 # elements of the matrices that are stepped together, whose directions lie in memory at once
 GROUP = 4 << 20
 # of a matrix whose Newton-Schulz one thread does: larger ones have products that PyTorch's library does faster
@@ -87,49 +88,81 @@ def _processor() -> str:
     return "".join(sorted({line for line in lines if line.startswith(("model name", "flags", "Features", "CPU part"))}))
 
 
-def _folder() -> Path:
-    """The folder of compiled libraries: of this user alone, for what lies in it is executed."""
-    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    folder = Path(root) / "celo2"
+def _kept_folder() -> Path | None:
+    """The folder of compiled libraries, of this user alone, for what lies in it is executed; None: there is none."""
     try:
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "celo2"
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         status = folder.stat()
-        if status.st_uid == os.getuid() and not status.st_mode & 0o022 and os.access(folder, os.W_OK):
-            return folder
-        logger.info("%s is not a folder that only this user can write: compiled code is not kept", folder)
     except (OSError, RuntimeError) as error:
         logger.info("compiled code is not kept: %s", error)
-    return Path(tempfile.mkdtemp(prefix="celo2-"))
+        return None
+    if status.st_uid == os.getuid() and not status.st_mode & 0o022 and os.access(folder, os.W_OK):
+        return folder
+    logger.info("compiled code is not kept: %s is not a folder that only this user can write", folder)
+    return None
 
 
-def _compile(hidden: tuple[int, int], folder: Path | None = None) -> ctypes.CDLL:
-    """Load the library for a theta with these widths, from the folder or the compiler; raises NoCompilerError."""
+def _command(hidden: tuple[int, int]) -> list[str]:
+    """The compiler and its options; those of CXX come last, and hold. Raises NoCompilerError where there is none."""
+    if os.name != "posix":
+        raise NoCompilerError(f"not tried on {platform.system()}")
     compiler = os.environ.get("CXX") or next((name for name in COMPILERS if shutil.which(name)), None)
     if compiler is None:
         raise NoCompilerError(f"none of {', '.join(COMPILERS)} is on the PATH, and CXX is not set")
-    command = [*compiler.split(), *FLAGS, f"-DHIDDEN0={hidden[0]}", f"-DHIDDEN1={hidden[1]}"]
+    words = compiler.split()
+    programs, options = ([word for word in words if word.startswith("-") == is_option] for is_option in (False, True))
+    return [*programs, *FLAGS, f"-DHIDDEN0={hidden[0]}", f"-DHIDDEN1={hidden[1]}", *options]
+
+
+def _digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def _compile(command: list[str], path: Path) -> None:
+    """Write the library, and its digest beside it; raises NoCompilerError where the compiler fails."""
+    begun = time.monotonic()
+    # renamed into place: other processes may do the same, and see a whole file or none
+    with tempfile.TemporaryDirectory(dir=path.parent) as temporary:
+        target = Path(temporary) / path.name
+        try:
+            result = subprocess.run(
+                [*command, str(SOURCE), "-o", str(target)], capture_output=True, text=True, errors="replace"
+            )
+        except OSError as error:
+            raise NoCompilerError(f"{command[0]}: {error.strerror}") from error
+        if result.returncode != 0:
+            lines = (result.stderr or result.stdout).strip().splitlines() or [f"status {result.returncode}"]
+            raise NoCompilerError(f"{command[0]}: {next((x for x in lines if 'error' in x), lines[-1])}")
+        digest = target.with_suffix(DIGEST)
+        digest.write_text(_digest(target))
+        target.replace(path)
+        digest.replace(path.with_suffix(DIGEST))
+    logger.info("%s compiled the CPU's step in %.1f s: %s", command[0], time.monotonic() - begun, path)
+
+
+def _is_whole(path: Path) -> bool:
+    """Whether a library is as it was written: one that was cut short would end the process."""
+    try:
+        return path.with_suffix(DIGEST).read_text() == _digest(path)
+    except OSError:
+        return False
+
+
+def _load(hidden: tuple[int, int]) -> ctypes.CDLL:
+    """Load the library for a theta with these widths, which is compiled where it is not kept; raises NoCompilerError."""
+    command, kept = _command(hidden), _kept_folder()
     found = shutil.which(command[0])
     identity = (SOURCE.read_text(), *command, found, found and os.stat(found).st_mtime, _processor())
     name = hashlib.sha256(repr(identity).encode()).hexdigest()[:32] + ".so"
-    path = (folder or _folder()) / name
-    if not path.exists():
-        begun = time.monotonic()
-        # renamed into place: other processes may do the same, and see a whole file or none
-        with tempfile.TemporaryDirectory(dir=path.parent) as temporary:
-            target = Path(temporary) / name
-            try:
-                result = subprocess.run([*command, str(SOURCE), "-o", str(target)], capture_output=True, text=True)
-            except OSError as error:
-                raise NoCompilerError(f"{command[0]}: {error.strerror}") from error
-            if result.returncode != 0:
-                lines = (result.stderr or result.stdout).strip().splitlines() or [f"status {result.returncode}"]
-                raise NoCompilerError(f"{command[0]}: {next((x for x in lines if 'error' in x), lines[-1])}")
-            target.replace(path)
-        logger.info("%s compiled the CPU's step in %.1f s: %s", command[0], time.monotonic() - begun, path)
-    try:
-        library = ctypes.CDLL(str(path))
-    except OSError as error:
-        raise NoCompilerError(str(error)) from error
+    with tempfile.TemporaryDirectory(prefix="celo2-") if kept is None else nullcontext(str(kept)) as folder:
+        path = Path(folder) / name
+        if not _is_whole(path):
+            _compile(command, path)
+        try:
+            library = ctypes.CDLL(str(path))
+        except OSError as error:
+            raise NoCompilerError(str(error)) from error
     for function in (library.run, library.sizes, library.tiles_along):
         function.restype = ctypes.c_int64
     library.run.argtypes = [ctypes.c_int64, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64]
@@ -145,8 +178,9 @@ def _compile(hidden: tuple[int, int], folder: Path | None = None) -> ctypes.CDLL
 def _library(hidden: tuple[int, int]) -> ctypes.CDLL | str:
     """The library for these widths, or why there is none; tried once in a process, and said in the log."""
     try:
-        return _compile(hidden)
-    except NoCompilerError as error:
+        return _load(hidden)
+    except (NoCompilerError, OSError, RuntimeError) as error:
+        # a full disk too: a step must not end for it
         logger.info("matrices on a CPU are stepped through PyTorch: no C++ can be compiled here (%s)", error)
         return str(error)
 
@@ -184,7 +218,9 @@ def kind(slot: Slot, matrices: Matrices, theta: FoldedTheta) -> tuple[object, ..
 def _flat(theta: FoldedTheta) -> Tensor:
     """Theta as struct Theta of compiled.cpp."""
     parts = (theta.element, theta.short, theta.long, theta.bias0, theta.hidden, theta.bias1, theta.output)
-    return torch.cat([*(part.reshape(-1) for part in parts), torch.tensor([theta.bias2], dtype=torch.float32)])
+    return torch.cat(
+        [*(part.reshape(-1) for part in parts), torch.tensor([theta.bias2], dtype=torch.float32, device="cpu")]
+    )
 
 
 class Member(NamedTuple):
@@ -271,7 +307,7 @@ class CompiledSteps:
         """Run a phase on the members from `first` to before `last`."""
         table = self.table[self.bounds[first][0] : self.bounds[last - 1][1]]
         if self.library.run(phase, table.ctypes.data, len(table), torch.get_num_threads()):
-            raise MemoryError("no memory for the list of tiles of a step")
+            raise MemoryError("no memory for the lists and the scratch of a step")
 
     def gradient_moments(self) -> list[float]:
         """Phase 1; returns each parameter's sum of g^2."""
@@ -286,7 +322,7 @@ class CompiledSteps:
             scale = scales[member.slot.group]
             rows["scale"], rows["lr"], rows["weight_decay"] = scale, float(group["lr"]), group["weight_decay"]
             # a sum of squares of at most 1e6 rules out an element above the clip of 1000
-            if not self.totals[index] * scale * scale <= reference.GRADIENT_CLIP**2:
+            if not within_clip(self.totals[index], scale):
                 rows["clip"] = 1
                 self._run(Phase.GRADIENT_MOMENTS, index, index + 1)
         for first, last in self._groups():
@@ -309,17 +345,19 @@ class CompiledSteps:
         directions = torch.split(self.workspace.take("directions", sum(sizes)), sizes)
         for rows, direction in zip(self.rows[first:last], directions, strict=True):
             rows["direction"] = direction.data_ptr() + 4 * len(direction) // len(rows) * np.arange(len(rows))
+        for member in members:
+            member.slot.state["step"] += 1
+            if not member.slot.shard.is_inference():
+                # autograd refuses a backward pass through what was written since, as after any operation in place
+                torch.autograd.graph.increment_version(member.slot.shard)
         if self.kind[-1]:
             self._run(Phase.STEP_ALONE, first, last)
-            for member in members:
-                member.slot.state["step"] += 1
             return
         for phase in (Phase.FACTORS, Phase.FEATURE_SUMS, Phase.LEARNED_UPDATE, Phase.NEWTON_SCHULZ):
             self._run(phase, first, last)
         for member, rows, flat in zip(members, self.rows[first:last], directions, strict=True):
             if rows["ns_steps"][0] < 0:
                 self._orthogonalize(member, rows, flat.view(member.matrices.p.shape))
-            member.slot.state["step"] += 1
         self._run(Phase.APPLY_UPDATE, first, last)
 
     def _orthogonalize(self, member: Member, rows: NDArray[Any], direction: Tensor) -> None:

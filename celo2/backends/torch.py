@@ -24,6 +24,7 @@ from celo2.phases import (
     apply_update,
     gradient_moments,
     normalise_direction,
+    within_clip,
 )
 from celo2.plan import HEADER, Plan, Slot
 from celo2.state import MOMENTUM_KEYS, read_momenta, write_momenta
@@ -196,7 +197,7 @@ class TorchBackend:
         group, state, workspace = self.inputs.groups[slot.group], slot.state, self.memory.workspace(slot)
         scale = self.scales[slot.group]
         # a sum of squares of at most 1e6 rules out an element above the clip of 1000
-        clip = not moments.total * scale * scale <= reference.GRADIENT_CLIP**2
+        clip = not within_clip(moments.total, scale)
         if clip:
             moments = gradient_moments(matrices.g, workspace, scale=scale, clip=True)
         seed = mix64(mix64(slot.position) ^ int(state["step"]))

@@ -207,8 +207,25 @@ def test_a_compiler_that_fails_is_quoted(tmp_path: Path):
 def test_processes_that_begin_together_compile_and_later_ones_load(tmp_path: Path):
     for error in [finish(p) for p in [start("auto", XDG_CACHE_HOME=str(tmp_path)) for _ in range(3)]]:
         assert "compiled the CPU's step in" in error
-    assert len(list((tmp_path / "celo2").iterdir())) == 1
+    assert sorted(path.suffix for path in (tmp_path / "celo2").iterdir()) == [".sha256", ".so"]
     assert "compiled the CPU's step" not in finish(start("auto", XDG_CACHE_HOME=str(tmp_path)))
+
+
+@pytest.mark.parametrize("damage", ["cut", "foreign"])
+def test_a_damaged_library_is_compiled_again(tmp_path: Path, damage):
+    finish(start("auto", XDG_CACHE_HOME=str(tmp_path)))
+    (library,) = (tmp_path / "celo2").glob("*.so")
+    library.write_bytes(library.read_bytes()[:30000] if damage == "cut" else b"nothing")
+    assert "compiled the CPU's step in" in finish(start("auto", XDG_CACHE_HOME=str(tmp_path)))
+    assert "compiled the CPU's step in" not in finish(start("auto", XDG_CACHE_HOME=str(tmp_path)))
+
+
+def test_a_disk_that_refuses_is_no_error(monkeypatch):
+    def refuse():
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(compiled, "_kept_folder", refuse)
+    assert "No space left" in compiled._library.__wrapped__((8, 8))
 
 
 def test_a_folder_that_others_can_write_is_not_trusted(tmp_path: Path):
@@ -217,7 +234,49 @@ def test_a_folder_that_others_can_write_is_not_trusted(tmp_path: Path):
     folder.chmod(0o777)
     error = finish(start("auto", XDG_CACHE_HOME=str(tmp_path), TMPDIR=str(tmp_path)))
     assert "is not a folder that only this user can write" in error
-    assert not list(folder.iterdir())
+    assert [path.name for path in tmp_path.iterdir()] == ["celo2"] and not list(folder.iterdir())
+
+
+def test_a_backward_pass_through_what_a_step_wrote_is_refused():
+    p = torch.nn.Parameter(torch.randn(8, 8))
+    optimizer = FusedCelo2([{"params": [p], "rule": "celo2"}], lr=1e-2)
+    p.grad = torch.randn(8, 8)
+    loss = (p * p).sum()
+    optimizer.step()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+@pytest.mark.parametrize("backend", ["auto", "torch"])
+@pytest.mark.parametrize(("shape", "size"), [((24, 40), 3e18), ((24, 40), 1e19), ((5003, 30), 2e18)])
+def test_sums_that_overflow_in_float32_leave_a_finite_state(random_theta, shape, size, backend):
+    p = torch.nn.Parameter(torch.randn(shape))
+    group = {"params": [p], "rule": "celo2", "max_grad_norm": 1.0}
+    optimizer = FusedCelo2([group], lr=1e-2, weights=random_theta(), orthogonalize=False, backend=backend)
+    for scale in (size, 1e-3):
+        p.grad = torch.full(shape, scale)
+        optimizer.step()
+    assert optimizer.skipped_steps == 0
+    assert all(x.isfinite().all() for x in (p, *optimizer.state[p].values()))
+
+
+def test_a_weight_that_is_no_number_shows(random_theta):
+    p = torch.nn.Parameter(torch.randn(24, 40))
+    with torch.no_grad():
+        p[3, 5] = float("nan")
+    p.grad = torch.randn(24, 40)
+    FusedCelo2([{"params": [p], "rule": "celo2"}], lr=1e-2, weights=random_theta(), orthogonalize=False).step()
+    assert p.isnan().all()
+
+
+def test_the_default_device_changes_nothing(random_theta):
+    p = torch.nn.Parameter(torch.randn(24, 40))
+    p.grad = torch.randn(24, 40)
+    optimizer = FusedCelo2([{"params": [p], "rule": "celo2"}], lr=1e-2, weights=random_theta(), backend="compiled")
+    before = p.detach().clone()
+    with torch.device("meta"):
+        optimizer.step()
+    assert not torch.equal(p, before)
 
 
 def test_bfloat16_iterations_are_refused():
