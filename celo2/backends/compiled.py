@@ -150,7 +150,7 @@ def _is_whole(path: Path) -> bool:
 
 
 def _load(hidden: tuple[int, int]) -> ctypes.CDLL:
-    """Load the library for a theta with these widths, which is compiled where it is not kept; raises NoCompilerError."""
+    """Load the library for a theta with these widths, compiled where it is not kept; raises NoCompilerError."""
     command, kept = _command(hidden), _kept_folder()
     found = shutil.which(command[0])
     identity = (SOURCE.read_text(), *command, found, found and os.stat(found).st_mtime, _processor())
