@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from celo2.elementwise import advance_moments, matrix_direction
 from celo2.meta.compilation import region
+from celo2.meta.elementwise import advance_moments, matrix_direction
 from celo2.meta.learned_rule import (
     ThetaBatch,
     factor_moments,

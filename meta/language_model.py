@@ -137,11 +137,7 @@ def train_once(
     else:
         model = forward = GPT(settings.model())
     model.init_weights(seed)
-    if build is None:
-        backend = "compiled" if compiled else "auto"
-        optimizers = Optimizers(method.opt, recipe, model, method.weights, backend=backend)
-    else:
-        optimizers = build(recipe, model)
+    optimizers = Optimizers(method.opt, recipe, model, method.weights) if build is None else build(recipe, model)
     loader = text.loader(seed)
     curve, skipped, started = [], 0, time.perf_counter()
     for step in range(settings.steps):

@@ -1,6 +1,6 @@
 """The Celo2 rule for many small problems, each with a theta of its own, in regions that a compiler can fuse.
 
-The elementwise work on matrices is `celo2.elementwise`, with theta along the problem axis; here are the factors, the
+The elementwise work on matrices is `celo2.meta.elementwise`, with theta along the problem axis; here are the factors, the
 terms of rows and columns, and vectors. `celo2.reference` is the oracle.
 
 Shapes: P problems, a matrix of m rows and n columns with m <= n (so that R lies along the rows), h and k hidden units.
@@ -15,8 +15,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from celo2.elementwise import mlp
 from celo2.folded import FirstLayer
+from celo2.meta.elementwise import mlp
 from celo2.reference import (
     FACTOR_DECAYS,
     FACTOR_EPS,

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from celo2.elementwise import advance_moments, matrix_direction
+from celo2.meta.elementwise import advance_moments, matrix_direction
 from celo2.meta.inner_optimizer import InnerOptimizer
 from celo2.meta.learned_rule import (
     ThetaBatch,
