@@ -1,6 +1,6 @@
 """The Celo2 rule for many small problems, each with a theta of its own, in regions that a compiler can fuse.
 
-The elementwise work on matrices is `celo2.meta.elementwise`, with theta along the problem axis; here are the factors, the
+The elementwise work on matrices is `celo2.meta.elementwise`, with theta along the problem axis; here are factors, the
 terms of rows and columns, and vectors. `celo2.reference` is the oracle.
 
 Shapes: P problems, a matrix of m rows and n columns with m <= n (so that R lies along the rows), h and k hidden units.

@@ -19,6 +19,7 @@ PARAMETERS = [
     ((24, 40), MatrixView()),
     ((40, 24), MatrixView()),
     ((17, 33), MatrixView()),
+    ((32, 32), MatrixView()),
     ((1, 50), MatrixView()),
     ((50, 1), MatrixView()),
     ((96, 20), MatrixView(split=3, heads=2)),
