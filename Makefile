@@ -38,8 +38,8 @@ evaluate-small: $(INSTALLED) ## the paper's evaluations at CPU size, half an hou
 test: $(INSTALLED) ## run the tests, but for the ones below (ARGS="-k golden")
 	$(BIN)/python -m pytest -q $(PARALLEL) -m "not kernels and not dist" $(ARGS)
 
-test-bench: $(INSTALLED) ## run the tests of the evaluations and of the command lines, some minutes
-	$(BIN)/python -m pytest -q $(PARALLEL) tests/bench tests/test_entry_points.py $(ARGS)
+test-bench: $(INSTALLED) ## run the tests of the evaluations, the examples and the command lines, some minutes
+	$(BIN)/python -m pytest -q $(PARALLEL) tests/bench tests/test_entry_points.py tests/test_examples.py $(ARGS)
 
 test-dist: $(INSTALLED) ## run the tests on two processes, and on two by two: steps, trainer, launch scripts
 	$(BIN)/python -m pytest -q -m "dist and not slow" $(ARGS)
