@@ -21,7 +21,6 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -117,19 +116,6 @@ def _start_worker() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends it
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)
-
-
-@contextmanager
-def _interruption_held_back() -> Iterator[None]:
-    """Raise Ctrl-C at the end: before a new process is among the children, nobody would end it, and all wait for it."""
-    found = []
-    old = signal.signal(signal.SIGINT, lambda *_: found.append(True))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, old)
-    if found:
-        raise KeyboardInterrupt
 
 
 def train(method: Method, point: Point, seed: int, settings: Settings, splits: Splits) -> Record:
@@ -246,8 +232,7 @@ class LanguageModels:
                         if job.key not in busy:
                             settings = self.settings[job.setting].settings
                             arguments = job.contender.method, job.point, job.seed, settings, self.splits[job.text]
-                            with _interruption_held_back():
-                                running[pool.submit(train, *arguments)] = job
+                            running[pool.submit(train, *arguments)] = job
                     if not running:
                         return
                     for future in wait(running, return_when=FIRST_COMPLETED).done:

@@ -25,8 +25,9 @@ from celo2.theta import GROUP_COLUMNS
 from scenarios.interpreter import patch_once
 from scenarios.pool import RankFailure, RankPool
 
-# the tests' processes get hangups also where nohup started the tests
+# the tests' processes get hangups and Ctrl-C also where nohup or a shell's background started the tests
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 GOLDEN = Path(__file__).parent / "golden"
 
